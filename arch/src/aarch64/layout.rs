@@ -1,0 +1,94 @@
+//! The guest-physical map of an aarch64 machine, its fixed addresses and interrupt lines.
+//!
+//! ```text
+//! 0x0800_0000  GICv3 distributor
+//! 0x080a_0000  GICv3 redistributors: 128 KiB per vCPU
+//! 0x0b00_0000  16550 UART
+//! 0x1000_0000  device windows
+//! 0x4000_0000  RAM: device tree, then the kernel 2 MiB on, initrd at the top
+//! ```
+
+use std::ops::Range;
+
+use vm_memory::GuestAddress;
+
+use crate::machine::{MemoryMap, PlatformDevice, Space};
+
+/// What every guest kernel is told first: a kernel that panics ends the VM at once.
+pub const DEFAULT_CMDLINE: &str = "panic=-1 cryptomgr.notests";
+
+/// Registers of the interrupt distributor.
+pub const GIC_DISTRIBUTOR: u64 = 0x0800_0000;
+/// Their size, in bytes.
+pub const GIC_DISTRIBUTOR_BYTES: u64 = 0x1_0000;
+/// Registers of the first vCPU's redistributor; the others follow without gaps.
+pub const GIC_REDISTRIBUTORS: u64 = 0x080a_0000;
+/// Size of one redistributor's registers: two frames of 64 KiB.
+pub const GIC_REDISTRIBUTOR_BYTES: u64 = 0x2_0000;
+/// Shared peripheral interrupts of the machine; the GIC's number of one is 32 higher.
+pub const SPIS: u32 = 96;
+
+/// Registers of the UART.
+pub const UART: u64 = 0x0b00_0000;
+/// Their size, in bytes.
+pub const UART_BYTES: u64 = 0x1000;
+/// Its shared peripheral interrupt.
+pub const UART_SPI: u32 = 0;
+/// Shared peripheral interrupts for virtio devices; KVM's GSI is the same number.
+pub const DEVICE_GSIS: Range<u32> = 1..SPIS;
+
+/// Where device windows may go.
+pub const DEVICES: Range<u64> = 0x1000_0000..0x4000_0000;
+
+/// Start of RAM, and of the device tree in it.
+pub const RAM: GuestAddress = GuestAddress(0x4000_0000);
+/// Room for the device tree: no larger one is allowed (Documentation/arch/arm64/booting.rst).
+pub const TREE_ROOM: u64 = 2 << 20;
+/// Where the kernel's image goes: 2 MiB aligned, as that text wants it.
+pub const KERNEL: GuestAddress = GuestAddress(RAM.0 + TREE_ROOM);
+
+/// Devices that are found in the device tree.
+pub const PLATFORM_DEVICES: &[PlatformDevice] =
+    &[PlatformDevice::Serial { space: Space::Memory, base: UART, gsi: UART_SPI }];
+
+/// Where `ram_bytes` of RAM lie: in one piece.
+pub fn memory_map(ram_bytes: u64) -> MemoryMap {
+    MemoryMap { regions: vec![(RAM, ram_bytes)], device_window: DEVICES }
+}
+
+/// Affinity of vCPU `index` as KVM sets it in MPIDR_EL1: sixteen vCPUs per cluster, as many as
+/// one software-generated interrupt reaches.
+pub const fn affinity(index: u8) -> u32 {
+    let (cluster, core) = (index >> 4, index & 0xf);
+    (cluster as u32) << 8 | core as u32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ram_is_one_region_behind_the_device_windows() {
+        let map = memory_map(8 << 30);
+
+        assert_eq!(map.regions, [(RAM, 8 << 30)]);
+        assert_eq!(map.device_window.end, RAM.0);
+    }
+
+    #[test]
+    fn the_redistributors_of_the_largest_machine_end_below_the_uart() {
+        let end = GIC_REDISTRIBUTORS + u64::from(u8::MAX) * GIC_REDISTRIBUTOR_BYTES;
+
+        assert!(end <= UART);
+    }
+
+    #[test]
+    fn the_kernel_is_aligned_to_2_mib() {
+        assert_eq!(KERNEL.0 % (2 << 20), 0);
+    }
+
+    #[test]
+    fn the_seventeenth_vcpu_is_the_first_of_the_second_cluster() {
+        assert_eq!(affinity(16), 0x100);
+    }
+}

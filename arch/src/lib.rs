@@ -1,0 +1,81 @@
+//! What the VMM asks of a CPU architecture: the [`Arch`] contract and [`Host`], the one this build
+//! runs on. Nothing outside this crate names an architecture.
+//!
+//! The methods of [`Arch`] stand in the order of a boot. `layout.rs` and `tables.rs` of every
+//! architecture are pure: they compile and are tested on any host. What talks to KVM exists on its
+//! own architecture only.
+
+pub mod error;
+pub mod fdt;
+pub mod kvm;
+pub mod machine;
+
+pub mod aarch64;
+pub mod ppc64le;
+pub mod x86_64;
+
+use std::ops::Range;
+
+use vm_memory::GuestMemoryMmap;
+
+pub use error::ArchError;
+pub use kvm::{Kvm, VcpuExit, VcpuFd, VmFd};
+
+use machine::{BootFiles, Entry, Exit, Machine, MemoryMap, MmioDevice, PlatformDevice};
+
+/// What a CPU architecture does for a virtual machine, in the order of a boot.
+pub trait Arch {
+    /// What every guest kernel is told first, so that the user's own parameters override it.
+    /// Consoles are not named here: they are the configuration's choice.
+    const DEFAULT_CMDLINE: &'static str;
+
+    /// Where `ram_bytes` of RAM and the device windows lie in guest-physical memory.
+    fn memory_map(ram_bytes: u64) -> MemoryMap;
+
+    /// The devices that a machine of this architecture may have beside the virtio ones.
+    fn platform_devices() -> &'static [PlatformDevice];
+
+    /// KVM interrupt lines free for virtio devices.
+    fn device_gsis() -> Range<u32>;
+
+    /// Prepares a fresh VM: what KVM must know before the first vCPU exists.
+    fn before_vcpus(kvm: &Kvm, vm: &VmFd) -> Result<(), ArchError>;
+
+    /// Finishes the interrupt controller once all `vcpus` exist.
+    fn after_vcpus(vm: &VmFd, vcpus: u8) -> Result<(), ArchError>;
+
+    /// Copies kernel and initrd into guest memory and says where the guest starts.
+    fn load(memory: &GuestMemoryMmap, boot: &mut BootFiles) -> Result<Entry, ArchError>;
+
+    /// Writes the tables from which the guest learns its command line, memory, processors and
+    /// devices. Comes after [`Arch::load`].
+    fn describe(memory: &GuestMemoryMmap, machine: &Machine<'_>) -> Result<(), ArchError>;
+
+    /// Gives vCPU `index` of `vcpus` the registers of its first instruction. Only vCPU 0 starts at
+    /// `entry`; the others wait until the guest starts them.
+    fn reset_vcpu(
+        kvm: &Kvm,
+        vcpu: &VcpuFd,
+        index: u8,
+        vcpus: u8,
+        entry: &Entry,
+    ) -> Result<(), ArchError>;
+
+    /// How the kernel's command line names `device`, for a guest that finds devices there. `None`
+    /// where [`Arch::describe`] is the only way.
+    fn cmdline_device(device: &MmioDevice) -> Option<String>;
+
+    /// What a KVM exit means in terms every architecture shares. `None` for an exit that no guest
+    /// can cause on a working host.
+    fn translate<'a>(exit: VcpuExit<'a>, memory: &GuestMemoryMmap) -> Option<Exit<'a>>;
+}
+
+/// The architecture this build runs on.
+#[cfg(target_arch = "x86_64")]
+pub type Host = x86_64::X86_64;
+
+#[cfg(not(target_arch = "x86_64"))]
+compile_error!(
+    "crate `arch` has no KVM backend for this target yet: implement `Arch` in its folder \
+     and select it as `Host` in arch/src/lib.rs"
+);

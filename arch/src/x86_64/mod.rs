@@ -1,0 +1,79 @@
+//! x86_64: one line per method of [`Arch`], pointing at the files of this folder.
+
+pub mod layout;
+pub mod tables;
+
+mod boot;
+mod exits;
+mod irqchip;
+mod vcpu;
+mod vm;
+
+#[cfg(target_arch = "x86_64")]
+pub use host::X86_64;
+
+#[cfg(target_arch = "x86_64")]
+mod host {
+    use std::ops::Range;
+
+    use vm_memory::GuestMemoryMmap;
+
+    use super::{boot, exits, irqchip, layout, tables, vcpu, vm};
+    use crate::machine::{BootFiles, Entry, Exit, Machine, MemoryMap, MmioDevice, PlatformDevice};
+    use crate::{Arch, ArchError, Kvm, VcpuExit, VcpuFd, VmFd};
+
+    /// A PC without legacy: in-kernel interrupt controllers, no PCI, ACPI and MP tables.
+    #[derive(Debug)]
+    pub struct X86_64;
+
+    impl Arch for X86_64 {
+        const DEFAULT_CMDLINE: &'static str = layout::DEFAULT_CMDLINE;
+
+        fn memory_map(ram_bytes: u64) -> MemoryMap {
+            layout::memory_map(ram_bytes)
+        }
+
+        fn platform_devices() -> &'static [PlatformDevice] {
+            layout::PLATFORM_DEVICES
+        }
+
+        fn device_gsis() -> Range<u32> {
+            layout::DEVICE_GSIS
+        }
+
+        fn before_vcpus(_kvm: &Kvm, vm: &VmFd) -> Result<(), ArchError> {
+            vm::reserve_addresses(vm)?;
+            irqchip::create(vm)
+        }
+
+        fn after_vcpus(_vm: &VmFd, _vcpus: u8) -> Result<(), ArchError> {
+            Ok(()) // KVM's APICs come with the vCPUs
+        }
+
+        fn load(memory: &GuestMemoryMmap, boot: &mut BootFiles) -> Result<Entry, ArchError> {
+            boot::load(memory, boot)
+        }
+
+        fn describe(memory: &GuestMemoryMmap, machine: &Machine<'_>) -> Result<(), ArchError> {
+            tables::write(memory, machine)
+        }
+
+        fn reset_vcpu(
+            kvm: &Kvm,
+            vcpu: &VcpuFd,
+            index: u8,
+            vcpus: u8,
+            entry: &Entry,
+        ) -> Result<(), ArchError> {
+            vcpu::reset(kvm, vcpu, index, vcpus, entry)
+        }
+
+        fn cmdline_device(device: &MmioDevice) -> Option<String> {
+            Some(layout::cmdline_device(device))
+        }
+
+        fn translate<'a>(exit: VcpuExit<'a>, _memory: &GuestMemoryMmap) -> Option<Exit<'a>> {
+            exits::translate(exit)
+        }
+    }
+}
