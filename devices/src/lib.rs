@@ -1,0 +1,9 @@
+//! Emulated devices. They know guest memory and event file descriptors, not KVM and not the
+//! architecture: an access travels from a vCPU exit over a [`bus::Bus`] to a device's registers,
+//! and data moves by kick eventfds in and an [`interrupt::Interrupt`] out.
+
+pub mod bus;
+pub mod i8042;
+pub mod interrupt;
+pub mod serial;
+pub mod virtio;

@@ -1,0 +1,395 @@
+//! The device as a guest's FUSE client sees it, without a VM.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+
+use tempfile::TempDir;
+use vm_memory::GuestMemoryMmap;
+
+use super::*;
+use crate::virtio::testing::{Driver, memory};
+
+const LOOKUP: u32 = 1;
+const GETATTR: u32 = 3;
+const SYMLINK: u32 = 6;
+const MKDIR: u32 = 9;
+const UNLINK: u32 = 10;
+const LINK: u32 = 13;
+const OPEN: u32 = 14;
+const READ: u32 = 15;
+const WRITE: u32 = 16;
+const SETXATTR: u32 = 21;
+const GETXATTR: u32 = 22;
+const INIT: u32 = 26;
+const OPENDIR: u32 = 27;
+const CREATE: u32 = 35;
+const BATCH_FORGET: u32 = 42;
+const READDIRPLUS: u32 = 44;
+const RENAME2: u32 = 45;
+
+const ROOT: u64 = 1;
+const REQUESTS: usize = 1;
+const ROOM: u32 = 4096;
+
+/// A guest that has mounted a directory.
+struct Guest<'m> {
+    device: Fs,
+    driver: Driver<'m>,
+    uid: u32,
+}
+
+/// What came back: the error number, 0 for none, and the bytes behind the header.
+#[derive(Debug)]
+struct Answer {
+    errno: i32,
+    data: Vec<u8>,
+}
+
+impl Answer {
+    fn field(&self, offset: usize) -> u64 {
+        u64::from_le_bytes(self.data[offset..offset + 8].try_into().unwrap())
+    }
+
+    /// The node of an answer to a lookup and the like.
+    fn node(&self) -> u64 {
+        assert_eq!(self.errno, 0);
+        self.field(0)
+    }
+}
+
+impl<'m> Guest<'m> {
+    fn mount(memory: &'m GuestMemoryMmap, root: &TempDir, read_only: bool) -> Self {
+        let mut device = Fs::new("root", Server::open(root.path(), read_only).unwrap());
+        let driver = Driver::with_queues(memory, 2);
+        device.activate(driver.activation()).unwrap();
+        let mut guest = Guest { device, driver, uid: root.path().metadata().unwrap().uid() };
+        assert_eq!(guest.init().errno, 0);
+        guest
+    }
+
+    /// Says hello as Linux 6.1 does, offering every feature of the first word but the second.
+    fn init(&mut self) -> Answer {
+        self.ask(INIT, ROOT, &[&words(&[7, 38, 0x2_0000, 0x3fff_ffff])])
+    }
+
+    fn header(&self, opcode: u32, node: u64, body: usize) -> Vec<u8> {
+        let length = u32::try_from(40 + body).unwrap();
+        let mut header = words(&[length, opcode, 77, 0]);
+        header.extend(node.to_le_bytes());
+        header.extend(words(&[self.uid, self.uid, 1, 0]));
+        header
+    }
+
+    fn ask(&mut self, opcode: u32, node: u64, body: &[&[u8]]) -> Answer {
+        let body = body.concat();
+        let header = self.header(opcode, node, body.len());
+        self.ask_raw(&[&header, &body], &[16, ROOM]).expect("an answer")
+    }
+
+    /// Sends anything; `None` if nothing was answered.
+    fn ask_raw(&mut self, request: &[&[u8]], room: &[u32]) -> Option<Answer> {
+        self.driver.offer(REQUESTS, request, room);
+        self.device.queue_ready(REQUESTS).unwrap();
+        let answer = self.driver.written(REQUESTS, self.driver.used_of(REQUESTS).len() - 1);
+        let (header, data) = answer.split_first_chunk::<16>()?;
+        let errno = -i32::from_le_bytes(header[4..8].try_into().unwrap());
+        Some(Answer { errno, data: data.to_vec() })
+    }
+
+    fn lookup(&mut self, name: &str) -> Answer {
+        self.ask(LOOKUP, ROOT, &[name.as_bytes(), b"\0"])
+    }
+
+    fn create(&mut self, name: &str) -> Answer {
+        let flags = (libc::O_RDWR | libc::O_CREAT) as u32;
+        self.ask(CREATE, ROOT, &[&words(&[flags, 0o644, 0, 0]), name.as_bytes(), b"\0"])
+    }
+
+    fn write(&mut self, node: u64, handle: u64, data: &[u8]) -> Answer {
+        let size = u32::try_from(data.len()).unwrap();
+        let flags = (libc::O_RDWR | libc::O_CREAT) as u32;
+        let rest = words(&[0, 0, size, 0, 0, 0, flags, 0]);
+        self.ask(WRITE, node, &[&handle.to_le_bytes(), &rest, data])
+    }
+
+    fn read(&mut self, node: u64, handle: u64, flags: u32) -> Answer {
+        let rest = words(&[0, 0, ROOM, 0, 0, 0, flags, 0]);
+        self.ask(READ, node, &[&handle.to_le_bytes(), &rest])
+    }
+
+    fn rename(&mut self, from: &str, to: &str) -> Answer {
+        let body = [&ROOT.to_le_bytes()[..], &[0; 8]].concat();
+        self.ask(RENAME2, ROOT, &[&body, from.as_bytes(), b"\0", to.as_bytes(), b"\0"])
+    }
+}
+
+fn words(words: &[u32]) -> Vec<u8> {
+    words.iter().flat_map(|word| word.to_le_bytes()).collect()
+}
+
+/// Where the handle is in the answer to CREATE, behind `struct fuse_entry_out`.
+const CREATED_HANDLE: usize = 128;
+/// Where the inode number is in `struct fuse_entry_out`.
+const ENTRY_INODE: usize = 40;
+
+#[test]
+fn the_configuration_space_is_the_tag_and_one_queue() {
+    let root = TempDir::new().unwrap();
+    let device = Fs::new("root", Server::open(root.path(), false).unwrap());
+    let mut config = [0xff; 41];
+
+    device.read_config(0, &mut config);
+
+    assert_eq!(&config[..5], b"root\0");
+    assert_eq!(config[36..], [1, 0, 0, 0, 0]);
+}
+
+#[test]
+fn a_directory_that_is_not_there_is_an_error_with_its_name() {
+    let error = Server::open("/nowhere/at/all".as_ref(), false).err().unwrap();
+
+    assert!(error.to_string().contains("/nowhere/at/all"));
+}
+
+#[test]
+fn writes_of_a_mebibyte_are_negotiated_and_write_back_is_not() {
+    let (root, memory) = (TempDir::new().unwrap(), memory());
+    let mut guest = Guest::mount(&memory, &root, false);
+
+    let answer = guest.init();
+
+    let word = |at: usize| u32::from_le_bytes(answer.data[at..at + 4].try_into().unwrap());
+    assert_eq!(word(0), 7);
+    assert_eq!(word(20), 1 << 20);
+    assert_eq!(word(12) & (1 << 16), 0);
+}
+
+#[test]
+fn a_file_is_created_written_and_read_back() {
+    let (root, memory) = (TempDir::new().unwrap(), memory());
+    let mut guest = Guest::mount(&memory, &root, false);
+
+    let created = guest.create("file");
+    let (node, handle) = (created.node(), created.field(CREATED_HANDLE));
+    assert_eq!(guest.write(node, handle, b"hello").errno, 0);
+
+    let flags = (libc::O_RDWR | libc::O_CREAT) as u32;
+    assert_eq!(guest.read(node, handle, flags).data, b"hello");
+    assert_eq!(fs::read(root.path().join("file")).unwrap(), b"hello");
+}
+
+#[test]
+fn a_lookup_finds_what_the_host_made_meanwhile() {
+    let (root, memory) = (TempDir::new().unwrap(), memory());
+    let mut guest = Guest::mount(&memory, &root, false);
+    assert_eq!(guest.lookup("late").errno, libc::ENOENT);
+
+    fs::write(root.path().join("late"), "x").unwrap();
+    let entry = guest.lookup("late");
+
+    // A second at most is what the guest may go without asking again.
+    assert_eq!((entry.field(16), entry.field(24)), (1, 1));
+}
+
+#[test]
+fn a_rename_replaces_what_was_there() {
+    let (root, memory) = (TempDir::new().unwrap(), memory());
+    fs::write(root.path().join("old"), "old").unwrap();
+    fs::write(root.path().join("new"), "new").unwrap();
+    let mut guest = Guest::mount(&memory, &root, false);
+
+    assert_eq!(guest.rename("new", "old").errno, 0);
+
+    assert_eq!(fs::read(root.path().join("old")).unwrap(), b"new");
+    assert!(!root.path().join("new").exists());
+}
+
+#[test]
+fn links_directories_and_attributes_work() {
+    let (root, memory) = (TempDir::new().unwrap(), memory());
+    let mut guest = Guest::mount(&memory, &root, false);
+    let node = guest.create("file").node();
+
+    assert_eq!(guest.ask(MKDIR, ROOT, &[&words(&[0o755, 0]), b"dir\0"]).errno, 0);
+    assert_eq!(guest.ask(LINK, ROOT, &[&node.to_le_bytes(), b"hard\0"]).node(), node);
+    assert_eq!(guest.ask(SYMLINK, ROOT, &[b"soft\0file\0"]).errno, 0);
+    let set = guest.ask(SETXATTR, node, &[&words(&[3, 0]), b"user.key\0abc"]);
+    let get = guest.ask(GETXATTR, node, &[&words(&[100, 0]), b"user.key\0"]);
+
+    assert_eq!(set.errno, 0);
+    assert_eq!(get.data, b"abc");
+    assert_eq!(fs::metadata(root.path().join("hard")).unwrap().nlink(), 2);
+    assert_eq!(fs::read_link(root.path().join("soft")).unwrap().to_str(), Some("file"));
+}
+
+#[test]
+fn an_inode_is_numbered_like_its_node_wherever_it_is_shown() {
+    let (root, memory) = (TempDir::new().unwrap(), memory());
+    fs::write(root.path().join("file"), "").unwrap();
+    let mut guest = Guest::mount(&memory, &root, false);
+
+    let entry = guest.lookup("file");
+    let node = entry.node();
+    let attributes = guest.ask(GETATTR, node, &[&[0; 16]]);
+    let handle = guest.ask(OPENDIR, ROOT, &[&[0; 8]]).field(0);
+    let rest = words(&[0, 0, ROOM, 0, 0, 0, 0, 0]);
+    let listing = guest.ask(READDIRPLUS, ROOT, &[&handle.to_le_bytes(), &rest]);
+
+    assert_eq!(entry.field(ENTRY_INODE), node);
+    assert_eq!(attributes.field(16), node);
+    // An entry, and behind it the same number in the list itself.
+    assert_eq!((listing.field(0), listing.field(ENTRY_INODE)), (node, node));
+    assert_eq!(listing.field(128), node);
+}
+
+#[test]
+fn a_read_only_directory_refuses_every_change() {
+    let (root, memory) = (TempDir::new().unwrap(), memory());
+    fs::write(root.path().join("file"), "kept").unwrap();
+    let mut guest = Guest::mount(&memory, &root, true);
+    let node = guest.lookup("file").node();
+
+    let refused = [
+        guest.create("other"),
+        guest.create("file"),
+        guest.rename("file", "other"),
+        guest.ask(UNLINK, ROOT, &[b"file\0"]),
+        guest.ask(MKDIR, ROOT, &[&words(&[0o755, 0]), b"dir\0"]),
+        guest.ask(SYMLINK, ROOT, &[b"soft\0file\0"]),
+        guest.ask(LINK, ROOT, &[&node.to_le_bytes(), b"hard\0"]),
+        guest.ask(SETXATTR, node, &[&words(&[3, 0]), b"user.key\0abc"]),
+        guest.ask(OPEN, node, &[&words(&[libc::O_WRONLY as u32, 0])]),
+        guest.ask(OPEN, node, &[&words(&[libc::O_TRUNC as u32, 0])]),
+        guest.ask(4, node, &[&[0xff; 88]]),
+    ];
+    let handle = guest.ask(OPEN, node, &[&[0; 8]]).field(0);
+    let written = guest.write(node, handle, b"lost");
+
+    assert!(refused.iter().all(|answer| answer.errno == libc::EROFS), "{refused:?}");
+    assert_eq!(written.errno, libc::EROFS);
+    assert_eq!(guest.read(node, handle, 0).data, b"kept");
+    assert_eq!(fs::read_dir(root.path()).unwrap().count(), 1);
+}
+
+#[test]
+fn no_name_leads_out_of_the_directory() {
+    let (outside, memory) = (TempDir::new().unwrap(), memory());
+    let root = TempDir::new_in(outside.path()).unwrap();
+    let mut guest = Guest::mount(&memory, &root, false);
+
+    assert_ne!(guest.lookup("..").errno, 0);
+    assert_ne!(guest.lookup("../x").errno, 0);
+    assert_ne!(guest.create("../x").errno, 0);
+    assert_ne!(guest.create("..").errno, 0);
+    assert_ne!(guest.rename("..", "x").errno, 0);
+    assert_ne!(guest.ask(MKDIR, ROOT, &[&words(&[0o755, 0]), b"../dir\0"]).errno, 0);
+    assert_eq!(fs::read_dir(outside.path()).unwrap().count(), 1);
+}
+
+#[test]
+fn unknown_nodes_handles_and_operations_are_errors() {
+    let (root, memory) = (TempDir::new().unwrap(), memory());
+    let mut guest = Guest::mount(&memory, &root, false);
+
+    assert_eq!(guest.ask(GETATTR, 4711, &[&[0; 16]]).errno, libc::EBADF);
+    assert_eq!(guest.read(ROOT, 4711, 0).errno, libc::EBADF);
+    assert_eq!(guest.ask(4711, ROOT, &[]).errno, libc::ENOSYS);
+}
+
+#[test]
+fn requests_that_make_no_sense_are_given_back_unanswered() {
+    let (root, memory) = (TempDir::new().unwrap(), memory());
+    let mut guest = Guest::mount(&memory, &root, false);
+    let lookup = guest.header(LOOKUP, ROOT, 5);
+    let forget = guest.header(BATCH_FORGET, ROOT, 8);
+    let too_much = vec![0; 60_000];
+    let large: Vec<&[u8]> = (0..20).map(|_| &too_much[..]).collect();
+
+    assert!(guest.ask_raw(&[b"short"], &[16]).is_none());
+    assert!(guest.ask_raw(&[&lookup], &[16]).is_none());
+    assert!(guest.ask_raw(&[&lookup, b"file\0"], &[]).is_none());
+    assert!(guest.ask_raw(&[&lookup, b"file\0"], &[15]).is_none());
+    assert!(guest.ask_raw(&[&forget, &words(&[u32::MAX, 0])], &[16]).is_none());
+    assert!(guest.ask_raw(&large, &[16]).is_none());
+    assert!(guest.ask_raw(&[], &[16, 16]).is_none());
+
+    assert_eq!(guest.lookup("file").errno, libc::ENOENT);
+}
+
+#[test]
+fn an_attribute_of_four_gibibytes_costs_the_host_nothing() {
+    let (root, memory) = (TempDir::new().unwrap(), memory());
+    let mut guest = Guest::mount(&memory, &root, false);
+    let node = guest.create("file").node();
+
+    let answer = guest.ask(GETXATTR, node, &[&words(&[u32::MAX, 0]), b"user.none\0"]);
+
+    assert_eq!(answer.errno, libc::ENODATA);
+}
+
+#[test]
+fn a_reset_closes_what_the_guest_had_open() {
+    let (root, memory) = (TempDir::new().unwrap(), memory());
+    let mut guest = Guest::mount(&memory, &root, false);
+    let created = guest.create("file");
+    let (node, handle) = (created.node(), created.field(CREATED_HANDLE));
+
+    guest.device.reset();
+    let mut guest = Guest::mount_again(guest, &memory);
+
+    assert_eq!(guest.read(node, handle, 0).errno, libc::EBADF);
+    assert_eq!(guest.lookup("file").errno, 0);
+}
+
+impl<'m> Guest<'m> {
+    /// The same device under a driver that starts over.
+    fn mount_again(guest: Guest<'_>, memory: &'m GuestMemoryMmap) -> Self {
+        let mut device = guest.device;
+        vm_memory::Bytes::write_slice(memory, &[0; 0x2000], vm_memory::GuestAddress(0)).unwrap();
+        let driver = Driver::with_queues(memory, 2);
+        device.activate(driver.activation()).unwrap();
+        let mut guest = Guest { device, driver, uid: guest.uid };
+        assert_eq!(guest.init().errno, 0);
+        guest
+    }
+}
+
+#[test]
+#[ignore = "needs root"]
+fn equal_inodes_of_two_mounts_are_two_nodes() {
+    let (root, memory) = (TempDir::new().unwrap(), memory());
+    let mounts = ["one", "two"].map(|name| root.path().join(name));
+    for mount in &mounts {
+        fs::create_dir(mount).unwrap();
+        run("mount", &["-t".as_ref(), "tmpfs".as_ref(), "none".as_ref(), mount.as_os_str()]);
+    }
+    let inodes = mounts.each_ref().map(|mount| fs::metadata(mount).unwrap().ino());
+    let mut guest = Guest::mount(&memory, &root, false);
+
+    let nodes = ["one", "two"].map(|name| guest.lookup(name).node());
+    mounts.iter().for_each(|mount| run("umount", &["-l".as_ref(), mount.as_os_str()]));
+
+    assert_eq!(inodes[0], inodes[1]);
+    assert_ne!(nodes[0], nodes[1]);
+}
+
+fn run(program: &str, arguments: &[&std::ffi::OsStr]) {
+    assert!(std::process::Command::new(program).args(arguments).status().unwrap().success());
+}
+
+#[test]
+#[ignore = "needs root"]
+fn a_new_file_belongs_to_the_guests_process_whatever_the_directory_says() {
+    let (root, memory) = (TempDir::new().unwrap(), memory());
+    let mut guest = Guest::mount(&memory, &root, false);
+
+    guest.uid = 1234;
+    let created = guest.create("file");
+    guest.uid = 0;
+    let other = guest.create("other");
+
+    assert_eq!((created.errno, other.errno), (0, 0));
+    assert_eq!(fs::metadata(root.path().join("file")).unwrap().uid(), 1234);
+    assert_eq!(fs::metadata(root.path().join("file")).unwrap().gid(), 1234);
+    assert_eq!(fs::metadata(root.path().join("other")).unwrap().uid(), 0);
+}

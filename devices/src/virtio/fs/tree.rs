@@ -1,0 +1,412 @@
+//! The shared directory as a FUSE file system: the library's, with what a container needs on top.
+
+use std::ffi::CStr;
+use std::io;
+use std::time::Duration;
+
+use fuse_backend_rs::abi::fuse_abi::{CreateIn, stat64, statvfs64};
+use fuse_backend_rs::api::filesystem::{
+    Context, DirEntry, Entry, FileSystem, FsOptions, GetxattrReply, ListxattrReply, OpenOptions,
+    SetattrValid, ZeroCopyReader, ZeroCopyWriter,
+};
+use fuse_backend_rs::passthrough::PassthroughFs;
+
+use super::credentials::Credentials;
+
+/// Longest value of an extended attribute, and longest list of them, in bytes (Linux, limits.h).
+const MAX_XATTR_BYTES: u32 = 64 << 10;
+
+/// What is wanted of a guest beyond what the library asks for. Locks are not: the guest's kernel
+/// keeps them, as it alone knows all who share a file of the container.
+const WANTED: FsOptions = FsOptions::ASYNC_READ
+    .union(FsOptions::ASYNC_DIO)
+    .union(FsOptions::ATOMIC_O_TRUNC)
+    .union(FsOptions::AUTO_INVAL_DATA)
+    .union(FsOptions::BIG_WRITES)
+    .union(FsOptions::MAX_PAGES)
+    .union(FsOptions::PARALLEL_DIROPS);
+
+/// What the library would switch on if it were offered, though its configuration says no, and the
+/// DAX window that this device does not have.
+const REFUSED: FsOptions = FsOptions::WRITEBACK_CACHE
+    .union(FsOptions::ZERO_MESSAGE_OPEN)
+    .union(FsOptions::ZERO_MESSAGE_OPENDIR)
+    .union(FsOptions::PERFILE_DAX);
+
+/// Whether a guest may change what it sees.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Access {
+    /// Every change fails with EROFS.
+    ReadOnly,
+    /// The guest's kernel decides.
+    ReadWrite,
+}
+
+/// A directory tree of the host, with everything mounted in it.
+///
+/// To the library's file system this adds: a read-only variant; inode numbers that differ between
+/// the file systems mounted in the tree, because the guest sees them as one (without that `find`
+/// suspects loops and `tar` hard links); and owners that do not depend on the guest's groups.
+pub(super) struct Tree {
+    files: PassthroughFs,
+    access: Access,
+}
+
+impl Tree {
+    /// A tree over `files`, which use host inode numbers for nodes.
+    pub fn new(files: PassthroughFs, access: Access) -> Self {
+        Tree { files, access }
+    }
+
+    fn writable(&self) -> io::Result<()> {
+        match self.access {
+            Access::ReadOnly => Err(io::Error::from_raw_os_error(libc::EROFS)),
+            Access::ReadWrite => Ok(()),
+        }
+    }
+
+    /// Makes something new in the name of the guest's process.
+    fn make<T>(
+        &self,
+        context: &Context,
+        make: impl FnOnce(&Context) -> io::Result<T>,
+    ) -> io::Result<T> {
+        self.writable()?;
+        let _credentials = Credentials::assume(context.uid, context.gid)?;
+        // The library changes the identity as well, unless it is told that it is root's already.
+        make(&Context { uid: 0, gid: 0, pid: context.pid })
+    }
+}
+
+/// Shows the node's number as that of the inode: it carries the number of the mount, too.
+fn numbered(mut entry: Entry) -> Entry {
+    entry.attr.st_ino = entry.inode;
+    entry
+}
+
+fn numbered_attributes(
+    inode: u64,
+    (mut attributes, timeout): (stat64, Duration),
+) -> (stat64, Duration) {
+    attributes.st_ino = inode;
+    (attributes, timeout)
+}
+
+fn is_read_only(flags: u32) -> bool {
+    flags & (libc::O_ACCMODE | libc::O_TRUNC | libc::O_CREAT) as u32 == libc::O_RDONLY as u32
+}
+
+impl FileSystem for Tree {
+    type Inode = u64;
+    type Handle = u64;
+
+    fn init(&self, capable: FsOptions) -> io::Result<FsOptions> {
+        Ok(self.files.init(capable.difference(REFUSED))? | WANTED)
+    }
+
+    fn destroy(&self) {
+        self.files.destroy();
+    }
+
+    fn lookup(&self, context: &Context, parent: u64, name: &CStr) -> io::Result<Entry> {
+        // Only a server of NFS asks for it; a directory that was moved would lead out of the tree.
+        if name == c".." {
+            return Err(io::Error::from_raw_os_error(libc::ESTALE));
+        }
+        self.files.lookup(context, parent, name).map(numbered)
+    }
+
+    fn forget(&self, context: &Context, inode: u64, count: u64) {
+        self.files.forget(context, inode, count);
+    }
+
+    fn batch_forget(&self, context: &Context, requests: Vec<(u64, u64)>) {
+        self.files.batch_forget(context, requests);
+    }
+
+    fn getattr(
+        &self,
+        context: &Context,
+        inode: u64,
+        handle: Option<u64>,
+    ) -> io::Result<(stat64, Duration)> {
+        let attributes = self.files.getattr(context, inode, handle)?;
+        Ok(numbered_attributes(inode, attributes))
+    }
+
+    fn setattr(
+        &self,
+        context: &Context,
+        inode: u64,
+        attributes: stat64,
+        handle: Option<u64>,
+        valid: SetattrValid,
+    ) -> io::Result<(stat64, Duration)> {
+        self.writable()?;
+        let attributes = self.files.setattr(context, inode, attributes, handle, valid)?;
+        Ok(numbered_attributes(inode, attributes))
+    }
+
+    fn readlink(&self, context: &Context, inode: u64) -> io::Result<Vec<u8>> {
+        self.files.readlink(context, inode)
+    }
+
+    fn symlink(
+        &self,
+        context: &Context,
+        target: &CStr,
+        parent: u64,
+        name: &CStr,
+    ) -> io::Result<Entry> {
+        self.make(context, |root| self.files.symlink(root, target, parent, name)).map(numbered)
+    }
+
+    fn mknod(
+        &self,
+        context: &Context,
+        parent: u64,
+        name: &CStr,
+        mode: u32,
+        device: u32,
+        umask: u32,
+    ) -> io::Result<Entry> {
+        self.make(context, |root| self.files.mknod(root, parent, name, mode, device, umask))
+            .map(numbered)
+    }
+
+    fn mkdir(
+        &self,
+        context: &Context,
+        parent: u64,
+        name: &CStr,
+        mode: u32,
+        umask: u32,
+    ) -> io::Result<Entry> {
+        self.make(context, |root| self.files.mkdir(root, parent, name, mode, umask)).map(numbered)
+    }
+
+    fn unlink(&self, context: &Context, parent: u64, name: &CStr) -> io::Result<()> {
+        self.writable()?;
+        self.files.unlink(context, parent, name)
+    }
+
+    fn rmdir(&self, context: &Context, parent: u64, name: &CStr) -> io::Result<()> {
+        self.writable()?;
+        self.files.rmdir(context, parent, name)
+    }
+
+    fn rename(
+        &self,
+        context: &Context,
+        parent: u64,
+        name: &CStr,
+        new_parent: u64,
+        new_name: &CStr,
+        flags: u32,
+    ) -> io::Result<()> {
+        self.writable()?;
+        self.files.rename(context, parent, name, new_parent, new_name, flags)
+    }
+
+    fn link(&self, context: &Context, inode: u64, parent: u64, name: &CStr) -> io::Result<Entry> {
+        self.writable()?;
+        self.files.link(context, inode, parent, name).map(numbered)
+    }
+
+    fn open(
+        &self,
+        context: &Context,
+        inode: u64,
+        flags: u32,
+        fuse_flags: u32,
+    ) -> io::Result<(Option<u64>, OpenOptions, Option<u32>)> {
+        if !is_read_only(flags) {
+            self.writable()?;
+        }
+        self.files.open(context, inode, flags, fuse_flags)
+    }
+
+    fn create(
+        &self,
+        context: &Context,
+        parent: u64,
+        name: &CStr,
+        args: CreateIn,
+    ) -> io::Result<(Entry, Option<u64>, OpenOptions, Option<u32>)> {
+        let (entry, handle, options, passthrough) =
+            self.make(context, |root| self.files.create(root, parent, name, args))?;
+        Ok((numbered(entry), handle, options, passthrough))
+    }
+
+    fn read(
+        &self,
+        context: &Context,
+        inode: u64,
+        handle: u64,
+        writer: &mut dyn ZeroCopyWriter,
+        size: u32,
+        offset: u64,
+        lock_owner: Option<u64>,
+        flags: u32,
+    ) -> io::Result<usize> {
+        self.files.read(context, inode, handle, writer, size, offset, lock_owner, flags)
+    }
+
+    fn write(
+        &self,
+        context: &Context,
+        inode: u64,
+        handle: u64,
+        reader: &mut dyn ZeroCopyReader,
+        size: u32,
+        offset: u64,
+        lock_owner: Option<u64>,
+        is_delayed: bool,
+        flags: u32,
+        fuse_flags: u32,
+    ) -> io::Result<usize> {
+        self.writable()?;
+        self.files.write(
+            context, inode, handle, reader, size, offset, lock_owner, is_delayed, flags, fuse_flags,
+        )
+    }
+
+    fn flush(&self, context: &Context, inode: u64, handle: u64, owner: u64) -> io::Result<()> {
+        self.files.flush(context, inode, handle, owner)
+    }
+
+    fn fsync(&self, context: &Context, inode: u64, data_only: bool, handle: u64) -> io::Result<()> {
+        self.files.fsync(context, inode, data_only, handle)
+    }
+
+    fn fallocate(
+        &self,
+        context: &Context,
+        inode: u64,
+        handle: u64,
+        mode: u32,
+        offset: u64,
+        length: u64,
+    ) -> io::Result<()> {
+        self.writable()?;
+        self.files.fallocate(context, inode, handle, mode, offset, length)
+    }
+
+    fn release(
+        &self,
+        context: &Context,
+        inode: u64,
+        flags: u32,
+        handle: u64,
+        flush: bool,
+        flock_release: bool,
+        lock_owner: Option<u64>,
+    ) -> io::Result<()> {
+        self.files.release(context, inode, flags, handle, flush, flock_release, lock_owner)
+    }
+
+    fn statfs(&self, context: &Context, inode: u64) -> io::Result<statvfs64> {
+        self.files.statfs(context, inode)
+    }
+
+    fn setxattr(
+        &self,
+        context: &Context,
+        inode: u64,
+        name: &CStr,
+        value: &[u8],
+        flags: u32,
+    ) -> io::Result<()> {
+        self.writable()?;
+        self.files.setxattr(context, inode, name, value, flags)
+    }
+
+    fn getxattr(
+        &self,
+        context: &Context,
+        inode: u64,
+        name: &CStr,
+        size: u32,
+    ) -> io::Result<GetxattrReply> {
+        // The library allocates what the guest asks for; no more than this is ever needed.
+        self.files.getxattr(context, inode, name, size.min(MAX_XATTR_BYTES))
+    }
+
+    fn listxattr(&self, context: &Context, inode: u64, size: u32) -> io::Result<ListxattrReply> {
+        self.files.listxattr(context, inode, size.min(MAX_XATTR_BYTES))
+    }
+
+    fn removexattr(&self, context: &Context, inode: u64, name: &CStr) -> io::Result<()> {
+        self.writable()?;
+        self.files.removexattr(context, inode, name)
+    }
+
+    fn opendir(
+        &self,
+        context: &Context,
+        inode: u64,
+        flags: u32,
+    ) -> io::Result<(Option<u64>, OpenOptions)> {
+        if !is_read_only(flags) {
+            self.writable()?;
+        }
+        self.files.opendir(context, inode, flags)
+    }
+
+    fn readdir(
+        &self,
+        context: &Context,
+        inode: u64,
+        handle: u64,
+        size: u32,
+        offset: u64,
+        add: &mut dyn FnMut(DirEntry) -> io::Result<usize>,
+    ) -> io::Result<()> {
+        self.files.readdir(context, inode, handle, size, offset, add)
+    }
+
+    fn readdirplus(
+        &self,
+        context: &Context,
+        inode: u64,
+        handle: u64,
+        size: u32,
+        offset: u64,
+        add: &mut dyn FnMut(DirEntry, Entry) -> io::Result<usize>,
+    ) -> io::Result<()> {
+        let add = &mut |mut name: DirEntry, entry: Entry| {
+            name.ino = entry.inode;
+            add(name, numbered(entry))
+        };
+        self.files.readdirplus(context, inode, handle, size, offset, add)
+    }
+
+    fn fsyncdir(
+        &self,
+        context: &Context,
+        inode: u64,
+        data_only: bool,
+        handle: u64,
+    ) -> io::Result<()> {
+        self.files.fsyncdir(context, inode, data_only, handle)
+    }
+
+    fn releasedir(&self, context: &Context, inode: u64, flags: u32, handle: u64) -> io::Result<()> {
+        self.files.releasedir(context, inode, flags, handle)
+    }
+
+    fn access(&self, context: &Context, inode: u64, mask: u32) -> io::Result<()> {
+        self.files.access(context, inode, mask)
+    }
+
+    fn lseek(
+        &self,
+        context: &Context,
+        inode: u64,
+        handle: u64,
+        offset: u64,
+        whence: u32,
+    ) -> io::Result<u64> {
+        self.files.lseek(context, inode, handle, offset, whence)
+    }
+}

@@ -1,0 +1,145 @@
+//! What a virtio device is, independent of the transport that shows it to the guest.
+
+pub mod block;
+pub mod buffers;
+pub mod complaints;
+pub mod console;
+pub mod fs;
+pub mod mmio;
+pub mod net;
+pub mod queue;
+pub mod rng;
+pub mod subscriber;
+#[cfg(test)]
+pub mod testing;
+pub mod vsock;
+
+use std::os::fd::RawFd;
+use std::sync::Arc;
+
+use event_manager::EventSet;
+
+use self::queue::{QueueError, VirtQueue};
+use crate::interrupt::Interrupt;
+
+/// The fixed facts a driver reads before it may use the device (virtio 1.2, section 2).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DeviceTraits {
+    /// Device type number (virtio 1.2, section 5).
+    pub device_type: u32,
+    /// Feature bits of the device type; the transport adds those of the ring and of virtio itself.
+    pub features: u64,
+    /// Largest size of each queue, in descriptors; each a power of two (virtio 1.2, section 2.7).
+    pub queue_sizes: &'static [u16],
+}
+
+/// Everything a device owns from `activate` to `reset`.
+pub struct Activation {
+    /// One queue per entry of [`DeviceTraits::queue_sizes`], in the same order. A queue the driver
+    /// did not set up is there, too; it is always empty.
+    pub queues: Vec<VirtQueue>,
+    /// The feature bits both sides agreed on.
+    pub features: u64,
+    /// For changes of the configuration space; the queues have their own.
+    pub interrupt: Arc<dyn Interrupt>,
+}
+
+impl Activation {
+    /// The queues of a device that has `N` of them.
+    pub fn into_queues<const N: usize>(self) -> Result<[VirtQueue; N], ActivateError> {
+        let actual = self.queues.len();
+        self.queues.try_into().map_err(|_| ActivateError::QueueCount { expected: N, actual })
+    }
+}
+
+/// Why a device could not start.
+#[derive(Debug, thiserror::Error)]
+pub enum ActivateError {
+    /// The transport and the device disagree.
+    #[error("expected {expected} queues, got {actual}")]
+    QueueCount {
+        /// What the device works with.
+        expected: usize,
+        /// What the transport handed over.
+        actual: usize,
+    },
+    /// The host side of the device refused what was negotiated.
+    #[error("configure the host side of the device")]
+    Backend(#[source] std::io::Error),
+}
+
+/// A host file descriptor a device waits on beside its queues.
+#[derive(Debug, Clone, Copy)]
+pub struct Backend {
+    /// Open as long as the device lives.
+    pub fd: RawFd,
+    /// What to wait for; the watch is always edge-triggered.
+    pub events: EventSet,
+}
+
+/// A virtio device, as its transport and its event loop see it.
+///
+/// The event loop asks for the backends once, before the guest runs. The transport then calls
+/// `activate` and `reset` in turn, as the driver comes and goes; in between the event loop calls
+/// `queue_ready` and `backend_ready`. An idle device, one before `activate` or after `reset`, is
+/// called as well - a kick may arrive late - and does nothing.
+pub trait VirtioDevice: Send {
+    /// The facts that never change.
+    fn traits(&self) -> DeviceTraits;
+
+    /// Fills `data` from the configuration space at `offset`. Bytes past its end read as zero.
+    fn read_config(&self, _offset: u64, data: &mut [u8]) {
+        data.fill(0);
+    }
+
+    /// Takes a driver write to the configuration space. Most devices have nothing writable.
+    fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
+
+    /// Starts the device with the queues the driver set up.
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError>;
+
+    /// Drops everything `activate` handed over. Calling it on an idle device does nothing.
+    fn reset(&mut self);
+
+    /// Serves queue `index`, because the driver kicked it.
+    fn queue_ready(&mut self, index: usize) -> Result<(), QueueError>;
+
+    /// The descriptors to wait on; read once, before the guest starts, and watched edge-triggered:
+    /// data that cannot move yet must be looked for again in `queue_ready`. The transport kicks
+    /// every queue once after `activate`, so data that came early is found then.
+    fn backends(&self) -> Vec<Backend> {
+        Vec::new()
+    }
+
+    /// Serves backend `index`, because its descriptor is ready.
+    fn backend_ready(&mut self, _index: usize, _events: EventSet) -> Result<(), QueueError> {
+        Ok(())
+    }
+}
+
+/// Copies the bytes at `offset` of a configuration space; bytes past its end read as zero.
+pub fn copy_config(space: &[u8], offset: u64, data: &mut [u8]) {
+    data.fill(0);
+    let rest = usize::try_from(offset).ok().and_then(|offset| space.get(offset..)).unwrap_or(&[]);
+    let count = rest.len().min(data.len());
+    data[..count].copy_from_slice(&rest[..count]);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::copy_config;
+
+    #[test]
+    fn config_past_the_end_reads_as_zero() {
+        let mut data = [0xff; 4];
+        copy_config(&[1, 2, 3], 2, &mut data);
+        assert_eq!(data, [3, 0, 0, 0]);
+    }
+
+    #[test]
+    fn config_far_past_the_end_reads_as_zero() {
+        let mut data = [0xff; 4];
+        copy_config(&[1, 2, 3], u64::MAX, &mut data);
+        assert_eq!(data, [0; 4]);
+    }
+}

@@ -1,0 +1,279 @@
+//! A driver's frames against a network device on a socket pair.
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixDatagram;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use virtio_queue::desc::split::Descriptor;
+
+use super::*;
+use crate::virtio::testing::{Driver, memory};
+
+const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
+const MERGEABLE: u64 = 1 << VIRTIO_NET_F_MRG_RXBUF;
+
+/// One end of a cable whose other end the test holds.
+struct Cable {
+    socket: UnixDatagram,
+    offloads: Arc<AtomicU32>,
+}
+
+impl AsFd for Cable {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+impl Link for Cable {
+    fn set_offloads(&self, offloads: libc::c_uint) -> io::Result<()> {
+        self.offloads.store(offloads, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn mtu(&self) -> Option<u16> {
+        Some(1500)
+    }
+}
+
+/// An idle device and the other end of its cable.
+fn idle() -> (Net<Cable>, UnixDatagram) {
+    let (ours, theirs) = UnixDatagram::pair().unwrap();
+    ours.set_nonblocking(true).unwrap();
+    theirs.set_nonblocking(true).unwrap();
+    (Net::new(Cable { socket: ours, offloads: Arc::default() }, MAC), theirs)
+}
+
+fn active(driver: &Driver<'_>, features: u64) -> (Net<Cable>, UnixDatagram) {
+    let (mut net, cable) = idle();
+    net.activate(driver.activation_with(features)).unwrap();
+    (net, cable)
+}
+
+/// A frame as it crosses the cable: an empty header and `length` bytes, all different enough.
+fn frame(length: usize) -> Vec<u8> {
+    let payload = (0..length).map(|i| u8::try_from(i % 251).unwrap());
+    [0; HEADER_BYTES].into_iter().chain(payload).collect()
+}
+
+/// `frame` as the guest sees it, spread over `chains`.
+fn with_num_buffers(mut frame: Vec<u8>, chains: u8) -> Vec<u8> {
+    frame[10] = chains;
+    frame
+}
+
+fn arrived(cable: &UnixDatagram) -> Vec<u8> {
+    let mut data = vec![0; 1 << 17];
+    let length = cable.recv(&mut data).unwrap_or(0);
+    data.truncate(length);
+    data
+}
+
+#[test]
+fn a_frame_of_the_guest_arrives_in_one_piece() {
+    let memory = memory();
+    let driver = Driver::with_queues(&memory, 2);
+    let (mut net, cable) = active(&driver, 0);
+    let frame = frame(1000);
+
+    driver.offer(1, &[&frame[..5], &frame[5..100], &frame[100..]], &[]);
+    net.queue_ready(1).unwrap();
+
+    assert_eq!(arrived(&cable), frame);
+    assert_eq!(driver.used_of(1), [(0, 0)]);
+}
+
+#[test]
+fn frames_too_short_or_too_long_are_dropped() {
+    let memory = memory();
+    let driver = Driver::with_queues(&memory, 2);
+    let (mut net, cable) = active(&driver, 0);
+
+    driver.offer(1, &[&frame(13)], &[]);
+    driver.offer(1, &[&frame(70_000)], &[]);
+    driver.offer(1, &[], &[1000]);
+    net.queue_ready(1).unwrap();
+
+    assert_eq!(arrived(&cable), b"");
+    assert_eq!(driver.used_of(1).len(), 3);
+}
+
+#[test]
+fn a_frame_the_cable_cannot_take_waits_for_it() {
+    let memory = memory();
+    let driver = Driver::with_queues(&memory, 2);
+    let (mut net, cable) = active(&driver, 0);
+    let full = std::iter::repeat_with(|| net.link.socket.send(&frame(100)));
+    let queued = full.take_while(Result::is_ok).count();
+
+    driver.offer(1, &[&frame(1000)], &[]);
+    net.queue_ready(1).unwrap();
+    assert_eq!(driver.used_of(1), []);
+    (0..queued).for_each(|_| _ = arrived(&cable));
+    net.backend_ready(0, EventSet::OUT).unwrap();
+
+    assert_eq!(arrived(&cable), frame(1000));
+    assert_eq!(driver.used_of(1), [(0, 0)]);
+}
+
+#[test]
+fn a_frame_fills_one_buffer_of_a_simple_driver() {
+    let memory = memory();
+    let driver = Driver::with_queues(&memory, 2);
+    let (mut net, cable) = active(&driver, 0);
+
+    driver.offer(0, &[], &[12, 1514]);
+    cable.send(&frame(60)).unwrap();
+    net.backend_ready(0, EventSet::IN).unwrap();
+
+    assert_eq!(driver.written(0, 0), with_num_buffers(frame(60), 1));
+    assert_eq!(driver.interrupts(), 1);
+}
+
+#[test]
+fn a_long_frame_is_spread_over_buffers() {
+    let memory = memory();
+    let driver = Driver::with_queues(&memory, 2);
+    let (mut net, cable) = active(&driver, MERGEABLE);
+
+    (0..4).for_each(|_| _ = driver.offer(0, &[], &[500]));
+    cable.send(&frame(1300)).unwrap();
+    net.backend_ready(0, EventSet::IN).unwrap();
+
+    let seen: Vec<u8> = (0..3).flat_map(|nth| driver.written(0, nth)).collect();
+    assert_eq!(seen, with_num_buffers(frame(1300), 3));
+    assert_eq!(driver.used().len(), 3);
+}
+
+#[test]
+fn buffers_a_frame_did_not_need_serve_the_next() {
+    let memory = memory();
+    let driver = Driver::with_queues(&memory, 2);
+    let (mut net, cable) = active(&driver, MERGEABLE);
+
+    (0..5).for_each(|_| _ = driver.offer(0, &[], &[500]));
+    cable.send(&frame(60)).unwrap();
+    cable.send(&frame(70)).unwrap();
+    net.backend_ready(0, EventSet::IN).unwrap();
+
+    assert_eq!(driver.written(0, 0), with_num_buffers(frame(60), 1));
+    assert_eq!(driver.written(0, 1), with_num_buffers(frame(70), 1));
+    assert_eq!(driver.interrupts(), 1);
+}
+
+#[test]
+fn a_frame_waits_until_there_is_room_for_the_largest() {
+    let memory = memory();
+    let driver = Driver::with_queues(&memory, 2);
+    let (mut net, cable) = active(&driver, MERGEABLE);
+
+    (0..3).for_each(|_| _ = driver.offer(0, &[], &[500]));
+    cable.send(&frame(60)).unwrap();
+    net.backend_ready(0, EventSet::IN).unwrap();
+    assert_eq!(driver.used(), []);
+    driver.offer(0, &[], &[500]);
+    net.queue_ready(0).unwrap();
+
+    assert_eq!(driver.written(0, 0), with_num_buffers(frame(60), 1));
+}
+
+#[test]
+fn segmentation_offload_needs_room_for_64_kib() {
+    let (net, _cable) = idle();
+    assert_eq!(net.room(0), Room::Chain);
+    assert_eq!(net.room(MERGEABLE), Room::Bytes(12 + 18 + 1500));
+    assert_eq!(net.room(MERGEABLE | 1 << VIRTIO_NET_F_GUEST_TSO4), Room::Bytes(MAX_FRAME_BYTES));
+}
+
+#[test]
+fn receive_buffers_that_make_no_sense_come_back_empty() {
+    let memory = memory();
+    let driver = Driver::with_queues(&memory, 2);
+    let (mut net, cable) = active(&driver, MERGEABLE);
+
+    driver.offer_descriptors(0, &[Descriptor::new(1 << 40, 2000, 2, 0)]);
+    driver.offer(0, &[], &[11]);
+    driver.offer(0, &[b"wrong direction"], &[]);
+    driver.offer(0, &[], &[2000]);
+    cable.send(&frame(60)).unwrap();
+    net.queue_ready(0).unwrap();
+
+    assert_eq!(driver.used()[..3], [(0, 0), (1, 0), (2, 0)]);
+    assert_eq!(driver.written(0, 3), with_num_buffers(frame(60), 1));
+}
+
+#[test]
+fn a_head_outside_the_table_breaks_the_receive_queue() {
+    let memory = memory();
+    let driver = Driver::with_queues(&memory, 2);
+    let (mut net, _cable) = active(&driver, MERGEABLE);
+
+    driver.offer_head(0, 4711);
+
+    assert!(net.queue_ready(0).is_err());
+}
+
+#[test]
+fn the_link_is_told_what_was_negotiated() {
+    let memory = memory();
+    let driver = Driver::with_queues(&memory, 2);
+    let features = 1 << VIRTIO_NET_F_GUEST_CSUM | 1 << VIRTIO_NET_F_GUEST_TSO6;
+
+    let (net, _cable) = active(&driver, features);
+
+    let offloads = net.link.offloads.load(Ordering::Relaxed);
+    assert_eq!(offloads, libc::TUN_F_CSUM | libc::TUN_F_TSO6);
+}
+
+#[test]
+fn the_configuration_space_has_mac_status_and_mtu() {
+    let (net, _cable) = idle();
+    let mut config = [0xff; 14];
+    net.read_config(0, &mut config);
+    assert_eq!(config, [2, 0, 0, 0, 0, 1, 1, 0, 1, 0, 0xdc, 0x05, 0, 0]);
+}
+
+#[test]
+fn is_silent_before_activation_and_after_reset() {
+    let memory = memory();
+    let driver = Driver::with_queues(&memory, 2);
+    let (mut net, cable) = active(&driver, 0);
+
+    net.reset();
+    net.reset();
+    driver.offer(1, &[&frame(100)], &[]);
+    net.queue_ready(1).unwrap();
+    net.backend_ready(0, EventSet::IN | EventSet::OUT).unwrap();
+
+    assert_eq!(arrived(&cable), b"");
+}
+
+/// Who has 192.0.2.1? Tell 192.0.2.2 at [`MAC`].
+fn arp_request() -> Vec<u8> {
+    let ethernet = [&[0xff; 6][..], &MAC, &[0x08, 0x06]].concat();
+    let kind = [0, 1, 8, 0, 6, 4, 0, 1];
+    let addresses = [&MAC[..], &[192, 0, 2, 2], &[0; 6], &[192, 0, 2, 1]].concat();
+    [&[0; HEADER_BYTES][..], &ethernet, &kind, &addresses].concat()
+}
+
+#[test]
+#[ignore = "needs root, /dev/net/tun and ip(8)"]
+fn the_host_answers_over_a_tap() {
+    let memory = memory();
+    let driver = Driver::with_queues(&memory, 2);
+    let mut net = Net::new(Tap::open("coracle-arp").unwrap(), MAC);
+    let offloads = RECEIVE_OFFLOADS.iter().fold(0, |bits, (feature, _)| bits | 1 << feature);
+    net.activate(driver.activation_with(MERGEABLE | offloads)).unwrap();
+    let ip = "ip addr add 192.0.2.1/24 dev coracle-arp && ip link set coracle-arp up";
+    assert!(std::process::Command::new("sh").args(["-c", ip]).status().unwrap().success());
+
+    (0..60).for_each(|_| _ = driver.offer(0, &[], &[1536]));
+    driver.offer(1, &[&arp_request()], &[]);
+    net.queue_ready(1).unwrap();
+    // The host has more to say than the answer.
+    let is_answer =
+        |nth| driver.written(0, nth).get(24..34) == Some(&[8, 6, 0, 1, 8, 0, 6, 4, 0, 2]);
+    while !(0..driver.used().len()).any(is_answer) {
+        net.queue_ready(0).unwrap();
+    }
+}

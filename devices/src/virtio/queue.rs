@@ -1,0 +1,404 @@
+//! The one loop in which every device takes chains from the guest and gives them back.
+
+use std::mem;
+use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
+
+use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
+use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::interrupt::Interrupt;
+
+/// Chains served in one go. A driver can offer chains as fast as they are served, so this is what
+/// gives the other devices of the same event loop their turn.
+const BUDGET: u32 = 256;
+
+/// Layout of both rings: flags and index, then the entries (virtio 1.2, sections 2.7.6, 2.7.8).
+const RING_HEADER_BYTES: u64 = 4;
+const AVAILABLE_ENTRY_BYTES: u64 = 2;
+const USED_ENTRY_BYTES: u64 = 8;
+
+/// A descriptor chain in guest memory: the buffers of one request.
+pub type Chain<'m> = DescriptorChain<&'m GuestMemoryMmap>;
+
+/// The driver broke the queue, or the queue lies outside guest memory.
+#[derive(Debug, thiserror::Error)]
+#[error("queue {index} is unusable")]
+pub struct QueueError {
+    index: u16,
+    #[source]
+    source: virtio_queue::Error,
+}
+
+/// What to do with a chain after the device looked at it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    /// Give the chain back; the device wrote this many bytes into it.
+    Used(u32),
+    /// The device gives the chain back later, with [`VirtQueue::complete`].
+    Hold,
+    /// Put the chain back unread and stop: the host side cannot go on now.
+    Keep,
+}
+
+/// A queue together with what is needed to serve it: the memory it lives in, the interrupt, and
+/// the eventfd that makes the event loop look at it.
+pub struct VirtQueue {
+    index: u16,
+    queue: Queue,
+    memory: GuestMemoryMmap,
+    interrupt: Arc<dyn Interrupt>,
+    kicks: Arc<[EventFd]>,
+    /// Where the used ring ended when the driver was last told, or was found not to care.
+    notified: u16,
+}
+
+impl VirtQueue {
+    /// Wraps queue number `index` of a device. `kicks` holds the eventfds of all its queues.
+    pub fn new(
+        index: u16,
+        queue: Queue,
+        memory: GuestMemoryMmap,
+        interrupt: Arc<dyn Interrupt>,
+        kicks: Arc<[EventFd]>,
+    ) -> Self {
+        assert!(usize::from(index) < kicks.len(), "every queue has its kick eventfd");
+        let notified = queue.next_used();
+        VirtQueue { index, queue, memory, interrupt, kicks, notified }
+    }
+
+    /// The guest's memory.
+    pub fn memory(&self) -> &GuestMemoryMmap {
+        &self.memory
+    }
+
+    /// Offers every available chain to `serve`, in order, and interrupts the driver once if it asked.
+    ///
+    /// Kicks are switched off while the loop runs. After they are back on the ring is looked at
+    /// again, so a chain that arrived in between is not lost (virtio 1.2, section 2.7.10). A driver
+    /// that never stops is served in instalments: the rest comes with another `queue_ready`.
+    pub fn drain(
+        &mut self,
+        mut serve: impl FnMut(Chain<'_>, &GuestMemoryMmap) -> Verdict,
+    ) -> Result<(), QueueError> {
+        // A driver need not set up every queue; without rings there is nothing to serve.
+        if !self.queue.ready() {
+            return Ok(());
+        }
+        let outcome = self.drain_with(&mut serve);
+        self.checked(outcome)
+    }
+
+    /// Gives back chains that a `Hold` left to the device: for each, its first descriptor and the
+    /// number of bytes written into it. The driver sees either none or all of them, and is told with
+    /// the next [`VirtQueue::notify`].
+    pub fn complete(&mut self, chains: &[(u16, u32)]) -> Result<(), QueueError> {
+        let outcome = self.complete_all(chains);
+        self.checked(outcome)
+    }
+
+    /// Interrupts the driver if it asked for it; to be called after some chains were completed.
+    pub fn notify(&mut self) -> Result<(), QueueError> {
+        let outcome = self.notify_driver();
+        self.checked(outcome)
+    }
+
+    /// Makes the event loop call `queue_ready` for this queue once more, after the other devices.
+    pub fn kick(&self) {
+        // The only failure is a counter at its maximum, and then the kick is pending anyway.
+        let _ = self.kicks[usize::from(self.index)].write(1);
+    }
+
+    fn drain_with(
+        &mut self,
+        serve: &mut dyn FnMut(Chain<'_>, &GuestMemoryMmap) -> Verdict,
+    ) -> Result<(), virtio_queue::Error> {
+        let mut left = BUDGET;
+        let mut used = false;
+        let VirtQueue { queue, memory, .. } = self;
+        let finished = 'ring: loop {
+            queue.disable_notification(memory)?;
+            while let Some(chain) = queue.iter(&*memory)?.next() {
+                let head = chain.head_index();
+                // `add_used` would find out, too, but logs a line each time.
+                if head >= queue.size() {
+                    return Err(virtio_queue::Error::InvalidDescriptorIndex);
+                }
+                match serve(chain, memory) {
+                    Verdict::Used(written) => {
+                        queue.add_used(memory, head, written)?;
+                        used = true;
+                    }
+                    Verdict::Hold => {}
+                    Verdict::Keep => {
+                        queue.go_to_previous_position();
+                        break 'ring true;
+                    }
+                }
+                left -= 1;
+                if left == 0 {
+                    break 'ring false;
+                }
+            }
+            if !queue.enable_notification(memory)? {
+                break true;
+            }
+            left -= 1;
+            if left == 0 {
+                break false;
+            }
+        };
+        if !finished {
+            self.kick();
+        }
+        // Chains that were only held are notified of when they are complete.
+        if used { self.notify_driver() } else { Ok(()) }
+    }
+
+    /// `Queue::add_used` shows each entry to the driver at once. So the entries before the last are
+    /// written behind its back.
+    fn complete_all(&mut self, chains: &[(u16, u32)]) -> Result<(), virtio_queue::Error> {
+        let VirtQueue { queue, memory, .. } = self;
+        let Some((&(last, written), others)) = chains.split_last() else { return Ok(()) };
+        for &(head, written) in others {
+            if head >= queue.size() {
+                return Err(virtio_queue::Error::InvalidDescriptorIndex);
+            }
+            let entry = u64::from(queue.next_used() % queue.size()) * USED_ENTRY_BYTES;
+            let address = GuestAddress(queue.used_ring() + RING_HEADER_BYTES + entry);
+            memory
+                .write_obj([u32::from(head).to_le(), written.to_le()], address)
+                .map_err(virtio_queue::Error::GuestMemory)?;
+            queue.set_next_used(queue.next_used().wrapping_add(1));
+        }
+        queue.add_used(memory, last, written)
+    }
+
+    /// Interrupts if chains were given back since the last call, and the driver wants to know of
+    /// one of them (virtio 1.2, section 2.7.7.2). `Queue::needs_notification` cannot tell: it does
+    /// not know of [`VirtQueue::complete`], nor of the flag of drivers without event indices.
+    fn notify_driver(&mut self) -> Result<(), virtio_queue::Error> {
+        let new = self.queue.next_used();
+        let old = mem::replace(&mut self.notified, new);
+        let added = new.wrapping_sub(old);
+        if added == 0 {
+            return Ok(());
+        }
+        // The driver must see the used ring move before it is looked at whether it is waiting.
+        fence(Ordering::SeqCst);
+        let wanted = if self.queue.event_idx_enabled() {
+            let event = RING_HEADER_BYTES + u64::from(self.queue.size()) * AVAILABLE_ENTRY_BYTES;
+            new.wrapping_sub(self.available(event)?).wrapping_sub(1) < added
+        } else {
+            u32::from(self.available(0)?) & VRING_AVAIL_F_NO_INTERRUPT == 0
+        };
+        if wanted {
+            self.interrupt.used_buffer();
+        }
+        Ok(())
+    }
+
+    /// The field at `offset` of the available ring.
+    fn available(&self, offset: u64) -> Result<u16, virtio_queue::Error> {
+        self.memory
+            .load(GuestAddress(self.queue.avail_ring() + offset), Ordering::Relaxed)
+            .map(u16::from_le)
+            .map_err(virtio_queue::Error::GuestMemory)
+    }
+
+    /// Every failure of a queue ends here, so that the driver is always told.
+    fn checked<T>(&self, outcome: Result<T, virtio_queue::Error>) -> Result<T, QueueError> {
+        outcome.map_err(|source| {
+            self.interrupt.needs_reset();
+            QueueError { index: self.index, source }
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::virtio::testing::{Driver, memory};
+
+    fn only_queue(driver: &Driver<'_>) -> VirtQueue {
+        let [queue] = driver.activation().into_queues().unwrap();
+        queue
+    }
+
+    #[test]
+    fn many_chains_cause_one_interrupt() {
+        let memory = memory();
+        let driver = Driver::new(&memory);
+        let mut queue = only_queue(&driver);
+        (0..3).for_each(|_| _ = driver.offer(0, &[], &[1]));
+
+        queue.drain(|_, _| Verdict::Used(1)).unwrap();
+
+        assert_eq!(driver.used().len(), 3);
+        assert_eq!(driver.interrupts(), 1);
+    }
+
+    #[test]
+    fn an_empty_ring_causes_no_interrupt() {
+        let memory = memory();
+        let driver = Driver::new(&memory);
+
+        only_queue(&driver).drain(|_, _| Verdict::Used(0)).unwrap();
+
+        assert_eq!(driver.interrupts(), 0);
+    }
+
+    #[test]
+    fn a_kept_chain_is_offered_again() {
+        let memory = memory();
+        let driver = Driver::new(&memory);
+        let mut queue = only_queue(&driver);
+        driver.offer(0, &[], &[1]);
+
+        queue.drain(|_, _| Verdict::Keep).unwrap();
+        assert_eq!(driver.used(), []);
+        queue.drain(|_, _| Verdict::Used(1)).unwrap();
+
+        assert_eq!(driver.used(), [(0, 1)]);
+    }
+
+    #[test]
+    fn a_held_chain_comes_back_when_completed() {
+        let memory = memory();
+        let driver = Driver::new(&memory);
+        let mut queue = only_queue(&driver);
+        driver.offer(0, &[], &[1]);
+
+        queue.drain(|_, _| Verdict::Hold).unwrap();
+        assert_eq!(driver.used(), []);
+        queue.complete(&[(0, 1)]).unwrap();
+        queue.notify().unwrap();
+
+        assert_eq!(driver.used(), [(0, 1)]);
+        assert_eq!(driver.interrupts(), 1);
+    }
+
+    #[test]
+    fn chains_completed_together_come_back_in_order() {
+        let memory = memory();
+        let driver = Driver::new(&memory);
+        let mut queue = only_queue(&driver);
+        (0..3).for_each(|_| _ = driver.offer(0, &[], &[8]));
+
+        queue.drain(|_, _| Verdict::Hold).unwrap();
+        queue.complete(&[(0, 8), (1, 8), (2, 4)]).unwrap();
+        queue.notify().unwrap();
+
+        assert_eq!(driver.used(), [(0, 8), (1, 8), (2, 4)]);
+        assert_eq!(driver.interrupts(), 1);
+    }
+
+    #[test]
+    fn completing_a_head_outside_the_table_breaks_the_queue() {
+        let memory = memory();
+        let driver = Driver::new(&memory);
+
+        only_queue(&driver).complete(&[(4711, 0), (0, 0)]).unwrap_err();
+
+        assert!(driver.told_to_reset());
+    }
+
+    #[test]
+    fn a_driver_that_wants_no_interrupt_gets_none() {
+        let memory = memory();
+        let driver = Driver::new(&memory);
+        let mut queue = only_queue(&driver);
+
+        driver.set_available_flags(0, VRING_AVAIL_F_NO_INTERRUPT);
+        driver.offer(0, &[], &[1]);
+        queue.drain(|_, _| Verdict::Used(1)).unwrap();
+
+        assert_eq!(driver.interrupts(), 0);
+    }
+
+    #[test]
+    fn a_driver_is_interrupted_at_the_entry_it_named() {
+        let memory = memory();
+        let driver = Driver::with_event_index(&memory);
+        let mut queue = only_queue(&driver);
+        driver.interrupt_at(0, 2);
+
+        for (chains, interrupts) in [(1, 0), (2, 0), (3, 1), (4, 1)] {
+            driver.offer(0, &[], &[1]);
+            queue.drain(|_, _| Verdict::Used(1)).unwrap();
+            assert_eq!((driver.used().len(), driver.interrupts()), (chains, interrupts));
+        }
+    }
+
+    #[test]
+    fn a_batch_that_passes_the_entry_named_interrupts() {
+        let memory = memory();
+        let driver = Driver::with_event_index(&memory);
+        let mut queue = only_queue(&driver);
+        driver.interrupt_at(0, 1);
+        (0..4).for_each(|_| _ = driver.offer(0, &[], &[8]));
+
+        queue.drain(|_, _| Verdict::Hold).unwrap();
+        queue.complete(&[(0, 8), (1, 8), (2, 8), (3, 8)]).unwrap();
+        queue.notify().unwrap();
+
+        assert_eq!(driver.interrupts(), 1);
+    }
+
+    #[test]
+    fn an_endless_driver_is_served_in_instalments() {
+        let memory = memory();
+        let driver = Driver::new(&memory);
+        let mut queue = only_queue(&driver);
+        let mut served = 0;
+        driver.offer(0, &[], &[1]);
+
+        queue
+            .drain(|_, _| {
+                served += 1;
+                driver.offer(0, &[], &[1]);
+                Verdict::Used(0)
+            })
+            .unwrap();
+
+        assert_eq!(served, BUDGET);
+        assert!(driver.kicked(0));
+    }
+
+    #[test]
+    fn more_chains_than_descriptors_break_the_queue() {
+        let memory = memory();
+        let driver = Driver::new(&memory);
+        driver.claim_available(0, 1000);
+
+        only_queue(&driver).drain(|_, _| Verdict::Used(0)).unwrap_err();
+
+        assert!(driver.told_to_reset());
+    }
+
+    #[test]
+    fn a_head_outside_the_table_breaks_the_queue() {
+        let memory = memory();
+        let driver = Driver::new(&memory);
+        driver.offer_head(0, 4711);
+
+        only_queue(&driver).drain(|_, _| Verdict::Used(0)).unwrap_err();
+
+        assert!(driver.told_to_reset());
+    }
+
+    #[test]
+    fn a_queue_that_was_not_set_up_is_empty() {
+        let memory = memory();
+        let driver = Driver::new(&memory);
+        let kicks = Arc::new([EventFd::new(0).unwrap()]);
+        let interrupt = driver.activation().interrupt;
+        let queue = Queue::new(64).unwrap();
+
+        let mut queue = VirtQueue::new(0, queue, memory.clone(), interrupt, kicks);
+
+        queue.drain(|_, _| Verdict::Used(0)).unwrap();
+    }
+}

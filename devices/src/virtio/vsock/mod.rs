@@ -1,0 +1,148 @@
+//! Socket device (virtio 1.2, section 5.10): streams between host descriptors and the guest.
+//!
+//! The device is the whole multiplexer: no socket of the host's kernel is involved, and no process
+//! but this one. A stream joins a pair of ports to descriptors handed in through [`Host`], and its
+//! data is read from them straight into the guest's buffers.
+
+mod connection;
+mod credit;
+mod host;
+mod muxer;
+mod output;
+mod packet;
+#[cfg(test)]
+mod tests;
+
+use std::io;
+
+use event_manager::EventSet;
+use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
+
+use self::muxer::Muxer;
+use self::packet::Buffers;
+use super::queue::{QueueError, Verdict, VirtQueue};
+use super::{ActivateError, Activation, Backend, DeviceTraits, VirtioDevice, copy_config};
+
+pub use self::host::{Host, HostStream};
+
+/// Position of the queues (virtio 1.2, section 5.10.2).
+const EVENT_QUEUE: usize = 2;
+
+/// The event that tells the driver that all its connections are gone (virtio 1.2, 5.10.6.7).
+const TRANSPORT_RESET: [u8; 4] = 0u32.to_le_bytes();
+
+// A Linux guest fills the whole receive queue with buffers of 4 KiB, out of its own memory.
+const TRAITS: DeviceTraits =
+    DeviceTraits { device_type: VIRTIO_ID_VSOCK, features: 0, queue_sizes: &[128, 128, 16] };
+
+struct Queues {
+    receive: VirtQueue,
+    transmit: VirtQueue,
+    event: VirtQueue,
+}
+
+/// A socket device for one guest.
+pub struct Vsock {
+    cid: u32,
+    muxer: Muxer,
+    queues: Option<Queues>,
+    /// The driver has yet to hear that a reset ended its connections.
+    owes_reset_event: bool,
+}
+
+impl Vsock {
+    /// Creates an idle device for the guest with context identifier `cid` (3 or more), and the handle
+    /// through which streams are opened.
+    pub fn new(cid: u32) -> io::Result<(Vsock, Host)> {
+        let (muxer, host) = Muxer::new(cid)?;
+        Ok((Vsock { cid, muxer, queues: None, owes_reset_event: false }, host))
+    }
+
+    /// Moves packets both ways until one side cannot go on.
+    fn exchange(&mut self) -> Result<(), QueueError> {
+        let Some(queues) = &mut self.queues else { return Ok(()) };
+        let muxer = &mut self.muxer;
+        loop {
+            queues.transmit.drain(|chain, memory| {
+                if !muxer.can_receive() {
+                    return Verdict::Keep;
+                }
+                muxer.receive(Buffers::readable(chain, memory));
+                Verdict::Used(0)
+            })?;
+            let was_held_up = !muxer.can_receive();
+            queues.receive.drain(|chain, memory| fill(muxer, Buffers::writable(chain, memory)))?;
+            // Refusals that found room let the guest's next packets in.
+            if !was_held_up || !muxer.can_receive() {
+                return Ok(());
+            }
+        }
+    }
+
+    fn report_reset(&mut self) -> Result<(), QueueError> {
+        let Some(queues) = &mut self.queues else { return Ok(()) };
+        let owed = &mut self.owes_reset_event;
+        queues.event.drain(|chain, memory| {
+            if !std::mem::take(owed) {
+                return Verdict::Keep;
+            }
+            match Buffers::writable(chain, memory).next_slice(TRANSPORT_RESET.len()) {
+                Some(slice) if slice.len() == TRANSPORT_RESET.len() => {
+                    slice.copy_from(&TRANSPORT_RESET);
+                    Verdict::Used(4)
+                }
+                _ => Verdict::Used(0),
+            }
+        })
+    }
+}
+
+fn fill(muxer: &mut Muxer, buffers: Buffers<'_>) -> Verdict {
+    let Some((header, data)) = buffers.split_header() else {
+        muxer.complain(&"a receive buffer has no room for data");
+        return Verdict::Used(0);
+    };
+    match muxer.send(header, &data) {
+        Some(bytes) => Verdict::Used(bytes),
+        None => Verdict::Keep,
+    }
+}
+
+impl VirtioDevice for Vsock {
+    fn traits(&self) -> DeviceTraits {
+        TRAITS
+    }
+
+    /// The one field is the guest's context identifier (virtio 1.2, section 5.10.4).
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        copy_config(&u64::from(self.cid).to_le_bytes(), offset, data);
+    }
+
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
+        let [receive, transmit, event] = activation.into_queues()?;
+        self.queues = Some(Queues { receive, transmit, event });
+        Ok(())
+    }
+
+    fn reset(&mut self) {
+        if self.queues.take().is_some() && self.muxer.forget_guest() {
+            self.owes_reset_event = true;
+        }
+    }
+
+    fn queue_ready(&mut self, index: usize) -> Result<(), QueueError> {
+        match index {
+            EVENT_QUEUE => self.report_reset(),
+            _ => self.exchange(),
+        }
+    }
+
+    fn backends(&self) -> Vec<Backend> {
+        vec![Backend { fd: self.muxer.fd(), events: EventSet::IN }]
+    }
+
+    fn backend_ready(&mut self, _index: usize, _events: EventSet) -> Result<(), QueueError> {
+        self.muxer.poll();
+        self.exchange()
+    }
+}
