@@ -1,0 +1,262 @@
+//! From a configuration to a machine whose guest can run: the boot, top to bottom.
+
+use std::fs::File;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+
+use arch::machine::{BootFiles, Entry, Machine, MmioDevice};
+use arch::{Arch, Host, Kvm, VcpuFd, VmFd};
+
+use crate::config::{BootConfig, VmConfig};
+use crate::console::ConsoleLog;
+use crate::control::Control;
+use crate::error::Error;
+use crate::event_loop::EventLoop;
+use crate::handle::VmHandle;
+use crate::memory::GuestRam;
+use crate::metrics::{Counter, now_ns};
+use crate::peripherals;
+use crate::placement::{Placed, Placement};
+use crate::vcpu::Vcpu;
+use crate::vsock;
+
+/// A virtual machine that is complete but not running.
+pub struct Vmm {
+    control: Arc<Control>,
+    vcpus: Vec<VcpuFd>,
+    placed: Placed,
+    console: ConsoleLog,
+    vsock: Option<vsock::Host>,
+    started_ns: u64,
+    built_ns: u64,
+    vm: VmFd,
+    ram: GuestRam,
+}
+
+impl Vmm {
+    /// Opens and builds everything `config` names. The guest does not run yet.
+    #[expect(clippy::needless_pass_by_value, reason = "one configuration makes one machine")]
+    pub fn new(config: VmConfig) -> Result<Vmm, Error> {
+        let started_ns = now_ns();
+        config.validate()?;
+        let mut boot = open_boot_files(&config.boot)?;
+        let kvm = open_kvm()?;
+        let vm = create_vm(&kvm)?;
+
+        let map = Host::memory_map(u64::from(config.memory.size_mib) << 20);
+        let ram = GuestRam::allocate(&map, &config.memory)?;
+        ram.register(&vm)?;
+        Host::before_vcpus(&kvm, &vm).map_err(step("prepare the machine for vCPUs"))?;
+
+        let console = peripherals::open_console(&config.console)?;
+        let mut placement =
+            Placement::new(&vm, ram.memory(), &map.device_window, &Host::device_gsis())
+                .map_err(|source| Error::Place { name: "(any)".to_owned(), source })?;
+        let control = Control::new(config.vcpus)
+            .map(Arc::new)
+            .map_err(|source| Error::Start { what: "the machine's control", source })?;
+        let vsock = peripherals::place_all(&config, &console, &control, &mut placement)?;
+        let placed = placement.finish();
+
+        let entry = Host::load(ram.memory(), &mut boot)
+            .map_err(|source| Error::LoadKernel { path: config.boot.kernel.clone(), source })?;
+        let vcpus = create_vcpus(&vm, config.vcpus)?;
+        Host::after_vcpus(&vm, config.vcpus).map_err(step("finish the interrupt controller"))?;
+        describe(&config, &ram, entry, &placed.devices)?;
+        for (index, vcpu) in (0..).zip(&vcpus) {
+            Host::reset_vcpu(&kvm, vcpu, index, config.vcpus, &entry)
+                .map_err(step("set a vCPU's registers"))?;
+        }
+        let built_ns = now_ns();
+        Ok(Vmm { control, vcpus, placed, console, vsock, started_ns, built_ns, vm, ram })
+    }
+
+    /// The host's end of the socket device, if the VM has one: streams may be connected and
+    /// listeners opened before the guest runs.
+    pub fn vsock(&self) -> Option<&vsock::Host> {
+        self.vsock.as_ref()
+    }
+
+    /// Starts the machine's threads, and with them the guest.
+    pub fn start(self) -> Result<VmHandle, Error> {
+        let Placed { buses, vmm_loop, io_loop, .. } = self.placed;
+        let mut handle = VmHandle {
+            control: self.control,
+            vcpus: Vec::with_capacity(self.vcpus.len()),
+            console: self.console,
+            vsock: self.vsock,
+            counters: Vec::with_capacity(self.vcpus.len()),
+            started_ns: self.started_ns,
+            built_ns: self.built_ns,
+            loops: Vec::with_capacity(2),
+            _vm: self.vm,
+            _ram: self.ram,
+        };
+        for (name, subscribers) in [("vmm", vmm_loop), ("io", io_loop)] {
+            if !subscribers.is_empty() {
+                let event_loop = EventLoop::start(name, subscribers)
+                    .map_err(|source| Error::Start { what: "an event loop", source })?;
+                handle.loops.push(event_loop);
+            }
+        }
+        let buses = Arc::new(buses);
+        for (index, fd) in (0..).zip(self.vcpus) {
+            let counter = Arc::new(Mutex::new(Counter::default()));
+            handle.counters.push(counter.clone());
+            let vcpu = Vcpu {
+                index,
+                fd,
+                memory: handle._ram.memory().clone(),
+                buses: buses.clone(),
+                control: handle.control.clone(),
+                counter,
+            };
+            let thread =
+                vcpu.start().map_err(|source| Error::Start { what: "a vCPU thread", source })?;
+            handle.vcpus.push(thread);
+        }
+        Ok(handle)
+    }
+}
+
+fn step(step: &'static str) -> impl FnOnce(arch::ArchError) -> Error {
+    move |source| Error::Arch { step, source }
+}
+
+fn open_boot_files(boot: &BootConfig) -> Result<BootFiles, Error> {
+    Ok(BootFiles {
+        kernel: open_file("kernel", &boot.kernel)?,
+        initrd: boot.initrd.as_deref().map(|path| open_file("initrd", path)).transpose()?,
+    })
+}
+
+fn open_file(what: &'static str, path: &Path) -> Result<File, Error> {
+    let open = |source| Error::Open { what, path: path.to_owned(), source };
+    let metadata = std::fs::metadata(path).map_err(open)?;
+    // Opening a FIFO would wait for a writer, for ever.
+    if !metadata.is_file() {
+        let found = if metadata.is_dir() { "a directory" } else { "a special file" };
+        return Err(Error::NotAFile { what, path: path.to_owned(), found });
+    }
+    File::open(path).map_err(open)
+}
+
+fn open_kvm() -> Result<Kvm, Error> {
+    Kvm::new().map_err(|source| Error::OpenKvm { remedy: remedy(source.errno()), source })
+}
+
+/// What to do about a /dev/kvm that cannot be opened for reason `errno`.
+fn remedy(errno: i32) -> &'static str {
+    match errno {
+        libc::ENOENT | libc::ENXIO | libc::ENODEV => {
+            "this host offers no virtualization: load the module (modprobe kvm_intel or kvm_amd), \
+             enable virtualization in the firmware, or nested virtualization if the host is itself \
+             a virtual machine"
+        }
+        libc::EACCES => "no permission: run as root, or join the group kvm (usermod -aG kvm USER)",
+        libc::EPERM => {
+            "forbidden: the device cgroup or a security module of this host must allow /dev/kvm \
+             (character device 10:232)"
+        }
+        libc::EMFILE | libc::ENFILE => "too many open files: raise the limit (ulimit -n)",
+        _ => "it cannot be used",
+    }
+}
+
+fn create_vm(kvm: &Kvm) -> Result<VmFd, Error> {
+    loop {
+        match kvm.create_vm() {
+            // Making a VM takes so long that a signal may come first.
+            Err(error) if error.errno() == libc::EINTR => {}
+            result => {
+                return result.map_err(|source| Error::Kvm { step: "create a machine", source });
+            }
+        }
+    }
+}
+
+fn create_vcpus(vm: &VmFd, count: u8) -> Result<Vec<VcpuFd>, Error> {
+    (0..count)
+        .map(|index| vm.create_vcpu(index.into()))
+        .collect::<Result<_, _>>()
+        .map_err(|source| Error::Kvm { step: "create a vCPU", source })
+}
+
+fn describe(
+    config: &VmConfig,
+    ram: &GuestRam,
+    entry: Entry,
+    devices: &[MmioDevice],
+) -> Result<(), Error> {
+    let cmdline = cmdline(config, devices);
+    let machine = Machine { vcpus: config.vcpus, cmdline: &cmdline, entry, devices };
+    Host::describe(ram.memory(), &machine).map_err(step("describe the machine to the guest"))
+}
+
+/// The kernel's parameters: what the machine needs first, so that the user's can override it.
+fn cmdline(config: &VmConfig, devices: &[MmioDevice]) -> String {
+    // Each character on a UART is an exit, so only who asks for it gets the early messages.
+    let console = if config.console.serial { "console=ttyS0" } else { "console=hvc0 quiet" };
+    let mut words = vec![Host::DEFAULT_CMDLINE.to_owned(), console.to_owned()];
+    words.extend(devices.iter().filter_map(Host::cmdline_device));
+    words.extend(Some(config.boot.cmdline.trim().to_owned()).filter(|own| !own.is_empty()));
+    words.join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn error(config: VmConfig) -> String {
+        let error = anyhow::Error::from(Vmm::new(config).err().unwrap());
+        format!("{error:#}")
+    }
+
+    #[test]
+    fn a_missing_kernel_is_named() {
+        let error = error(VmConfig::new("/nonexistent/vmlinux".into()));
+
+        assert!(error.starts_with("open kernel \"/nonexistent/vmlinux\": No such file"), "{error}");
+    }
+
+    #[test]
+    fn a_directory_is_no_kernel() {
+        let error = error(VmConfig::new("/".into()));
+
+        assert_eq!(error, "kernel \"/\" is a directory, not a file");
+    }
+
+    #[test]
+    fn a_wrong_value_is_refused_before_anything_is_opened() {
+        let mut config = VmConfig::new("/nonexistent".into());
+        config.vcpus = 0;
+
+        let error = error(config);
+
+        assert_eq!(error, "invalid machine configuration: vcpus: must be 1 to 64, not 0");
+    }
+
+    #[test]
+    fn a_user_outside_the_group_is_told_about_it() {
+        assert!(remedy(libc::EACCES).contains("usermod -aG kvm"));
+        assert!(remedy(libc::ENOENT).contains("modprobe kvm_intel"));
+    }
+
+    #[test]
+    fn the_users_parameters_come_last() {
+        let mut config = VmConfig::new("/k".into());
+        config.boot.cmdline = " loglevel=7 ".into();
+
+        let cmdline = cmdline(&config, &[]);
+
+        assert_eq!(cmdline, format!("{} console=hvc0 quiet loglevel=7", Host::DEFAULT_CMDLINE));
+    }
+
+    #[test]
+    fn a_serial_console_is_not_quiet() {
+        let mut config = VmConfig::new("/k".into());
+        config.console.serial = true;
+
+        assert_eq!(cmdline(&config, &[]), format!("{} console=ttyS0", Host::DEFAULT_CMDLINE));
+    }
+}

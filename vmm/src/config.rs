@@ -1,0 +1,429 @@
+//! What a virtual machine consists of, as plain data: written by a JSON file, the sandbox or a test,
+//! read once by the builder.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+/// Most vCPUs of one VM: what the guest kernels we build are configured for.
+pub const MAX_VCPUS: u8 = 64;
+
+/// Least RAM, in MiB: below it no kernel finds room for itself and its initrd.
+pub const MIN_MEMORY_MIB: u32 = 16;
+
+/// Most RAM, in MiB (1 TiB): far below the 46 physical address bits of the smallest processors.
+pub const MAX_MEMORY_MIB: u32 = 1 << 20;
+
+/// Longest name of a network interface, in bytes: IFNAMSIZ less the terminating zero.
+const MAX_TAP_BYTES: usize = 15;
+
+/// Longest disk id, in bytes (virtio 1.2, section 5.2.6: the serial number of a block device).
+const MAX_DISK_ID_BYTES: usize = 20;
+
+/// Longest file system tag, in bytes (virtio 1.2, section 5.11.4).
+const MAX_TAG_BYTES: usize = 36;
+
+/// First context identifier a guest may have; 0 to 2 name hypervisor, loopback and host
+/// (virtio 1.2, section 5.10.4).
+const MIN_GUEST_CID: u32 = 3;
+
+/// A whole virtual machine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmConfig {
+    /// Number of virtual processors, 1 to [`MAX_VCPUS`].
+    #[serde(default = "one")]
+    pub vcpus: u8,
+    /// Guest RAM.
+    #[serde(default)]
+    pub memory: MemoryConfig,
+    /// What the guest boots from.
+    pub boot: BootConfig,
+    /// Where the guest's console goes.
+    #[serde(default)]
+    pub console: ConsoleConfig,
+    /// Block devices, in the order the guest names them.
+    #[serde(default)]
+    pub disks: Vec<DiskConfig>,
+    /// Network interfaces, in the order the guest names them.
+    #[serde(default)]
+    pub nets: Vec<NetConfig>,
+    /// Host directories the guest can mount.
+    #[serde(default)]
+    pub shares: Vec<ShareConfig>,
+    /// The socket device, if there is one.
+    #[serde(default)]
+    pub vsock: Option<VsockConfig>,
+    /// Whether the guest gets an entropy device.
+    #[serde(default = "yes")]
+    pub rng: bool,
+}
+
+/// Guest RAM.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MemoryConfig {
+    /// Size in MiB, [`MIN_MEMORY_MIB`] to [`MAX_MEMORY_MIB`].
+    pub size_mib: u32,
+    /// Whether the host may merge equal pages of different guests (KSM).
+    #[serde(default)]
+    pub mergeable: bool,
+}
+
+/// What the guest boots from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BootConfig {
+    /// The kernel: an ELF `vmlinux` or a `bzImage`.
+    pub kernel: PathBuf,
+    /// The initial RAM disk.
+    #[serde(default)]
+    pub initrd: Option<PathBuf>,
+    /// Kernel parameters, appended to those the machine needs.
+    #[serde(default)]
+    pub cmdline: String,
+}
+
+/// Where the guest's console goes, beside the ring that always keeps its last lines.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ConsoleConfig {
+    /// Whether the console is a 16550 UART, which also shows the kernel's early messages and
+    /// costs an exit per character, instead of the virtio console.
+    #[serde(default)]
+    pub serial: bool,
+    /// Where its output goes.
+    #[serde(default)]
+    pub output: ConsoleOutput,
+}
+
+/// Where console output goes.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ConsoleOutput {
+    /// Only to the ring of last lines.
+    #[default]
+    Discard,
+    /// To this process's standard output, whose reader the guest waits for; standard input is the
+    /// console's input.
+    Stdout,
+    /// To the end of this file, which is created if need be.
+    File(PathBuf),
+}
+
+/// A block device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskConfig {
+    /// The serial number the guest sees, at most 20 bytes.
+    pub id: String,
+    /// A raw image file or a block device.
+    pub path: PathBuf,
+    /// Whether the guest may only read it.
+    #[serde(default)]
+    pub read_only: bool,
+}
+
+/// A network interface.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetConfig {
+    /// Name of the host's tap interface in this process's network namespace; made if it is not there.
+    pub tap: String,
+    /// The guest's hardware address, as `02:00:00:00:00:01`.
+    pub mac: String,
+}
+
+/// A host directory the guest can mount.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ShareConfig {
+    /// The name the guest mounts it by, at most 36 bytes.
+    pub tag: String,
+    /// The directory.
+    pub path: PathBuf,
+    /// Whether the guest may only read it.
+    #[serde(default)]
+    pub read_only: bool,
+}
+
+/// The socket device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VsockConfig {
+    /// The guest's context identifier, at least 3. It needs to be unique only within this VM: no
+    /// kernel of the host takes part.
+    pub cid: u32,
+}
+
+/// A field whose value cannot be, and the rule it breaks.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{field}: {rule}")]
+pub struct ConfigError {
+    /// Path of the field in the configuration, as `disks[0].id`.
+    pub field: String,
+    /// What a valid value looks like, and what was found.
+    pub rule: String,
+}
+
+impl VmConfig {
+    /// A machine with one vCPU, the default memory and no device but entropy and console.
+    pub fn new(kernel: PathBuf) -> Self {
+        VmConfig {
+            vcpus: one(),
+            memory: MemoryConfig::default(),
+            boot: BootConfig { kernel, initrd: None, cmdline: String::new() },
+            console: ConsoleConfig::default(),
+            disks: Vec::new(),
+            nets: Vec::new(),
+            shares: Vec::new(),
+            vsock: None,
+            rng: yes(),
+        }
+    }
+
+    /// Checks every rule that needs no look at the host.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        in_range("vcpus", self.vcpus, 1, MAX_VCPUS)?;
+        in_range("memory.size_mib", self.memory.size_mib, MIN_MEMORY_MIB, MAX_MEMORY_MIB)?;
+        self.boot.validate()?;
+        validate_disks(&self.disks)?;
+        validate_nets(&self.nets)?;
+        validate_shares(&self.shares)?;
+        match &self.vsock {
+            // All ones means "any" (VMADDR_CID_ANY).
+            Some(vsock) => in_range("vsock.cid", vsock.cid, MIN_GUEST_CID, u32::MAX - 1),
+            None => Ok(()),
+        }
+    }
+}
+
+impl BootConfig {
+    fn validate(&self) -> Result<(), ConfigError> {
+        not_empty("boot.kernel", &self.kernel)?;
+        if let Some(initrd) = &self.initrd {
+            not_empty("boot.initrd", initrd)?;
+        }
+        if self.cmdline.bytes().any(|byte| byte < b' ' || byte == 0x7f) {
+            return refuse("boot.cmdline", "must be one line without control characters");
+        }
+        Ok(())
+    }
+}
+
+impl NetConfig {
+    /// The hardware address as bytes; `None` unless it is six hexadecimal bytes with colons between
+    /// and names one station.
+    pub fn mac_bytes(&self) -> Option<[u8; 6]> {
+        let mut bytes = [0; 6];
+        let mut parts = self.mac.split(':');
+        for byte in &mut bytes {
+            let hexadecimal = |part: &&str| part.len() == 2 && !part.starts_with('+');
+            let part = parts.next().filter(hexadecimal)?;
+            *byte = u8::from_str_radix(part, 16).ok()?;
+        }
+        let multicast = bytes[0] & 1 != 0;
+        (parts.next().is_none() && !multicast && bytes != [0; 6]).then_some(bytes)
+    }
+}
+
+impl Default for MemoryConfig {
+    fn default() -> Self {
+        MemoryConfig { size_mib: 256, mergeable: false }
+    }
+}
+
+fn one() -> u8 {
+    1
+}
+
+fn yes() -> bool {
+    true
+}
+
+fn validate_disks(disks: &[DiskConfig]) -> Result<(), ConfigError> {
+    let mut seen = BTreeSet::new();
+    for (index, disk) in disks.iter().enumerate() {
+        let field = |name: &str| format!("disks[{index}].{name}");
+        name_of(&field("id"), &disk.id, MAX_DISK_ID_BYTES, &mut seen)?;
+        not_empty(&field("path"), &disk.path)?;
+    }
+    Ok(())
+}
+
+fn validate_nets(nets: &[NetConfig]) -> Result<(), ConfigError> {
+    let mut seen = BTreeSet::new();
+    for (index, net) in nets.iter().enumerate() {
+        name_of(&format!("nets[{index}].tap"), &net.tap, MAX_TAP_BYTES, &mut seen)?;
+        if net.mac_bytes().is_none() {
+            return refuse(
+                &format!("nets[{index}].mac"),
+                &format!(
+                    "must be the address of one station, as 02:00:00:00:00:01, not {:?}",
+                    net.mac
+                ),
+            );
+        }
+    }
+    Ok(())
+}
+
+fn validate_shares(shares: &[ShareConfig]) -> Result<(), ConfigError> {
+    let mut seen = BTreeSet::new();
+    for (index, share) in shares.iter().enumerate() {
+        name_of(&format!("shares[{index}].tag"), &share.tag, MAX_TAG_BYTES, &mut seen)?;
+        not_empty(&format!("shares[{index}].path"), &share.path)?;
+    }
+    Ok(())
+}
+
+/// A name the guest or the host knows a device by: printable, short and not used twice.
+fn name_of<'a>(
+    field: &str,
+    name: &'a str,
+    max_bytes: usize,
+    seen: &mut BTreeSet<&'a str>,
+) -> Result<(), ConfigError> {
+    if name.is_empty() || name.len() > max_bytes {
+        return refuse(field, &format!("must have 1 to {max_bytes} bytes, not {}", name.len()));
+    }
+    if !name.bytes().all(|byte| byte.is_ascii_graphic() && byte != b'/') {
+        return refuse(
+            field,
+            &format!("must be printable ASCII without space or slash, not {name:?}"),
+        );
+    }
+    if !seen.insert(name) {
+        return refuse(field, &format!("must be used once, but {name:?} is there twice"));
+    }
+    Ok(())
+}
+
+fn in_range<T: Copy + PartialOrd + std::fmt::Display>(
+    field: &str,
+    value: T,
+    min: T,
+    max: T,
+) -> Result<(), ConfigError> {
+    if value < min || value > max {
+        return refuse(field, &format!("must be {min} to {max}, not {value}"));
+    }
+    Ok(())
+}
+
+fn not_empty(field: &str, path: &Path) -> Result<(), ConfigError> {
+    if path.as_os_str().is_empty() {
+        return refuse(field, "must name a file");
+    }
+    Ok(())
+}
+
+fn refuse(field: &str, rule: &str) -> Result<(), ConfigError> {
+    Err(ConfigError { field: field.to_owned(), rule: rule.to_owned() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(json: &str) -> VmConfig {
+        serde_json::from_str(json).unwrap()
+    }
+
+    fn refused(json: &str) -> String {
+        parse(json).validate().unwrap_err().to_string()
+    }
+
+    #[test]
+    fn a_kernel_is_all_that_must_be_given() {
+        let config = parse(r#"{"boot": {"kernel": "/k"}}"#);
+
+        assert_eq!(config, VmConfig::new("/k".into()));
+        assert_eq!(config.validate(), Ok(()));
+    }
+
+    #[test]
+    fn an_unknown_field_is_refused_by_name() {
+        let error =
+            serde_json::from_str::<VmConfig>(r#"{"boot": {"kernel": "/k", "intrd": "/i"}}"#)
+                .unwrap_err()
+                .to_string();
+
+        assert!(error.contains("unknown field `intrd`"), "{error}");
+    }
+
+    #[test]
+    fn a_configuration_survives_being_written_and_read() {
+        let mut config = VmConfig::new("/k".into());
+        config.console.output = ConsoleOutput::File("/log".into());
+        config.vsock = Some(VsockConfig { cid: 3 });
+
+        let json = serde_json::to_string(&config).unwrap();
+
+        assert_eq!(parse(&json), config);
+    }
+
+    #[test]
+    fn no_vcpu_is_refused() {
+        let error = refused(r#"{"vcpus": 0, "boot": {"kernel": "/k"}}"#);
+        assert_eq!(error, "vcpus: must be 1 to 64, not 0");
+    }
+
+    #[test]
+    fn too_little_memory_is_refused() {
+        let error = refused(r#"{"memory": {"size_mib": 1}, "boot": {"kernel": "/k"}}"#);
+        assert_eq!(error, "memory.size_mib: must be 16 to 1048576, not 1");
+    }
+
+    #[test]
+    fn a_command_line_of_two_lines_is_refused() {
+        let error = refused(r#"{"boot": {"kernel": "/k", "cmdline": "a\nb"}}"#);
+        assert_eq!(error, "boot.cmdline: must be one line without control characters");
+    }
+
+    #[test]
+    fn an_id_used_twice_is_refused() {
+        let error = refused(
+            r#"{"boot": {"kernel": "/k"},
+                "disks": [{"id": "a", "path": "/1"}, {"id": "a", "path": "/2"}]}"#,
+        );
+        assert_eq!(error, r#"disks[1].id: must be used once, but "a" is there twice"#);
+    }
+
+    #[test]
+    fn a_multicast_hardware_address_is_refused() {
+        let error = refused(
+            r#"{"boot": {"kernel": "/k"}, "nets": [{"tap": "t", "mac": "01:00:00:00:00:01"}]}"#,
+        );
+        assert!(error.starts_with("nets[0].mac: must be the address of one station"), "{error}");
+    }
+
+    #[test]
+    fn a_hardware_address_is_six_bytes() {
+        let mac = |text: &str| NetConfig { tap: "t".into(), mac: text.into() }.mac_bytes();
+
+        assert_eq!(mac("02:00:00:ab:CD:ef"), Some([2, 0, 0, 0xab, 0xcd, 0xef]));
+        assert_eq!(mac("02:00:00:ab:cd"), None);
+        assert_eq!(mac("02:00:00:ab:cd:ef:00"), None);
+        assert_eq!(mac("2:00:00:ab:cd:ef"), None);
+        assert_eq!(mac("+2:00:00:ab:cd:ef"), None);
+    }
+
+    #[test]
+    fn a_tag_of_37_bytes_is_refused() {
+        let mut config = VmConfig::new("/k".into());
+        let tag = "t".repeat(37);
+        config.shares = vec![ShareConfig { tag, path: "/".into(), read_only: true }];
+
+        let error = config.validate().unwrap_err();
+
+        assert_eq!(error.to_string(), "shares[0].tag: must have 1 to 36 bytes, not 37");
+    }
+
+    #[test]
+    fn the_hosts_own_cid_is_refused() {
+        let error = refused(r#"{"boot": {"kernel": "/k"}, "vsock": {"cid": 2}}"#);
+        assert_eq!(error, "vsock.cid: must be 3 to 4294967294, not 2");
+    }
+}

@@ -1,0 +1,287 @@
+//! The wish of whoever runs the VM (run, pause, stop) against what its vCPU threads do.
+//!
+//! A vCPU thread looks at the wish at a checkpoint only: before its first entry into the guest and
+//! whenever a signal pulls it out of the guest. Whoever changes the wish sends that signal, so the
+//! way in and out of the guest needs no lock. The first reason to end wins and is final.
+
+use std::cell::Cell;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::ptr;
+use std::sync::{Condvar, Mutex, MutexGuard};
+
+use arch::VcpuFd;
+use libc::{c_int, c_void, pid_t, siginfo_t};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler, unblock_signal};
+
+use crate::metrics::now_ns;
+
+/// How a virtual machine ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Exit {
+    /// The guest powered off.
+    PowerOff,
+    /// The guest asked for a reset.
+    Reset,
+    /// The guest's processor met a fault it could not report; `reboot=t` asks for a reset so.
+    TripleFault,
+    /// [`crate::VmHandle::stop`] was called.
+    Stopped,
+    /// The VM could not go on, for this reason.
+    Failed(String),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Wish {
+    Run,
+    Pause,
+    Stop,
+}
+
+/// Shared by all vCPU threads and every holder of the VM.
+pub struct Control {
+    vcpus: usize,
+    group: Mutex<Group>,
+    changed: Condvar,
+    ended: EventFd,
+}
+
+struct Group {
+    wish: Wish,
+    /// Kernel ids of the vCPU threads that passed their first checkpoint.
+    threads: Vec<pid_t>,
+    /// How many of them wait at a checkpoint.
+    parked: usize,
+    first_entry_ns: u64,
+    outcome: Option<Exit>,
+}
+
+impl Control {
+    /// For a VM of `vcpus` vCPUs, which shall run as soon as their threads start.
+    pub fn new(vcpus: u8) -> io::Result<Self> {
+        register_signal_handler(SIGRTMIN(), leave_guest)?;
+        let group = Group {
+            wish: Wish::Run,
+            threads: Vec::with_capacity(vcpus.into()),
+            parked: 0,
+            first_entry_ns: 0,
+            outcome: None,
+        };
+        Ok(Control {
+            vcpus: vcpus.into(),
+            group: Mutex::new(group),
+            changed: Condvar::new(),
+            ended: EventFd::new(EFD_NONBLOCK)?,
+        })
+    }
+
+    /// Makes the calling thread the one that runs `vcpu`: from now on a change of wish pulls it out
+    /// of the guest.
+    pub fn adopt(&self, vcpu: &mut VcpuFd) -> io::Result<()> {
+        IMMEDIATE_EXIT.set(&raw mut vcpu.get_kvm_run().immediate_exit);
+        unblock_signal(SIGRTMIN()).map_err(|error| io::Error::other(format!("{error:?}")))?;
+        let mut group = self.lock();
+        // SAFETY: gettid has no preconditions.
+        group.threads.push(unsafe { libc::gettid() });
+        Ok(())
+    }
+
+    /// Called by a vCPU thread outside the guest: waits while the VM is paused, and says whether the
+    /// vCPU may enter the guest again.
+    pub fn checkpoint(&self) -> bool {
+        let mut group = self.lock();
+        group.parked += 1;
+        self.changed.notify_all();
+        while group.wish == Wish::Pause {
+            group = self.wait(group);
+        }
+        group.parked -= 1;
+        if group.first_entry_ns == 0 {
+            group.first_entry_ns = now_ns();
+        }
+        group.wish == Wish::Run
+    }
+
+    /// Returns once every vCPU is out of the guest.
+    pub fn pause(&self) {
+        let mut group = self.lock();
+        if group.wish == Wish::Run {
+            group.wish = Wish::Pause;
+            group.kick();
+        }
+        while group.wish == Wish::Pause && group.parked < self.vcpus {
+            group = self.wait(group);
+        }
+    }
+
+    /// Lets a paused VM go on.
+    pub fn resume(&self) {
+        let mut group = self.lock();
+        if group.wish == Wish::Pause {
+            group.wish = Wish::Run;
+            self.changed.notify_all();
+        }
+    }
+
+    /// Ends the VM because of `exit`, unless it ended before.
+    pub fn end(&self, exit: Exit) {
+        let mut group = self.lock();
+        if group.outcome.is_some() {
+            return;
+        }
+        group.outcome = Some(exit);
+        group.wish = Wish::Stop;
+        group.kick();
+        self.changed.notify_all();
+        self.ended.write(1).expect("an eventfd takes a 1");
+    }
+
+    /// Blocks until the VM has ended, and says how.
+    pub fn outcome(&self) -> Exit {
+        let mut group = self.lock();
+        loop {
+            match &group.outcome {
+                Some(exit) => return exit.clone(),
+                None => group = self.wait(group),
+            }
+        }
+    }
+
+    /// Readable once the VM has ended.
+    pub fn ended(&self) -> BorrowedFd<'_> {
+        // SAFETY: the eventfd stays open for as long as `self`, which the result borrows.
+        unsafe { BorrowedFd::borrow_raw(self.ended.as_raw_fd()) }
+    }
+
+    /// When the first vCPU entered the guest, in nanoseconds of CLOCK_MONOTONIC; 0 before.
+    pub fn first_entry_ns(&self) -> u64 {
+        self.lock().first_entry_ns
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Group> {
+        self.group.lock().expect("nothing panics while it holds the group")
+    }
+
+    fn wait<'a>(&self, group: MutexGuard<'a, Group>) -> MutexGuard<'a, Group> {
+        self.changed.wait(group).expect("nothing panics while it holds the group")
+    }
+}
+
+impl AsFd for Control {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.ended()
+    }
+}
+
+impl Group {
+    /// Pulls every vCPU thread out of the guest.
+    fn kick(&self) {
+        for &thread in &self.threads {
+            // SAFETY: the handler of this signal is installed and touches only its own thread's
+            // data; a thread that is gone makes the call fail, which is as good as a kick.
+            unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), thread, SIGRTMIN()) };
+        }
+    }
+}
+
+thread_local! {
+    /// Where this thread's vCPU looks before it enters the guest (KVM API, `immediate_exit`); null
+    /// in every other thread.
+    static IMMEDIATE_EXIT: Cell<*mut u8> = const { Cell::new(ptr::null_mut()) };
+}
+
+/// Makes the next entry into the guest return at once. Without this, a signal that arrives between
+/// the checkpoint and the entry would be lost.
+extern "C" fn leave_guest(_: c_int, _: *mut siginfo_t, _: *mut c_void) {
+    let flag = IMMEDIATE_EXIT.get();
+    if !flag.is_null() {
+        // SAFETY: `adopt` set it to a byte of this thread's kvm_run, which stays mapped until
+        // `release`.
+        unsafe { flag.write_volatile(1) };
+    }
+}
+
+/// Undoes [`Control::adopt`]: to be called before the thread drops its vCPU.
+pub fn release() {
+    IMMEDIATE_EXIT.set(ptr::null_mut());
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::thread;
+
+    use super::*;
+
+    #[test]
+    fn the_first_reason_to_end_is_kept() {
+        let control = Control::new(1).unwrap();
+
+        control.end(Exit::PowerOff);
+        control.end(Exit::Stopped);
+
+        assert_eq!(control.outcome(), Exit::PowerOff);
+    }
+
+    #[test]
+    fn no_vcpu_enters_the_guest_after_the_end() {
+        let control = Control::new(1).unwrap();
+        assert!(control.checkpoint());
+
+        control.end(Exit::Stopped);
+
+        assert!(!control.checkpoint());
+    }
+
+    #[test]
+    fn pause_returns_once_every_vcpu_waits() {
+        let control = Arc::new(Control::new(2).unwrap());
+        let pausing = thread::spawn({
+            let control = control.clone();
+            move || control.pause()
+        });
+        while control.lock().wish == Wish::Run {
+            thread::yield_now();
+        }
+
+        let vcpus = [(); 2].map(|()| {
+            let control = control.clone();
+            thread::spawn(move || control.checkpoint())
+        });
+        pausing.join().unwrap();
+        assert_eq!(control.lock().parked, 2);
+        control.resume();
+
+        assert!(vcpus.into_iter().all(|vcpu| vcpu.join().unwrap()));
+    }
+
+    #[test]
+    fn a_paused_vm_can_be_ended() {
+        let control = Arc::new(Control::new(1).unwrap());
+        let vcpu = thread::spawn({
+            let control = control.clone();
+            move || {
+                while control.checkpoint() {
+                    thread::yield_now();
+                }
+            }
+        });
+        control.pause();
+
+        control.end(Exit::Stopped);
+
+        vcpu.join().unwrap();
+        assert_eq!(control.outcome(), Exit::Stopped);
+    }
+
+    #[test]
+    fn resume_of_an_ended_vm_does_nothing() {
+        let control = Control::new(1).unwrap();
+        control.end(Exit::Reset);
+
+        control.resume();
+
+        assert!(!control.checkpoint());
+    }
+}

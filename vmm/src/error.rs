@@ -1,0 +1,105 @@
+//! Why a virtual machine could not be built or started: one variant per step of the builder.
+
+use std::io;
+use std::path::PathBuf;
+
+use arch::ArchError;
+
+use crate::config::ConfigError;
+use crate::memory::MemoryError;
+use crate::placement::PlacementError;
+
+/// Why a virtual machine could not be built or started.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A value of the configuration cannot be.
+    #[error("invalid machine configuration")]
+    Config(#[from] ConfigError),
+    /// /dev/kvm cannot be used.
+    #[error("open /dev/kvm: {remedy}")]
+    OpenKvm {
+        /// What the user can do.
+        remedy: &'static str,
+        /// What open(2) said.
+        #[source]
+        source: kvm_ioctls::Error,
+    },
+    /// KVM refused a step.
+    #[error("KVM: {step}")]
+    Kvm {
+        /// What was asked of it.
+        step: &'static str,
+        /// What it said.
+        #[source]
+        source: kvm_ioctls::Error,
+    },
+    /// A file the configuration names cannot be used.
+    #[error("open {what} {path:?}")]
+    Open {
+        /// What the file is for.
+        what: &'static str,
+        /// Where it should be.
+        path: PathBuf,
+        /// Why it cannot be opened.
+        #[source]
+        source: io::Error,
+    },
+    /// A kernel or initrd is something else than a file.
+    #[error("{what} {path:?} is {found}, not a file")]
+    NotAFile {
+        /// What the file is for.
+        what: &'static str,
+        /// Where it is.
+        path: PathBuf,
+        /// What is there.
+        found: &'static str,
+    },
+    /// Guest RAM could not be made.
+    #[error("set up guest memory")]
+    Memory(#[from] MemoryError),
+    /// The architecture's part of a step failed.
+    #[error("{step}")]
+    Arch {
+        /// The step.
+        step: &'static str,
+        /// Why it failed.
+        #[source]
+        source: ArchError,
+    },
+    /// The kernel or initrd cannot be booted.
+    #[error("load kernel {path:?}")]
+    LoadKernel {
+        /// The kernel.
+        path: PathBuf,
+        /// Why it cannot be booted.
+        #[source]
+        source: ArchError,
+    },
+    /// A device could not be made.
+    #[error("create device {name}")]
+    Device {
+        /// The device, by kind and id.
+        name: String,
+        /// Why it could not be made.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// A device could not be put into the machine.
+    #[error("place device {name}")]
+    Place {
+        /// The device, by kind and id.
+        name: String,
+        /// The step that failed.
+        #[source]
+        source: PlacementError,
+    },
+    /// The host cannot run another thread or eventfd.
+    #[error("start {what}")]
+    Start {
+        /// What could not be started.
+        what: &'static str,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}

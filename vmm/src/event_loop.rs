@@ -1,0 +1,129 @@
+//! A thread that waits for file descriptors and calls their subscribers.
+
+use std::cell::Cell;
+use std::io;
+use std::rc::Rc;
+use std::thread::{self, JoinHandle};
+
+use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+/// Address space of a loop's stack, in bytes; only what is used of it becomes memory.
+const STACK_BYTES: usize = 512 << 10;
+
+/// What a loop may own.
+pub type BoxedSubscriber = Box<dyn MutEventSubscriber + Send>;
+
+/// A running event loop; dropping it stops the thread and waits for it.
+pub struct EventLoop {
+    stop: EventFd,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl EventLoop {
+    /// Starts a thread called `name` that serves `subscribers` until the loop is dropped.
+    pub fn start(name: &str, subscribers: Vec<BoxedSubscriber>) -> io::Result<Self> {
+        let stop = EventFd::new(EFD_NONBLOCK)?;
+        let stopped = stop.try_clone()?;
+        let thread = thread::Builder::new()
+            .name(name.to_owned())
+            .stack_size(STACK_BYTES)
+            .spawn(move || serve(stopped, subscribers))?;
+        Ok(EventLoop { stop, thread: Some(thread) })
+    }
+}
+
+impl Drop for EventLoop {
+    fn drop(&mut self) {
+        self.stop.write(1).expect("an eventfd takes a 1");
+        let thread = self.thread.take().expect("a loop is dropped once");
+        if thread.join().is_err() && !thread::panicking() {
+            panic!("an event loop panicked");
+        }
+    }
+}
+
+fn serve(stop: EventFd, subscribers: Vec<BoxedSubscriber>) {
+    let running = Rc::new(Cell::new(true));
+    let mut manager: EventManager<Box<dyn MutEventSubscriber>> =
+        EventManager::new().expect("epoll is available");
+    manager.add_subscriber(Box::new(Stop { event: stop, running: running.clone() }));
+    for subscriber in subscribers {
+        manager.add_subscriber(subscriber);
+    }
+    while running.get() {
+        match manager.run() {
+            Ok(_) => {}
+            Err(event_manager::Error::Epoll(error)) if is_interruption(&error) => {}
+            Err(error) => panic!("epoll_wait on our own descriptors: {error}"),
+        }
+    }
+}
+
+/// A debugger or a stop signal interrupts a wait, too.
+fn is_interruption(error: &vmm_sys_util::errno::Error) -> bool {
+    error.errno() == libc::EINTR
+}
+
+/// Ends the loop when its owner drops it.
+struct Stop {
+    event: EventFd,
+    running: Rc<Cell<bool>>,
+}
+
+impl MutEventSubscriber for Stop {
+    fn init(&mut self, ops: &mut EventOps) {
+        ops.add(Events::new(&self.event, EventSet::IN)).expect("a fresh eventfd can be polled");
+    }
+
+    fn process(&mut self, _: Events, _: &mut EventOps) {
+        self.running.set(false);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::{Sender, channel};
+    use std::time::Duration;
+
+    use super::*;
+
+    struct Echo {
+        event: EventFd,
+        seen: Sender<u64>,
+    }
+
+    impl MutEventSubscriber for Echo {
+        fn init(&mut self, ops: &mut EventOps) {
+            ops.add(Events::new(&self.event, EventSet::IN)).unwrap();
+        }
+
+        fn process(&mut self, _: Events, _: &mut EventOps) {
+            self.seen.send(self.event.read().unwrap()).unwrap();
+        }
+    }
+
+    #[test]
+    fn an_event_reaches_its_subscriber() {
+        let event = EventFd::new(EFD_NONBLOCK).unwrap();
+        let (seen, sight) = channel();
+        let echo = Echo { event: event.try_clone().unwrap(), seen };
+        let event_loop = EventLoop::start("test", vec![Box::new(echo)]).unwrap();
+
+        event.write(7).unwrap();
+
+        assert_eq!(sight.recv_timeout(Duration::from_secs(10)), Ok(7));
+        drop(event_loop);
+    }
+
+    #[test]
+    fn a_dropped_loop_has_dropped_its_subscribers() {
+        let (seen, sight) = channel();
+        let echo = Echo { event: EventFd::new(EFD_NONBLOCK).unwrap(), seen };
+        let event_loop = EventLoop::start("test", vec![Box::new(echo)]).unwrap();
+
+        drop(event_loop);
+
+        assert!(sight.try_recv().is_err_and(|e| e == std::sync::mpsc::TryRecvError::Disconnected));
+    }
+}

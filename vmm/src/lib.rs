@@ -1,0 +1,43 @@
+//! One virtual machine: from a configuration to a running guest and to its end.
+//!
+//! ```no_run
+//! let config = vmm::VmConfig::new("/boot/vmlinux".into());
+//! let vm = vmm::Vmm::new(config)?.start()?;
+//! println!("{:?}", vm.wait());
+//! # Ok::<(), vmm::Error>(())
+//! ```
+//!
+//! [`Vmm::new`] opens and builds everything, top to bottom in `builder.rs`; nothing can fail for want
+//! of a file afterwards. [`Vmm::start`] starts the threads: one per vCPU, one event loop (`vmm`) for
+//! devices that answer at once and, if there are any, one (`io`) for devices that block on files.
+//! The running machine is reached through its [`VmHandle`] only.
+
+mod builder;
+pub mod config;
+mod console;
+mod control;
+mod error;
+mod event_loop;
+mod footprint;
+mod handle;
+mod memory;
+mod metrics;
+mod peripherals;
+mod placement;
+mod vcpu;
+
+pub use builder::Vmm;
+pub use config::{
+    BootConfig, ConfigError, ConsoleConfig, ConsoleOutput, DiskConfig, MemoryConfig, NetConfig,
+    ShareConfig, VmConfig, VsockConfig,
+};
+pub use control::Exit;
+pub use error::Error;
+pub use footprint::{give_back_startup_memory, use_one_heap};
+pub use handle::VmHandle;
+pub use metrics::{ExitCounts, Metrics};
+
+/// The host's end of the guest's sockets.
+pub mod vsock {
+    pub use devices::virtio::vsock::{Host, HostStream};
+}

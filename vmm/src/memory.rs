@@ -1,0 +1,211 @@
+//! Guest RAM: host memory that suits the guest's page tables, and the KVM slots that show it.
+
+use std::io;
+use std::ptr;
+
+use arch::VmFd;
+use arch::machine::MemoryMap;
+use kvm_bindings::kvm_userspace_memory_region;
+use vm_memory::{
+    Address, GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+    MmapRegion,
+};
+
+use crate::config::MemoryConfig;
+
+/// Size of a huge page, in bytes: guest and host addresses agree modulo this, or KVM could map RAM
+/// only in small pages, at 512 times the faults.
+const HUGE_PAGE: usize = 2 << 20;
+
+const PROTECTION: i32 = libc::PROT_READ | libc::PROT_WRITE;
+
+/// Not reserved: a guest's RAM is a limit, not a need, and the host may promise more than it has.
+const FLAGS: i32 = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+
+/// Which step of making guest RAM failed.
+#[derive(Debug, thiserror::Error)]
+pub enum MemoryError {
+    /// The host has no address space left for the region.
+    #[error("reserve {bytes} bytes of address space for guest RAM (lower memory.size_mib)")]
+    Map {
+        /// Size of the region.
+        bytes: usize,
+        /// What mmap(2) said.
+        #[source]
+        source: io::Error,
+    },
+    /// The architecture's memory map is not one vm-memory accepts.
+    #[error("lay out guest RAM")]
+    Layout(#[source] vm_memory::GuestRegionCollectionError),
+    /// The region's mapping is not one vm-memory accepts.
+    #[error("describe a region of guest RAM")]
+    Region(#[source] vm_memory::mmap::MmapRegionError),
+    /// KVM refused the memory slot.
+    #[error("show guest RAM at {base:#x} to KVM")]
+    Slot {
+        /// Guest-physical start of the region.
+        base: u64,
+        /// What KVM said.
+        #[source]
+        source: kvm_ioctls::Error,
+    },
+}
+
+/// The guest's RAM. Dropping it gives the memory back.
+pub struct GuestRam {
+    memory: GuestMemoryMmap,
+}
+
+impl GuestRam {
+    /// Maps every region of `map`; nothing becomes resident before it is touched.
+    pub fn allocate(map: &MemoryMap, config: &MemoryConfig) -> Result<Self, MemoryError> {
+        let regions = map
+            .regions
+            .iter()
+            .map(|&(base, bytes)| allocate_region(base, bytes, config))
+            .collect::<Result<Vec<_>, _>>()?;
+        let memory = GuestMemoryMmap::from_regions(regions).map_err(MemoryError::Layout)?;
+        Ok(GuestRam { memory })
+    }
+
+    /// The memory as devices and loaders use it.
+    pub fn memory(&self) -> &GuestMemoryMmap {
+        &self.memory
+    }
+
+    /// Makes each region a memory slot of `vm`.
+    pub fn register(&self, vm: &VmFd) -> Result<(), MemoryError> {
+        for (slot, region) in (0..).zip(self.memory.iter()) {
+            let base = region.start_addr().raw_value();
+            let description = kvm_userspace_memory_region {
+                slot,
+                flags: 0,
+                guest_phys_addr: base,
+                memory_size: region.len(),
+                userspace_addr: region.as_ptr().addr() as u64,
+            };
+            // SAFETY: the region is mapped for the rest of the process (see `Drop`), and no other
+            // slot overlaps it: vm-memory refuses overlapping regions.
+            unsafe { vm.set_user_memory_region(description) }
+                .map_err(|source| MemoryError::Slot { base, source })?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for GuestRam {
+    /// Frees the pages and keeps the addresses: a device may hold a clone of the memory for longer,
+    /// and then reads zeros instead of somebody else's mapping.
+    fn drop(&mut self) {
+        for region in self.memory.iter() {
+            advise(region, libc::MADV_DONTNEED);
+        }
+    }
+}
+
+fn allocate_region(
+    base: GuestAddress,
+    bytes: u64,
+    config: &MemoryConfig,
+) -> Result<GuestRegionMmap, MemoryError> {
+    let bytes = usize::try_from(bytes).expect("a region fits a 64-bit address space");
+    let start = map_aligned(bytes).map_err(|source| MemoryError::Map { bytes, source })?;
+    // SAFETY: `map_aligned` mapped `bytes` bytes from `start` on with these very flags, and nobody
+    // ever unmaps them.
+    let mapping = unsafe { MmapRegion::build_raw(start, bytes, PROTECTION, FLAGS) }
+        .map_err(MemoryError::Region)?;
+    let region = GuestRegionMmap::new(mapping, base).expect("a region ends below 2^64");
+    // A core dump is for our bugs; the guest's secrets do not belong in it.
+    advise(&region, libc::MADV_DONTDUMP);
+    if config.mergeable {
+        advise(&region, libc::MADV_MERGEABLE);
+    }
+    Ok(region)
+}
+
+/// Maps `bytes` bytes at a multiple of [`HUGE_PAGE`].
+fn map_aligned(bytes: usize) -> io::Result<*mut u8> {
+    let padded = bytes.checked_add(HUGE_PAGE).ok_or(io::ErrorKind::OutOfMemory)?;
+    // SAFETY: a new mapping at an address of the kernel's choice touches no existing one.
+    let mapped = unsafe { libc::mmap(ptr::null_mut(), padded, PROTECTION, FLAGS, -1, 0) };
+    if mapped == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    let before = mapped.addr().next_multiple_of(HUGE_PAGE) - mapped.addr();
+    let after = padded - before - bytes;
+    let start = mapped.cast::<u8>().wrapping_add(before);
+    unmap(mapped.cast(), before);
+    unmap(start.wrapping_add(bytes), after);
+    Ok(start)
+}
+
+/// Gives up the unused end of a fresh mapping. Failing to costs address space, nothing else.
+fn unmap(start: *mut u8, bytes: usize) {
+    if bytes != 0 {
+        // SAFETY: the range lies in a mapping made by the caller, and nobody has a reference to it.
+        unsafe { libc::munmap(start.cast(), bytes) };
+    }
+}
+
+/// Advice is best effort: a kernel without KSM still runs guests.
+fn advise(region: &GuestRegionMmap, advice: i32) {
+    // SAFETY: the region is mapped, and none of the advice used here unmaps it; memory that changes
+    // under a reader is what guest RAM is anyway.
+    unsafe { libc::madvise(region.as_ptr().cast(), region.size(), advice) };
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::Bytes;
+
+    use super::*;
+
+    fn ram(sizes_mib: &[u64]) -> GuestRam {
+        let regions = (0..)
+            .map(|n| GuestAddress(n << 32))
+            .zip(sizes_mib.iter().map(|mib| mib << 20))
+            .collect();
+        let map = MemoryMap { regions, device_window: 0..0 };
+        GuestRam::allocate(&map, &MemoryConfig::default()).unwrap()
+    }
+
+    #[test]
+    fn every_region_starts_at_a_huge_page() {
+        let ram = ram(&[3, 5]);
+
+        let past_a_huge_page: Vec<_> =
+            ram.memory().iter().map(|region| region.as_ptr().addr() % HUGE_PAGE).collect();
+
+        assert_eq!(past_a_huge_page, [0, 0]);
+    }
+
+    #[test]
+    fn the_last_byte_can_be_used() {
+        let ram = ram(&[3]);
+
+        ram.memory().write_obj(7u8, GuestAddress((3 << 20) - 1)).unwrap();
+
+        assert_eq!(ram.memory().read_obj::<u8>(GuestAddress((3 << 20) - 1)).unwrap(), 7);
+        assert!(ram.memory().write_obj(7u8, GuestAddress(3 << 20)).is_err());
+    }
+
+    #[test]
+    fn dropped_ram_reads_as_zeros_through_a_clone() {
+        let ram = ram(&[2]);
+        let clone = ram.memory().clone();
+        clone.write_obj(7u8, GuestAddress(0)).unwrap();
+
+        drop(ram);
+
+        assert_eq!(clone.read_obj::<u8>(GuestAddress(0)).unwrap(), 0);
+    }
+
+    #[test]
+    fn more_ram_than_addresses_is_an_error() {
+        let map = MemoryMap { regions: vec![(GuestAddress(0), 1 << 60)], device_window: 0..0 };
+
+        let error = GuestRam::allocate(&map, &MemoryConfig::default()).err().unwrap();
+
+        assert!(error.to_string().contains("lower memory.size_mib"));
+    }
+}

@@ -1,0 +1,134 @@
+//! Opens and places every device the configuration asks for.
+
+use std::fs::File;
+use std::sync::{Arc, Mutex};
+
+use arch::machine::PlatformDevice;
+use arch::{Arch, Host};
+use devices::i8042::I8042;
+use devices::serial::Serial;
+use devices::virtio::VirtioDevice;
+use devices::virtio::block::{Block, Disk};
+use devices::virtio::console::Console;
+use devices::virtio::fs::{Fs, Server};
+use devices::virtio::net::{Net, Tap};
+use devices::virtio::rng::Rng;
+use devices::virtio::vsock::{Host as VsockHost, Vsock};
+
+use crate::config::{ConsoleConfig, ConsoleOutput, DiskConfig, NetConfig, ShareConfig, VmConfig};
+use crate::console::{self, ConsoleLog};
+use crate::control::{Control, Exit};
+use crate::error::Error;
+use crate::placement::{Loop, Placement, PlacementError};
+
+/// Registers of a 16550, in bytes.
+const SERIAL_PORTS: u64 = 8;
+
+/// Registers of a keyboard controller: data at 0, command and status at 4.
+const RESET_LINE_PORTS: u64 = 5;
+
+/// Opens where the guest's console goes.
+pub fn open_console(config: &ConsoleConfig) -> Result<ConsoleLog, Error> {
+    ConsoleLog::open(&config.output).map_err(|source| match &config.output {
+        ConsoleOutput::File(path) => {
+            Error::Open { what: "console output", path: path.clone(), source }
+        }
+        _ => Error::Open { what: "console output", path: "standard output".into(), source },
+    })
+}
+
+/// Places all devices in a fixed order, so that a configuration always gives the same machine.
+/// Returns the host's end of the socket device.
+pub fn place_all(
+    config: &VmConfig,
+    log: &ConsoleLog,
+    control: &Arc<Control>,
+    placement: &mut Placement<'_>,
+) -> Result<Option<VsockHost>, Error> {
+    place_platform(config, log, control, placement)?;
+    let input = if config.console.serial { None } else { console::input(&config.console.output) };
+    place("console", Console::new(input, Box::new(log.clone())), Loop::Vmm, placement)?;
+    if config.rng {
+        let source = File::open("/dev/urandom").map_err(device("rng"))?;
+        place("rng", Rng::new(source), Loop::Vmm, placement)?;
+    }
+    let mut host = None;
+    if let Some(vsock) = &config.vsock {
+        let (vsock, handle) = Vsock::new(vsock.cid).map_err(device("vsock"))?;
+        place("vsock", vsock, Loop::Vmm, placement)?;
+        host = Some(handle);
+    }
+    config.disks.iter().try_for_each(|disk| place_disk(disk, placement))?;
+    config.shares.iter().try_for_each(|share| place_share(share, placement))?;
+    config.nets.iter().try_for_each(|net| place_net(net, placement))?;
+    Ok(host)
+}
+
+/// The serial port is there only for who asks for it: each character on it is an exit.
+fn place_platform(
+    config: &VmConfig,
+    log: &ConsoleLog,
+    control: &Arc<Control>,
+    placement: &mut Placement<'_>,
+) -> Result<(), Error> {
+    for device in Host::platform_devices() {
+        match *device {
+            PlatformDevice::Serial { space, base, gsi } if config.console.serial => {
+                let name = error_at("serial port");
+                let line = placement.irq_line(gsi).map_err(&name)?;
+                let serial = Serial::new(line, Box::new(log.clone()));
+                placement.place_at(space, base, SERIAL_PORTS, serial).map_err(name)?;
+            }
+            PlatformDevice::Serial { .. } => {}
+            PlatformDevice::ResetLine { space, base } => {
+                let control = control.clone();
+                let line = I8042::new(move || control.end(Exit::Reset));
+                placement
+                    .place_at(space, base, RESET_LINE_PORTS, line)
+                    .map_err(error_at("reset line"))?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn place_disk(config: &DiskConfig, placement: &mut Placement<'_>) -> Result<(), Error> {
+    let name = format!("disk {}", config.id);
+    let disk = Disk::open(&config.path, config.read_only).map_err(device(&name))?;
+    place(&name, Block::new(disk, config.read_only, &config.id), Loop::Io, placement)
+}
+
+fn place_share(config: &ShareConfig, placement: &mut Placement<'_>) -> Result<(), Error> {
+    let name = format!("share {}", config.tag);
+    let server = Server::open(&config.path, config.read_only).map_err(device(&name))?;
+    place(&name, Fs::new(&config.tag, server), Loop::Io, placement)
+}
+
+fn place_net(config: &NetConfig, placement: &mut Placement<'_>) -> Result<(), Error> {
+    let name = format!("net {}", config.tap);
+    let tap = Tap::open(&config.tap).map_err(device(&name))?;
+    let mac = config.mac_bytes().expect("validate() checked the address");
+    place(&name, Net::new(tap, mac), Loop::Vmm, placement)
+}
+
+fn place(
+    name: &str,
+    device: impl VirtioDevice + 'static,
+    served_by: Loop,
+    placement: &mut Placement<'_>,
+) -> Result<(), Error> {
+    placement.place(name, Arc::new(Mutex::new(device)), served_by).map_err(error_at(name))
+}
+
+/// Names the device that could not be placed.
+fn error_at(name: &str) -> impl Fn(PlacementError) -> Error {
+    move |source| Error::Place { name: name.to_owned(), source }
+}
+
+/// Wraps whatever a device's constructor says went wrong.
+fn device<E>(name: &str) -> impl FnOnce(E) -> Error
+where
+    E: std::error::Error + Send + Sync + 'static,
+{
+    move |source| Error::Device { name: name.to_owned(), source: Box::new(source) }
+}

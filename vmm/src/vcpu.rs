@@ -1,0 +1,123 @@
+//! A virtual processor: one thread that enters the guest and serves its exits.
+
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::thread::{self, JoinHandle};
+
+use arch::machine::{Exit as GuestExit, Space};
+use arch::{Arch, Host, VcpuFd};
+use devices::bus::Bus;
+use vm_memory::GuestMemoryMmap;
+
+use crate::control::{self, Control, Exit};
+use crate::metrics::Counter;
+
+/// Address space of a vCPU thread's stack, in bytes; only what is used of it becomes memory.
+const STACK_BYTES: usize = 256 << 10;
+
+/// What the guest reaches by address. Nothing moves once the guest runs.
+pub struct Buses {
+    /// Device windows in guest-physical memory.
+    pub memory: Bus,
+    /// I/O ports, on architectures that have them.
+    pub ports: Bus,
+}
+
+/// A virtual processor that has not started yet.
+pub struct Vcpu {
+    /// Number of the vCPU, from 0.
+    pub index: u8,
+    /// Its KVM handle, with all registers set.
+    pub fd: VcpuFd,
+    /// Guest RAM, for exits that refer to it.
+    pub memory: GuestMemoryMmap,
+    /// Where its accesses go.
+    pub buses: Arc<Buses>,
+    /// Run, pause or stop.
+    pub control: Arc<Control>,
+    /// Counts its exits.
+    pub counter: Arc<Mutex<Counter>>,
+}
+
+impl Vcpu {
+    /// Starts the vCPU's thread; it ends with the VM.
+    pub fn start(mut self) -> io::Result<JoinHandle<()>> {
+        thread::Builder::new()
+            .name(format!("vcpu {}", self.index))
+            .stack_size(STACK_BYTES)
+            .spawn(move || self.run())
+    }
+
+    fn run(&mut self) {
+        if let Err(error) = self.control.adopt(&mut self.fd) {
+            self.fail(&format!("prepare its thread: {error}"));
+        }
+        while self.control.checkpoint() {
+            self.run_guest();
+        }
+        control::release();
+    }
+
+    /// Runs the guest until there is a reason to look at the wish again.
+    fn run_guest(&mut self) {
+        loop {
+            let exit = match self.fd.run() {
+                Ok(exit) => exit,
+                Err(error) => match error.errno() {
+                    libc::EINTR => {
+                        self.fd.set_kvm_immediate_exit(0);
+                        lock(&self.counter).signal();
+                        return;
+                    }
+                    // KVM had something else to do first.
+                    libc::EAGAIN => continue,
+                    _ => return self.fail(&format!("run the guest: {error}")),
+                },
+            };
+            match Host::translate(exit, &self.memory) {
+                Some(GuestExit::Read { space, address, data }) => {
+                    lock(&self.counter).read(space, address);
+                    self.buses.of(space).read(address, data);
+                }
+                Some(GuestExit::Write { space, address, data }) => {
+                    lock(&self.counter).write(space, address);
+                    self.buses.of(space).write(address, data);
+                }
+                Some(GuestExit::Handled) => lock(&self.counter).handled(),
+                Some(GuestExit::Shutdown) => return self.control.end(Exit::PowerOff),
+                Some(GuestExit::Reset) => return self.control.end(Exit::Reset),
+                Some(GuestExit::TripleFault) => return self.control.end(Exit::TripleFault),
+                None => return self.fail_at_exit(),
+            }
+        }
+    }
+
+    /// Nobody knows how to go on after the last exit.
+    fn fail_at_exit(&mut self) {
+        let run = self.fd.get_kvm_run();
+        let reason = match run.exit_reason {
+            kvm_bindings::KVM_EXIT_INTERNAL_ERROR => "KVM could not emulate an instruction",
+            kvm_bindings::KVM_EXIT_FAIL_ENTRY => "the processor refused the guest's state",
+            _ => "unexpected exit",
+        };
+        let message = format!("{reason} (KVM exit reason {})", run.exit_reason);
+        self.fail(&message);
+    }
+
+    fn fail(&self, message: &str) {
+        self.control.end(Exit::Failed(format!("vCPU {}: {message}", self.index)));
+    }
+}
+
+impl Buses {
+    fn of(&self, space: Space) -> &Bus {
+        match space {
+            Space::Memory => &self.memory,
+            Space::Port => &self.ports,
+        }
+    }
+}
+
+fn lock(counter: &Mutex<Counter>) -> MutexGuard<'_, Counter> {
+    counter.lock().expect("nothing panics while it counts")
+}

@@ -1,0 +1,150 @@
+//! The life of a VM, shown with guests of a few instructions that any KVM can run.
+
+mod payload;
+
+use std::time::{Duration, Instant};
+
+use payload::{HANG, Payload, TRIPLE_FAULT, print};
+use vmm::{Exit, VmConfig, VmHandle, Vmm};
+
+/// Generous, because this machine may be busy and its KVM emulated.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+fn start(config: VmConfig) -> VmHandle {
+    Vmm::new(config).unwrap().start().unwrap()
+}
+
+fn wait_for_output(vm: &VmHandle, wanted: &str) {
+    let deadline = Instant::now() + PATIENCE;
+    while !vm.console_tail().contains(wanted) {
+        assert!(Instant::now() < deadline, "the guest printed {:?}", vm.console_tail());
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+#[ignore = "needs /dev/kvm"]
+fn a_guest_prints_and_ends_by_a_triple_fault() {
+    let payload = Payload::elf(&[print("hello"), TRIPLE_FAULT.to_vec()]);
+
+    let vm = start(payload.config());
+    wait_for_output(&vm, "hello");
+
+    assert_eq!(vm.wait(), Exit::TripleFault);
+}
+
+#[test]
+#[ignore = "needs /dev/kvm"]
+fn a_guest_that_computes_for_ever_is_stopped() {
+    let payload = Payload::elf(&[print("up"), HANG.to_vec()]);
+    let vm = start(payload.config());
+    wait_for_output(&vm, "up");
+
+    vm.stop();
+
+    assert_eq!(vm.wait(), Exit::Stopped);
+}
+
+#[test]
+#[ignore = "needs /dev/kvm"]
+fn a_guest_that_never_started_to_print_is_stopped() {
+    let payload = Payload::elf(&[HANG.to_vec()]);
+    let vm = start(payload.config());
+
+    vm.stop();
+
+    assert_eq!(vm.wait(), Exit::Stopped);
+}
+
+#[test]
+#[ignore = "needs /dev/kvm"]
+fn a_paused_guest_does_nothing_until_it_is_resumed() {
+    let payload = Payload::elf(&[payload::print_for_ever(b'x')]);
+    let vm = start(payload.config());
+    wait_for_output(&vm, "x");
+
+    vm.pause();
+    let paused = vm.metrics().exits;
+    std::thread::sleep(Duration::from_millis(50));
+    assert_eq!(vm.metrics().exits, paused);
+    vm.resume();
+
+    let deadline = Instant::now() + PATIENCE;
+    while vm.metrics().exits.writes == paused.writes {
+        assert!(Instant::now() < deadline, "the guest does not go on");
+        std::thread::yield_now();
+    }
+    vm.stop();
+    assert_eq!(vm.wait(), Exit::Stopped);
+}
+
+#[test]
+#[ignore = "needs /dev/kvm"]
+fn a_paused_guest_can_be_stopped() {
+    let payload = Payload::elf(&[HANG.to_vec()]);
+    let vm = start(payload.config());
+
+    vm.pause();
+    vm.stop();
+
+    assert_eq!(vm.wait(), Exit::Stopped);
+}
+
+#[test]
+#[ignore = "needs /dev/kvm"]
+fn the_vcpus_of_a_group_stop_together() {
+    let payload = Payload::elf(&[print("up"), HANG.to_vec()]);
+    let mut config = payload.config();
+    config.vcpus = 4;
+    let vm = start(config);
+    wait_for_output(&vm, "up");
+
+    vm.pause();
+    vm.resume();
+    vm.stop();
+
+    assert_eq!(vm.wait(), Exit::Stopped);
+}
+
+#[test]
+#[ignore = "needs /dev/kvm"]
+fn exits_are_counted_by_address() {
+    let payload = Payload::elf(&[print("four"), TRIPLE_FAULT.to_vec()]);
+    let vm = start(payload.config());
+    wait_for_output(&vm, "four");
+
+    let exits = vm.metrics().exits;
+
+    assert_eq!(exits.by_address["port 0x3f8"], 4);
+    assert_eq!(vm.wait(), Exit::TripleFault);
+}
+
+#[test]
+#[ignore = "needs /dev/kvm"]
+fn a_dropped_vm_leaves_no_thread() {
+    let payload = Payload::elf(&[HANG.to_vec()]);
+    let mut config = payload.config();
+    config.vcpus = 10;
+    let vm = start(config);
+
+    drop(vm);
+
+    let names = std::fs::read_dir("/proc/self/task")
+        .unwrap()
+        .filter_map(|task| std::fs::read_to_string(task.unwrap().path().join("comm")).ok());
+    // Other tests of this process have VMs of their own, but none with ten vCPUs.
+    assert!(names.into_iter().all(|name| name.trim() != "vcpu 9"));
+}
+
+#[test]
+#[ignore = "needs /dev/kvm"]
+fn a_text_file_is_no_kernel() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), "#!/bin/sh\necho not a kernel\n").unwrap();
+
+    let error = anyhow::Error::from(Vmm::new(VmConfig::new(file.path().into())).err().unwrap());
+
+    let message = format!("{error:#}");
+    assert!(message.starts_with("load kernel"), "{message}");
+    assert!(message.contains("not a kernel"), "{message}");
+}
