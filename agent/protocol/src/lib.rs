@@ -1,0 +1,30 @@
+//! What host and guest say to each other: the only crate both sides share.
+//!
+//! One vsock stream carries [`Request`]s from the host to the agent and [`Message`]s (responses and
+//! events) back, as length-prefixed postcard [frames](frame). The agent opens that stream, to
+//! [`CONTROL_PORT`] of the host, when it is ready to serve. Each stdio stream of a process is a
+//! vsock stream of its own, opened by the host to [`STDIO_PORT`] of the guest; it starts with one
+//! [`StreamHello`] frame and is raw bytes from then on.
+
+pub mod frame;
+pub mod message;
+
+pub use message::*;
+
+/// Version of this protocol; the agent sends it in [`Event::Ready`] and the host refuses others.
+pub const VERSION: u32 = 1;
+
+/// Host port (vsock CID 2) the agent connects to when it is ready.
+pub const CONTROL_PORT: u32 = 1024;
+
+/// Guest port that accepts stdio streams.
+pub const STDIO_PORT: u32 = 1025;
+
+/// Where the agent mounts the share with this virtio-fs tag...
+pub const SHARE_TAG: &str = "coracle";
+
+/// ...and that is here; every guest path of a rootfs or bind mount source lies below it.
+pub const SHARE_PATH: &str = "/run/coracle/share";
+
+/// Name of a container's first process in messages; `exec`ed ones have names of their own.
+pub const INIT_PROCESS: &str = "";

@@ -1,0 +1,499 @@
+//! Every message, as plain data. The host translates the OCI configuration into these types and
+//! checks it there, so that the agent needs neither a JSON parser nor a seccomp compiler.
+
+use serde::{Deserialize, Serialize};
+
+/// What the host asks; the agent answers each with one [`Message::Response`], in order.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Request {
+    /// Brings up the guest for its sandbox: host name of the guest, interfaces, routes, shares.
+    /// Sent once, first.
+    ConfigureSandbox(Sandbox),
+    /// Creates a container up to, and not including, the execution of its program. Answered with
+    /// [`Response::Created`], or with [`Response::Failed`] and nothing left behind.
+    CreateContainer(Box<Container>),
+    /// Runs the program of a created container.
+    StartContainer {
+        /// Container id.
+        container: String,
+    },
+    /// Starts one more process in a running container. Answered with [`Response::Created`] once
+    /// its program runs.
+    Exec {
+        /// Container id.
+        container: String,
+        /// Name of the process in later messages; unique in its container and not empty.
+        name: String,
+        /// The process.
+        process: Box<Process>,
+    },
+    /// Sends a signal.
+    Signal {
+        /// Container id.
+        container: String,
+        /// [`INIT_PROCESS`](crate::INIT_PROCESS) or a name given in [`Request::Exec`].
+        process: String,
+        /// Signal number of the guest's architecture.
+        signal: i32,
+        /// To every process of the container instead of the one named.
+        all: bool,
+    },
+    /// Sets the size of a process's terminal.
+    Resize {
+        /// Container id.
+        container: String,
+        /// Process name.
+        process: String,
+        /// New size.
+        size: WindowSize,
+    },
+    /// Freezes every process of a container.
+    Pause {
+        /// Container id.
+        container: String,
+    },
+    /// Thaws a frozen container.
+    Resume {
+        /// Container id.
+        container: String,
+    },
+    /// Writes cgroup v2 files of a running container, as [`Cgroup::files`].
+    Update {
+        /// Container id.
+        container: String,
+        /// File name and value, in the order of writing.
+        files: Vec<(String, String)>,
+    },
+    /// Lists the processes of a container. Answered with [`Response::Processes`].
+    Processes {
+        /// Container id.
+        container: String,
+    },
+    /// Reads a container's counters. Answered with [`Response::Stats`].
+    Stats {
+        /// Container id.
+        container: String,
+    },
+    /// Forgets a stopped container and removes what it left in the guest.
+    RemoveContainer {
+        /// Container id.
+        container: String,
+    },
+    /// Syncs file systems and powers the guest off.
+    Shutdown,
+}
+
+/// What the agent sends.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Message {
+    /// The answer to the oldest unanswered request.
+    Response(Response),
+    /// Something that happened by itself; may arrive between a request and its response.
+    Event(Event),
+}
+
+/// The answer to one [`Request`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Response {
+    /// Done, nothing to tell.
+    Done,
+    /// A process exists.
+    Created {
+        /// Its pid in the guest's root pid namespace.
+        pid: i32,
+    },
+    /// The processes of a container, in ascending order of pid.
+    Processes(Vec<ProcessInfo>),
+    /// The counters of a container.
+    Stats(Box<Stats>),
+    /// Not done.
+    Failed(Failed),
+}
+
+/// Why the agent could not do what was asked.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[error("{message}")]
+pub struct Failed {
+    /// The error chain as one line, in runc's wording where runc has one, such as
+    /// `exec: "nosuch": executable file not found in $PATH`.
+    pub message: String,
+    /// `errno` of the cause, or 0.
+    pub errno: i32,
+}
+
+/// What the agent reports by itself.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Event {
+    /// First message of the control stream.
+    Ready {
+        /// [`VERSION`](crate::VERSION) of the agent.
+        version: u32,
+        /// `uname -r` of the guest.
+        kernel: String,
+        /// Guest uptime when the message was sent, in microseconds.
+        uptime_us: u64,
+    },
+    /// A process ended. Its output that was readable at that time has been sent before.
+    Exited {
+        /// Container id.
+        container: String,
+        /// Process name.
+        process: String,
+        /// How it ended.
+        status: ExitStatus,
+    },
+    /// The kernel killed a process of this container because its memory limit was reached.
+    OutOfMemory {
+        /// Container id.
+        container: String,
+    },
+}
+
+/// How a process ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ExitStatus {
+    /// It exited with this code.
+    Code(u8),
+    /// It was killed by this signal.
+    Signal(i32),
+}
+
+impl ExitStatus {
+    /// The code a shell reports: the exit code, or 128 plus the signal number.
+    pub fn shell_code(self) -> u8 {
+        match self {
+            ExitStatus::Code(code) => code,
+            ExitStatus::Signal(signal) => u8::try_from(128 + signal).unwrap_or(u8::MAX),
+        }
+    }
+}
+
+/// First frame of a stdio stream, from the host: whose stream it is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StreamHello {
+    /// Container id.
+    pub container: String,
+    /// Process name.
+    pub process: String,
+    /// Which of its streams.
+    pub stream: StdioStream,
+}
+
+/// A stdio stream of a process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum StdioStream {
+    /// Host to guest; the host's half-close is the process's end of file.
+    Stdin,
+    /// Guest to host.
+    Stdout,
+    /// Guest to host.
+    Stderr,
+    /// Both ways: the master side of the process's terminal.
+    Terminal,
+}
+
+/// Size of a terminal, in characters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WindowSize {
+    /// Height.
+    pub rows: u16,
+    /// Width.
+    pub columns: u16,
+}
+
+/// The guest as a whole.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Sandbox {
+    /// Host name of the guest, if it shall have one.
+    pub hostname: Option<String>,
+    /// Whether to mount the virtio-fs share [`SHARE_TAG`](crate::SHARE_TAG).
+    pub share: bool,
+    /// Interfaces to set up; loopback is always brought up and is not listed.
+    pub interfaces: Vec<Interface>,
+    /// Routes to add once all interfaces are up, in order.
+    pub routes: Vec<Route>,
+    /// Neighbour entries to add, that is, permanent ARP and NDP entries of the host's namespace.
+    pub neighbours: Vec<Neighbour>,
+}
+
+/// A network interface of the guest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Interface {
+    /// Hardware address by which the agent finds the virtio-net device.
+    pub mac: [u8; 6],
+    /// Name to give it, such as `eth0`.
+    pub name: String,
+    /// MTU in bytes.
+    pub mtu: u32,
+    /// Addresses with their prefix lengths.
+    pub addresses: Vec<Address>,
+}
+
+/// An interface address.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Address {
+    /// The address.
+    pub ip: std::net::IpAddr,
+    /// Prefix length in bits.
+    pub prefix: u8,
+}
+
+/// A route.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Route {
+    /// Destination; `None` is the default route of the address family of `gateway` or `source`.
+    pub destination: Option<Address>,
+    /// Next hop.
+    pub gateway: Option<std::net::IpAddr>,
+    /// Preferred source address.
+    pub source: Option<std::net::IpAddr>,
+    /// Name of the interface, as in [`Interface::name`].
+    pub interface: String,
+    /// Whether the destination is on the link (scope link).
+    pub on_link: bool,
+    /// Metric, or 0 for the kernel's default.
+    pub metric: u32,
+}
+
+/// A permanent neighbour entry.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Neighbour {
+    /// Address of the neighbour.
+    pub ip: std::net::IpAddr,
+    /// Its hardware address.
+    pub mac: [u8; 6],
+    /// Name of the interface.
+    pub interface: String,
+}
+
+/// A container, as the agent creates it (OCI runtime specification, config.md and config-linux.md,
+/// with every default filled in and every name translated to the kernel's number by the host).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Container {
+    /// Container id; unique in the guest.
+    pub id: String,
+    /// Guest path of the root file system.
+    pub rootfs: String,
+    /// Remount the root file system read-only at the end.
+    pub rootfs_readonly: bool,
+    /// `MS_SHARED`, `MS_SLAVE`, `MS_PRIVATE` or `MS_UNBINDABLE`, each possibly with `MS_REC`; 0 for
+    /// the default, which is `MS_SLAVE | MS_REC` as in runc.
+    pub rootfs_propagation: u64,
+    /// Host name inside the container's UTS namespace.
+    pub hostname: Option<String>,
+    /// NIS domain name there.
+    pub domainname: Option<String>,
+    /// `CLONE_NEW*` flags of the namespaces to create. The network namespace is the guest's own
+    /// and never among them.
+    pub namespaces: u64,
+    /// Mounts, in order; destinations are absolute paths inside the container.
+    pub mounts: Vec<Mount>,
+    /// Device nodes to create beside the ones every container has (config-linux.md, Default
+    /// Devices), which the agent adds by itself.
+    pub devices: Vec<Device>,
+    /// Paths to hide.
+    pub masked_paths: Vec<String>,
+    /// Paths to make read-only.
+    pub readonly_paths: Vec<String>,
+    /// Kernel parameters: name with dots, value.
+    pub sysctl: Vec<(String, String)>,
+    /// Resource control.
+    pub cgroup: Cgroup,
+    /// Programs to run inside the container right before its own (OCI hook `startContainer`).
+    pub start_hooks: Vec<Hook>,
+    /// OCI state as JSON with `status` `created`, given to `start_hooks` on stdin.
+    pub state: String,
+    /// The first process.
+    pub process: Process,
+}
+
+/// A mount of a container.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Mount {
+    /// Absolute path inside the container; created if missing.
+    pub destination: String,
+    /// For a bind mount a guest path below [`SHARE_PATH`](crate::SHARE_PATH); else what mount(2)
+    /// takes as source.
+    pub source: String,
+    /// File system type; `bind` for a bind mount and `cgroup` for the container's view of its
+    /// cgroup (the agent mounts cgroup2).
+    pub fstype: String,
+    /// `MS_*` flags, with `MS_BIND` (and `MS_REC`) for bind mounts.
+    pub flags: u64,
+    /// Flags to clear, for options such as `rw` or `exec` on a bind mount that inherits others.
+    pub clear_flags: u64,
+    /// Propagation changes to apply after mounting, each one `MS_*` flag with or without `MS_REC`.
+    pub propagation: Vec<u64>,
+    /// File system specific options, comma separated.
+    pub data: String,
+    /// Whether to copy the content of the destination into a fresh tmpfs (option `tmpcopyup`).
+    pub copy_up: bool,
+}
+
+/// A device node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Device {
+    /// Absolute path inside the container.
+    pub path: String,
+    /// `S_IFCHR`, `S_IFBLK` or `S_IFIFO`.
+    pub kind: u32,
+    /// Major number.
+    pub major: u32,
+    /// Minor number.
+    pub minor: u32,
+    /// Permission bits.
+    pub mode: u32,
+    /// Owner.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+}
+
+/// A container's cgroup in the guest (cgroup v2).
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Cgroup {
+    /// File name in the cgroup's folder and the value to write, in order, such as
+    /// `("memory.max", "67108864")`.
+    pub files: Vec<(String, String)>,
+}
+
+/// A program run at a point of a container's life (config.md, POSIX-platform Hooks).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hook {
+    /// Absolute path.
+    pub path: String,
+    /// `argv`, with `argv[0]`; empty means the path alone.
+    pub args: Vec<String>,
+    /// `NAME=value`.
+    pub env: Vec<String>,
+    /// Seconds until it is killed and counts as failed.
+    pub timeout_s: Option<u32>,
+}
+
+/// A process (config.md, Process).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Process {
+    /// `argv`; the program is looked up in the `PATH` of `env` inside the container.
+    pub args: Vec<String>,
+    /// `NAME=value`.
+    pub env: Vec<String>,
+    /// Working directory inside the container; created for the first process if missing.
+    pub cwd: String,
+    /// User id.
+    pub uid: u32,
+    /// Group id.
+    pub gid: u32,
+    /// Supplementary groups.
+    pub additional_gids: Vec<u32>,
+    /// `umask`, default 0o022.
+    pub umask: Option<u32>,
+    /// Capability sets.
+    pub capabilities: Capabilities,
+    /// Resource limits: `RLIMIT_*` number, soft, hard; `u64::MAX` is unlimited.
+    pub rlimits: Vec<(u32, u64, u64)>,
+    /// `PR_SET_NO_NEW_PRIVS`.
+    pub no_new_privs: bool,
+    /// `/proc/self/oom_score_adj`.
+    pub oom_score_adj: Option<i32>,
+    /// Classic BPF program, as an array of `struct sock_filter` in native byte order, compiled by
+    /// the host from `linux.seccomp`; and the flags for seccomp(2).
+    pub seccomp: Option<Seccomp>,
+    /// A pseudo-terminal of this size as stdio and controlling terminal. The host then opens one
+    /// [`StdioStream::Terminal`] stream.
+    pub terminal: Option<WindowSize>,
+    /// Without a terminal: which of stdin, stdout and stderr the host opens a stream for; the
+    /// others are `/dev/null`.
+    pub stdio: Stdio,
+}
+
+/// Which stdio streams exist.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stdio {
+    /// [`StdioStream::Stdin`].
+    pub stdin: bool,
+    /// [`StdioStream::Stdout`].
+    pub stdout: bool,
+    /// [`StdioStream::Stderr`].
+    pub stderr: bool,
+}
+
+/// A compiled seccomp filter.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Seccomp {
+    /// 8 bytes per instruction.
+    pub program: Vec<u8>,
+    /// `SECCOMP_FILTER_FLAG_*`.
+    pub flags: u32,
+}
+
+/// Capability sets as bit masks: bit n is capability number n.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Capabilities {
+    /// What may ever be gained.
+    pub bounding: u64,
+    /// In force.
+    pub effective: u64,
+    /// Kept over execve together with file capabilities.
+    pub inheritable: u64,
+    /// May be put in force.
+    pub permitted: u64,
+    /// Kept over execve.
+    pub ambient: u64,
+}
+
+/// A process of a container.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProcessInfo {
+    /// Pid in the guest's root pid namespace.
+    pub pid: i32,
+    /// Parent's pid.
+    pub ppid: i32,
+    /// User id.
+    pub uid: u32,
+    /// CPU time used, in milliseconds.
+    pub cpu_ms: u64,
+    /// Controlling terminal, or empty.
+    pub tty: String,
+    /// Command line, arguments separated by spaces, or the name in brackets.
+    pub command: String,
+}
+
+/// Counters of a container, from its cgroup in the guest. `u64::MAX` limits mean unlimited.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stats {
+    /// CPU time in microseconds (cpu.stat).
+    pub cpu_usage_us: u64,
+    /// Of it in user mode.
+    pub cpu_user_us: u64,
+    /// Of it in the kernel.
+    pub cpu_system_us: u64,
+    /// Scheduling periods, periods throttled, microseconds throttled.
+    pub cpu_throttling: (u64, u64, u64),
+    /// memory.current, in bytes.
+    pub memory_usage: u64,
+    /// memory.peak, in bytes, or 0 where the kernel has none.
+    pub memory_peak: u64,
+    /// memory.max, in bytes.
+    pub memory_limit: u64,
+    /// memory.stat: name and value.
+    pub memory_stat: Vec<(String, u64)>,
+    /// `oom_kill` of memory.events.
+    pub oom_kills: u64,
+    /// pids.current.
+    pub pids_current: u64,
+    /// pids.max.
+    pub pids_limit: u64,
+    /// Per interface of the guest: name, then received and sent (bytes, packets, errors, dropped).
+    pub interfaces: Vec<InterfaceStats>,
+}
+
+/// Counters of an interface.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InterfaceStats {
+    /// Interface name.
+    pub name: String,
+    /// Received: bytes, packets, errors, dropped.
+    pub received: [u64; 4],
+    /// Sent: bytes, packets, errors, dropped.
+    pub sent: [u64; 4],
+}

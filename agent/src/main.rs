@@ -1,0 +1,110 @@
+//! PID 1 of the guest: makes the guest ready, connects to the host and serves until the host is
+//! done, then powers off.
+//!
+//! `coracle-agent serve CONTROL_FD STDIO_FD CGROUP_ROOT` serves on descriptors it inherited and
+//! leaves the machine alone: that is how tests run it.
+
+mod container;
+mod control;
+mod failure;
+mod greeting;
+mod init;
+mod kmsg;
+mod lifecycle;
+mod network;
+mod reaper;
+mod server;
+mod stdio;
+
+use std::env;
+use std::error::Error;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use agent_protocol::{CONTROL_PORT, STDIO_PORT};
+use nix::sys::reboot::{RebootMode, reboot};
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, VsockAddr, bind, connect, listen, socket,
+};
+
+use failure::Context;
+use server::Server;
+
+/// The address of the host (vsock(7)).
+pub const HOST_CID: u32 = libc::VMADDR_CID_HOST;
+
+/// Stdio streams the kernel holds until the agent accepts them.
+const BACKLOG: i32 = 64;
+
+/// Where the kernel shows the firmware tables that tell it how to switch the machine off.
+const POWER_CONTROL: [&str; 2] = ["/sys/firmware/acpi", "/sys/firmware/devicetree/base"];
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = env::args().skip(1).collect();
+    if arguments.first().is_some_and(|verb| verb == "serve") {
+        return serve_inherited(&arguments[1..]);
+    }
+    if std::process::id() != 1 {
+        eprintln!("coracle-agent: this is the first process of a Coracle guest, not a command");
+        return ExitCode::FAILURE;
+    }
+    if let Err(error) = serve_host() {
+        log::error!("{error}");
+    }
+    power_off()
+}
+
+fn serve_host() -> Result<(), Box<dyn Error>> {
+    init::prepare().inspect_err(|_| kmsg::install())?;
+    // Listening first: the host may open streams as soon as it knows that the agent is there.
+    let listener = vsock().context("make a vsock socket")?;
+    bind(listener.as_raw_fd(), &VsockAddr::new(libc::VMADDR_CID_ANY, STDIO_PORT))?;
+    listen(&listener, Backlog::new(BACKLOG)?)?;
+    let control = vsock()?;
+    connect(control.as_raw_fd(), &VsockAddr::new(HOST_CID, CONTROL_PORT))
+        .context("connect to the host")?;
+    Ok(Server::new(control, listener, PathBuf::from(init::CGROUPS))?.run()?)
+}
+
+fn vsock() -> nix::Result<OwnedFd> {
+    socket(AddressFamily::Vsock, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)
+}
+
+fn power_off() -> ExitCode {
+    init::finish();
+    // A kernel that cannot switch off halts instead, for good, and does not say so before: on a
+    // machine that is described neither by ACPI nor by a device tree only a reset ends the guest.
+    if POWER_CONTROL.iter().any(|path| Path::new(path).exists()) {
+        let _ = reboot(RebootMode::RB_POWER_OFF);
+    }
+    let _ = reboot(RebootMode::RB_AUTOBOOT);
+    ExitCode::FAILURE
+}
+
+fn serve_inherited(arguments: &[String]) -> ExitCode {
+    kmsg::install_stderr();
+    let [control, listener, cgroups] = arguments else {
+        eprintln!("usage: coracle-agent serve CONTROL_FD STDIO_FD CGROUP_ROOT");
+        return ExitCode::FAILURE;
+    };
+    match serve_descriptors(control, listener, cgroups) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("coracle-agent: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn serve_descriptors(control: &str, listener: &str, cgroups: &str) -> Result<(), Box<dyn Error>> {
+    let (control, listener): (RawFd, RawFd) = (control.parse()?, listener.parse()?);
+    if control < 3 || listener < 3 || control == listener {
+        return Err("descriptors have to be two, and above standard error".into());
+    }
+    // SAFETY: whoever started this process gave it these descriptors; nothing else here owns them.
+    let owned = |number| unsafe { OwnedFd::from_raw_fd(number) };
+    let cgroups = PathBuf::from(cgroups);
+    container::cgroup::prepare(&cgroups)?;
+    Ok(Server::new(owned(control), owned(listener), cgroups)?.run()?)
+}
