@@ -1,0 +1,77 @@
+//! A kernel ready for a guest: a folder of the cache with the image, its modules and its provenance.
+
+use crate::manifest::Provenance;
+use std::path::{Path, PathBuf};
+use std::{fs, io};
+
+const IMAGE: &str = "kernel";
+const MODULES: &str = "lib/modules";
+const PROVENANCE: &str = "provenance.json";
+
+/// Why a kernel's folder cannot be read or written.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A file cannot be read or written.
+    #[error("access {path}")]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What the system says.
+        #[source]
+        source: io::Error,
+    },
+    /// The provenance is not what this version writes.
+    #[error("parse {path}: remove its folder from the cache to make it anew")]
+    Provenance {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        #[source]
+        source: serde_json::Error,
+    },
+}
+
+/// A finished kernel.
+#[derive(Debug)]
+pub struct Kernel {
+    folder: PathBuf,
+    provenance: Provenance,
+}
+
+impl Kernel {
+    /// The kernel in `folder`, as [`Kernel::store`] has left it.
+    pub fn load(folder: PathBuf) -> Result<Self, Error> {
+        let path = folder.join(PROVENANCE);
+        let text = fs::read(&path).map_err(|source| Error::File { path: path.clone(), source })?;
+        let provenance =
+            serde_json::from_slice(&text).map_err(|source| Error::Provenance { path, source })?;
+        Ok(Self { folder, provenance })
+    }
+
+    /// Makes `folder` a kernel's folder; its modules, if any, are put there by the caller.
+    pub fn store(folder: &Path, image: &[u8], provenance: &Provenance) -> Result<(), Error> {
+        let write = |name: &str, contents: &[u8]| {
+            let path = folder.join(name);
+            fs::write(&path, contents).map_err(|source| Error::File { path, source })
+        };
+        write(IMAGE, image)?;
+        let json = serde_json::to_vec_pretty(provenance).expect("plain strings and numbers");
+        write(PROVENANCE, &json)
+    }
+
+    /// What the VMM boots.
+    pub fn image(&self) -> Result<Vec<u8>, Error> {
+        let path = self.folder.join(IMAGE);
+        fs::read(&path).map_err(|source| Error::File { path, source })
+    }
+
+    /// The folder above `lib/modules`, for a kernel that has modules.
+    pub fn module_root(&self) -> Option<&Path> {
+        self.folder.join(MODULES).is_dir().then_some(&self.folder)
+    }
+
+    /// Where it comes from.
+    pub fn provenance(&self) -> &Provenance {
+        &self.provenance
+    }
+}
