@@ -1,0 +1,127 @@
+//! `run`: create and start a container, and be its stand-in until it ends.
+
+use agent_protocol::{INIT_PROCESS, WindowSize};
+use anyhow::Context;
+use coracle::sandbox::{self, Client};
+use coracle::state::ContainerDir;
+use nix::errno::Errno;
+use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::Pid;
+
+use super::Globals;
+use super::create::{self, BundleArgs};
+
+nix::ioctl_read_bad!(window_size_of, libc::TIOCGWINSZ, libc::winsize);
+
+#[derive(clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    bundle: BundleArgs,
+    /// Do not wait for the container to end
+    #[arg(long, short = 'd')]
+    detach: bool,
+    /// Keep the container's state after it has ended
+    #[arg(long)]
+    keep: bool,
+    /// Accepted as runc has it; the machine border contains what the container leaves behind
+    #[arg(long)]
+    no_subreaper: bool,
+}
+
+/// Returns the exit code of the container's program, or 0 if it goes on without us.
+pub fn run(globals: &Globals, args: &Args) -> anyhow::Result<u8> {
+    // Blocked before there is a child, so that its end cannot be missed.
+    let signals = (!args.detach).then(block_signals).transpose()?;
+    let failed = "coracle run failed";
+    let (dir, pid) = create::create(globals, &args.bundle, args.detach).context(failed)?;
+    let client = Client::connect(&dir)
+        .and_then(|client| client.start().map(|()| client))
+        .inspect_err(|_| destroy(&dir));
+    let client = match client {
+        Ok(client) => client,
+        Err(error) => {
+            remove(dir);
+            return Err(error).context(failed);
+        }
+    };
+    let Some(signals) = signals else { return Ok(0) };
+    resize(&client);
+    let code = wait(&client, &signals, Pid::from_raw(pid)).context(failed)?;
+    if !args.keep {
+        destroy(&dir);
+        remove(dir);
+    }
+    Ok(code)
+}
+
+fn destroy(dir: &ContainerDir) {
+    let destroyed = dir
+        .load()
+        .map_err(anyhow::Error::from)
+        .and_then(|state| Ok(sandbox::destroy(dir, &state)?));
+    if let Err(error) = destroyed {
+        log::warn!("{error:#}");
+    }
+}
+
+fn remove(dir: ContainerDir) {
+    if let Err(error) = dir.remove() {
+        log::warn!("{error:#}", error = anyhow::Error::from(error));
+    }
+}
+
+/// Blocks every signal that can be taken with sigwait(3) and is not a fault of this program.
+fn block_signals() -> nix::Result<SigSet> {
+    let mut signals = SigSet::all();
+    for fault in [Signal::SIGSEGV, Signal::SIGBUS, Signal::SIGFPE, Signal::SIGILL, Signal::SIGTRAP]
+    {
+        signals.remove(fault);
+    }
+    sigprocmask(SigmaskHow::SIG_BLOCK, Some(&signals), None)?;
+    Ok(signals)
+}
+
+/// Passes signals on until the sandbox process has ended.
+fn wait(client: &Client, signals: &SigSet, pid: Pid) -> anyhow::Result<u8> {
+    loop {
+        if let Some(code) = exit_code(pid)? {
+            return Ok(code);
+        }
+        match signals.wait()? {
+            Signal::SIGCHLD => {}
+            Signal::SIGWINCH => resize(client),
+            Signal::SIGPIPE | Signal::SIGURG => {}
+            signal => {
+                // The container may end at any time; then there is nobody to signal.
+                if let Err(error) = client.signal(INIT_PROCESS, signal as i32, false) {
+                    log::debug!("pass on {signal}: {error}");
+                }
+            }
+        }
+    }
+}
+
+fn exit_code(pid: Pid) -> nix::Result<Option<u8>> {
+    match waitpid(pid, Some(WaitPidFlag::WNOHANG)) {
+        Ok(WaitStatus::Exited(_, code)) => Ok(Some(u8::try_from(code).unwrap_or(u8::MAX))),
+        Ok(WaitStatus::Signaled(_, signal, _)) => {
+            Ok(Some(u8::try_from(128 + signal as i32).unwrap_or(u8::MAX)))
+        }
+        Ok(_) | Err(Errno::EINTR) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Tells the guest the size of our terminal, if we have one.
+fn resize(client: &Client) {
+    let mut size = libc::winsize { ws_row: 0, ws_col: 0, ws_xpixel: 0, ws_ypixel: 0 };
+    // SAFETY: `size` is a winsize that outlives the call, which writes nothing else.
+    if unsafe { window_size_of(libc::STDIN_FILENO, &raw mut size) }.is_err() {
+        return;
+    }
+    let size = WindowSize { rows: size.ws_row, columns: size.ws_col };
+    if let Err(error) = client.resize(INIT_PROCESS, size) {
+        log::debug!("resize terminal: {error}");
+    }
+}

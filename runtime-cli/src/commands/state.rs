@@ -1,0 +1,9 @@
+//! `state`: the state of a container as JSON.
+
+use super::{Globals, IdArgs};
+
+pub fn run(globals: &Globals, args: &IdArgs) -> anyhow::Result<()> {
+    let (_, state) = globals.container(&args.id)?;
+    print!("{}", state.to_oci_json());
+    Ok(())
+}

@@ -1,0 +1,163 @@
+//! `coracle`: the OCI command line.
+
+mod commands;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use coracle::logging::LogOptions;
+use coracle::state::{DEFAULT_ROOT, StateRoot};
+use coracle::{OCI_VERSION, VERSION, sandbox};
+
+/// Exit code of a failure that is the runtime's own.
+const FAILURE: u8 = 1;
+
+/// Runs containers, each in a virtual machine of its own, by the OCI runtime specification.
+#[derive(Parser)]
+#[command(name = "coracle", disable_version_flag = true, arg_required_else_help = true)]
+struct Cli {
+    /// Enable debug logging
+    #[arg(long)]
+    debug: bool,
+    /// Log file (default: stderr)
+    #[arg(long, value_name = "FILE")]
+    log: Option<PathBuf>,
+    /// Log format: text or json
+    #[arg(long, value_name = "FORMAT", default_value = "text")]
+    log_format: String,
+    /// Folder for the state of containers; should be on a tmpfs
+    #[arg(long, value_name = "DIR", default_value = DEFAULT_ROOT)]
+    root: PathBuf,
+    /// Let systemd manage cgroups; cgroupsPath is then "slice:prefix:name"
+    #[arg(long)]
+    systemd_cgroup: bool,
+    /// Accepted as runc has it
+    #[arg(long, value_name = "WHETHER", hide = true)]
+    rootless: Option<String>,
+    /// Accepted as runc has it
+    #[arg(long, value_name = "PATH", hide = true)]
+    criu: Option<PathBuf>,
+    /// Print the version
+    #[arg(long, short = 'v')]
+    version: bool,
+    #[command(subcommand)]
+    verb: Option<Verb>,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Check whether this host can run virtual machines
+    Check(commands::check::Args),
+    /// Create a container
+    Create(commands::create::Args),
+    /// Delete what a container holds
+    Delete(commands::delete::Args),
+    /// Display events and statistics of a container
+    Events(commands::events::Args),
+    /// Execute a new process inside a container
+    Exec(Box<commands::exec::Args>),
+    /// Show what this runtime implements
+    Features,
+    /// Send a signal to a container's first process
+    Kill(commands::kill::Args),
+    /// List the containers of a root
+    List(commands::list::Args),
+    /// Suspend all processes inside a container
+    Pause(commands::IdArgs),
+    /// Display the processes inside a container
+    Ps(commands::ps::Args),
+    /// Resume all processes that have been paused
+    Resume(commands::IdArgs),
+    /// Create and run a container
+    Run(commands::run::Args),
+    /// Write a configuration to start from
+    Spec(commands::spec::Args),
+    /// Execute the user's program in a created container
+    Start(commands::IdArgs),
+    /// Print the state of a container
+    State(commands::IdArgs),
+    /// Change the limits of a container
+    Update(Box<commands::update::Args>),
+    /// The process that holds a container's virtual machine
+    #[command(hide = true)]
+    SandboxProcess(commands::HiddenArgs),
+    /// The process that stands for one that `exec` started
+    #[command(hide = true)]
+    ExecProcess(commands::HiddenArgs),
+}
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Neither way of failing to print help or a usage error leaves anything to do.
+            let _ = error.print();
+            return if error.use_stderr() { FAILURE.into() } else { ExitCode::SUCCESS };
+        }
+    };
+    if cli.version {
+        println!("coracle version {VERSION}\nspec: {OCI_VERSION}");
+        return ExitCode::SUCCESS;
+    }
+    let mut log = LogOptions { path: cli.log, debug: cli.debug, ..LogOptions::default() };
+    match cli.log_format.parse() {
+        Ok(format) => log.format = format,
+        Err(error) => {
+            log.report(&error);
+            return FAILURE.into();
+        }
+    }
+    let Some(verb) = cli.verb else {
+        log.report(&commands::NoVerb);
+        return FAILURE.into();
+    };
+    let globals = commands::Globals {
+        root: StateRoot::new(cli.root),
+        log,
+        systemd_cgroup: cli.systemd_cgroup,
+    };
+    run(&globals, verb)
+}
+
+fn run(globals: &commands::Globals, verb: Verb) -> ExitCode {
+    let log = &globals.log;
+    let result = match verb {
+        // These two set up logging themselves: their options arrive over a descriptor.
+        Verb::SandboxProcess(args) => sandbox::main(args.fd),
+        Verb::ExecProcess(args) => sandbox::exec_main(args.fd),
+        verb => log.install().map_err(Into::into).and_then(|()| dispatch(globals, verb)),
+    };
+    match result {
+        Ok(code) => code.into(),
+        Err(failure) => {
+            log.report(failure.error.as_ref());
+            failure.code.into()
+        }
+    }
+}
+
+fn dispatch(globals: &commands::Globals, verb: Verb) -> Result<u8, commands::Failure> {
+    let done = |result: anyhow::Result<()>| result.map(|()| 0).map_err(Into::into);
+    match verb {
+        Verb::Check(args) => commands::check::run(&args).map_err(Into::into),
+        Verb::Create(args) => done(commands::create::run(globals, &args)),
+        Verb::Delete(args) => done(commands::delete::run(globals, &args)),
+        Verb::Events(args) => done(commands::events::run(globals, &args)),
+        Verb::Exec(args) => commands::exec::run(globals, &args),
+        Verb::Features => done(commands::features::run()),
+        Verb::Kill(args) => done(commands::kill::run(globals, &args)),
+        Verb::List(args) => done(commands::list::run(globals, &args)),
+        Verb::Pause(args) => done(commands::pause::run(globals, &args)),
+        Verb::Ps(args) => done(commands::ps::run(globals, &args)),
+        Verb::Resume(args) => done(commands::resume::run(globals, &args)),
+        Verb::Run(args) => commands::run::run(globals, &args).map_err(Into::into),
+        Verb::Spec(args) => done(commands::spec::run(&args)),
+        Verb::Start(args) => done(commands::start::run(globals, &args)),
+        Verb::State(args) => done(commands::state::run(globals, &args)),
+        Verb::Update(args) => done(commands::update::run(globals, &args)),
+        Verb::SandboxProcess(_) | Verb::ExecProcess(_) => {
+            unreachable!("run() gives these to the sandbox")
+        }
+    }
+}

@@ -1,0 +1,213 @@
+//! The host cgroup of a sandbox: everything the container costs the host is counted there.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use libcgroups::common::{
+    AnyCgroupManager, CgroupConfig, CgroupManager, CgroupSetup, ControllerOpt,
+    create_cgroup_manager, get_cgroup_setup,
+};
+use oci_spec::runtime::LinuxResources;
+
+/// Where cgroup file systems are mounted (cgroups(7)).
+const CGROUP_ROOT: &str = "/sys/fs/cgroup";
+
+type Source = Box<dyn std::error::Error + Send + Sync>;
+
+/// Why the host cgroup cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The host's cgroups are not as expected.
+    #[error("find the host's cgroups for {path}: are they mounted at {CGROUP_ROOT}?")]
+    Find {
+        /// `linux.cgroupsPath`.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: Source,
+    },
+    /// The cgroup cannot be made or entered.
+    #[error("enter host cgroup {path}")]
+    Enter {
+        /// `linux.cgroupsPath`.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: Source,
+    },
+    /// A limit is refused.
+    #[error("limit host cgroup {path} to what linux.resources says")]
+    Limit {
+        /// `linux.cgroupsPath`.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: Source,
+    },
+    /// The cgroup cannot be removed.
+    #[error("remove host cgroup {path}: is a process still in it?")]
+    Remove {
+        /// `linux.cgroupsPath`.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: Source,
+    },
+}
+
+/// Name of a cgroup, as libcgroups takes it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Name {
+    pub(super) path: PathBuf,
+    pub(super) systemd: bool,
+}
+
+impl Name {
+    /// The cgroup a bundle asks for, or one named after the container.
+    pub(super) fn of(path: Option<&Path>, systemd: bool, id: &str) -> Self {
+        let path = match path {
+            Some(path) if !path.as_os_str().is_empty() => path.to_path_buf(),
+            _ if systemd => format!("system.slice:coracle:{id}").into(),
+            _ => format!("/coracle-{id}").into(),
+        };
+        Self { path, systemd }
+    }
+
+    fn manager(&self, id: &str) -> Result<AnyCgroupManager, Error> {
+        let failed = |source: Source| Error::Find { path: self.path.clone(), source };
+        let unified = get_cgroup_setup().map_err(|source| failed(source.into()))?;
+        let cgroup_path = match unified {
+            CgroupSetup::Unified => self.path.clone(),
+            // libcgroups talks to systemd on unified hosts only.
+            CgroupSetup::Hybrid | CgroupSetup::Legacy => plain_path(&self.path),
+        };
+        let config =
+            CgroupConfig { cgroup_path, systemd_cgroup: self.systemd, container_name: id.into() };
+        create_cgroup_manager(config).map_err(|source| failed(source.into()))
+    }
+}
+
+/// `slice:prefix:name` as the folder systemd would make; any other path as it is.
+fn plain_path(path: &Path) -> PathBuf {
+    let text = path.to_string_lossy();
+    let parts: Vec<&str> = text.split(':').collect();
+    match parts[..] {
+        [slice, prefix, name] => format!("/{slice}/{prefix}-{name}.scope").into(),
+        _ => path.to_path_buf(),
+    }
+}
+
+/// A cgroup this process is in.
+pub(super) struct Cgroup {
+    name: Name,
+    manager: AnyCgroupManager,
+    former: Vec<PathBuf>,
+}
+
+impl Cgroup {
+    /// Makes the cgroup if need be, enters it with the whole process, and sets its limits.
+    pub(super) fn enter(name: Name, id: &str, resources: &LinuxResources) -> Result<Self, Error> {
+        let cgroup = Self { manager: name.manager(id)?, former: own_cgroups(), name };
+        let path = cgroup.name.path.clone();
+        let entered = cgroup.manager.add_task(nix_of_libcgroups::unistd::Pid::this());
+        if let Err(source) = entered {
+            cgroup.leave();
+            return Err(Error::Enter { path, source: source.into() });
+        }
+        let options = ControllerOpt {
+            resources,
+            disable_oom_killer: false,
+            oom_score_adj: None,
+            freezer_state: None,
+        };
+        if let Err(source) = cgroup.manager.apply(&options) {
+            cgroup.leave();
+            return Err(Error::Limit { path, source: source.into() });
+        }
+        Ok(cgroup)
+    }
+
+    /// Goes back to where the process was, and removes the cgroup.
+    pub(super) fn leave(self) {
+        let pid = std::process::id().to_string();
+        for cgroup in &self.former {
+            // A hierarchy that cannot be left leaves a cgroup that cannot be removed: said below.
+            let _ = fs::write(cgroup.join("cgroup.procs"), &pid);
+        }
+        // Removing kills whoever is in it: that must not be this process.
+        let own = own_cgroups();
+        if own.iter().all(|cgroup| self.former.contains(cgroup)) {
+            if let Err(error) = self.manager.remove() {
+                log::warn!("remove host cgroup {}: {error}", self.name.path.display());
+            }
+        }
+    }
+}
+
+/// Kills what is left in a cgroup, and removes it; no error if there is none.
+pub(super) fn remove(name: &Name, id: &str) -> Result<(), Error> {
+    name.manager(id)?
+        .remove()
+        .map_err(|source| Error::Remove { path: name.path.clone(), source: source.into() })
+}
+
+/// The folders of the cgroups this process is in, one per hierarchy.
+fn own_cgroups() -> Vec<PathBuf> {
+    let text = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    let unified = !Path::new(CGROUP_ROOT).join("unified").exists();
+    text.lines().filter_map(|line| cgroup_folder(line, unified)).collect()
+}
+
+/// The folder a line of `/proc/self/cgroup` means (cgroups(7)).
+fn cgroup_folder(line: &str, unified: bool) -> Option<PathBuf> {
+    let mut fields = line.splitn(3, ':');
+    let (_, controllers, path) = (fields.next()?, fields.next()?, fields.next()?);
+    let hierarchy = match controllers {
+        "" if unified => "",
+        "" => "unified",
+        named => named.strip_prefix("name=").unwrap_or(named),
+    };
+    Some(Path::new(CGROUP_ROOT).join(hierarchy).join(path.trim_start_matches('/')))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cgroup_is_named_after_the_container_if_the_bundle_names_none() {
+        assert_eq!(Name::of(None, false, "a").path, Path::new("/coracle-a"));
+        assert_eq!(Name::of(None, true, "a").path, Path::new("system.slice:coracle:a"));
+    }
+
+    #[test]
+    fn a_systemd_name_has_a_plain_path_on_hosts_with_version_1() {
+        let plain = plain_path(Path::new("user.slice:libpod:c1"));
+
+        assert_eq!(plain, Path::new("/user.slice/libpod-c1.scope"));
+    }
+
+    #[test]
+    fn lines_of_both_versions_give_folders() {
+        let folder = |line, unified| cgroup_folder(line, unified).unwrap();
+
+        assert_eq!(folder("4:memory:/a", false), Path::new("/sys/fs/cgroup/memory/a"));
+        assert_eq!(folder("9:name=systemd:/", false), Path::new("/sys/fs/cgroup/systemd/"));
+        assert_eq!(folder("0::/b", true), Path::new("/sys/fs/cgroup/b"));
+        assert_eq!(folder("0::/b", false), Path::new("/sys/fs/cgroup/unified/b"));
+    }
+
+    #[test]
+    #[ignore = "needs root"]
+    fn a_cgroup_is_entered_and_leaves_nothing_behind() {
+        let name = Name::of(None, false, "unit-test");
+        let before = own_cgroups();
+
+        let cgroup = Cgroup::enter(name.clone(), "unit-test", &LinuxResources::default()).unwrap();
+        assert_ne!(own_cgroups(), before);
+        cgroup.leave();
+
+        assert_eq!(own_cgroups(), before);
+        remove(&name, "unit-test").unwrap();
+    }
+}

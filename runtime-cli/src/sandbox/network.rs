@@ -1,0 +1,361 @@
+//! The container's network namespace, handed over to the guest.
+//!
+//! The engine put interfaces with addresses and routes into the namespace. Each gets a tap beside
+//! it, and whatever arrives at one of the two leaves by the other (tc-mirred(8)), before the
+//! namespace's own network stack sees it. The guest takes over hardware address, addresses and
+//! routes; those in the namespace stay for engines to look at, but nothing answers there.
+
+use std::io;
+use std::net::IpAddr;
+
+use agent_protocol::{Address, Interface, Neighbour, Route};
+use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
+use netlink_packet_route::RouteNetlinkMessage as Message;
+use netlink_packet_route::address::{AddressAttribute, AddressMessage};
+use netlink_packet_route::link::{
+    InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage,
+};
+use netlink_packet_route::neighbour::{
+    NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState,
+};
+use netlink_packet_route::route::{
+    RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
+};
+use netlink_packet_route::tc::{
+    TcAction, TcActionAttribute, TcActionMirror, TcActionMirrorOption, TcActionOption,
+    TcActionType, TcAttribute, TcFilterMatchAll, TcFilterMatchAllOption, TcHandle, TcMessage,
+    TcMirror, TcMirrorActionType, TcOption,
+};
+use vmm::NetConfig;
+
+use super::netlink::Netlink;
+
+/// The only qdisc of which an interface can have one without losing another.
+const INGRESS: &str = "ingress";
+
+/// The filter takes every protocol (`ETH_P_ALL`) at the first priority: the upper half of
+/// `tcm_info` is the priority, the lower half the protocol in network byte order.
+const FILTER_INFO: u32 = (1 << 16) | ETH_P_ALL.to_be() as u32;
+
+/// Every protocol (linux/if_ether.h); libc has it as an int.
+const ETH_P_ALL: u16 = 3;
+
+/// Why the network cannot be handed over.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The namespace cannot be examined.
+    #[error("read the {what} of the container's network namespace")]
+    Read {
+        /// What was asked for.
+        what: &'static str,
+        /// Why it was not told.
+        #[source]
+        source: io::Error,
+    },
+    /// An interface and its tap cannot be joined.
+    #[error(
+        "join interface {interface} with {tap}: the host kernel needs sch_ingress, cls_matchall \
+         and act_mirred"
+    )]
+    Join {
+        /// The container's interface.
+        interface: String,
+        /// Its tap.
+        tap: String,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// What the guest takes over.
+#[derive(Debug, Default)]
+pub(super) struct Network {
+    links: Vec<Link>,
+    pub(super) interfaces: Vec<Interface>,
+    pub(super) routes: Vec<Route>,
+    pub(super) neighbours: Vec<Neighbour>,
+}
+
+/// An interface of the namespace and the tap beside it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Link {
+    index: u32,
+    name: String,
+    mac: [u8; 6],
+    mtu: u32,
+    tap: String,
+}
+
+impl Network {
+    /// Reads what the engine set up in this thread's network namespace.
+    pub(super) fn read() -> Result<Self, Error> {
+        let read = |what| move |source| Error::Read { what, source };
+        let netlink = Netlink::open().map_err(read("links"))?;
+        let dump = |what, question| netlink.dump(question).map_err(read(what));
+        let links = links(&dump("links", Message::GetLink(LinkMessage::default()))?);
+        let addresses = dump("addresses", Message::GetAddress(AddressMessage::default()))?;
+        let routes = dump("routes", Message::GetRoute(RouteMessage::default()))?;
+        let neighbours = dump("neighbours", Message::GetNeighbour(NeighbourMessage::default()))?;
+        Ok(Self {
+            interfaces: links.iter().map(|link| interface(link, &addresses)).collect(),
+            routes: sorted_routes(&routes, &links),
+            neighbours: neighbours.iter().filter_map(|entry| neighbour(entry, &links)).collect(),
+            links,
+        })
+    }
+
+    /// The guest's network devices.
+    pub(super) fn devices(&self) -> Vec<NetConfig> {
+        let config = |link: &Link| NetConfig { tap: link.tap.clone(), mac: mac_text(link.mac) };
+        self.links.iter().map(config).collect()
+    }
+
+    /// Joins every interface with its tap, which exists by now.
+    pub(super) fn join(&self) -> Result<(), Error> {
+        for link in &self.links {
+            join(link).map_err(|source| Error::Join {
+                interface: link.name.clone(),
+                tap: link.tap.clone(),
+                source,
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Takes back what [`Self::join`] did to interfaces that outlive the sandbox; the taps, and
+    /// what was attached to them, end with it.
+    pub(super) fn part(&self) {
+        let Ok(netlink) = Netlink::open() else { return };
+        for link in &self.links {
+            // The interface may have gone with its other end, as a veth does.
+            let _ = netlink.change(Message::DelQueueDiscipline(ingress(link.index)), 0);
+        }
+    }
+}
+
+fn join(link: &Link) -> io::Result<()> {
+    let netlink = Netlink::open()?;
+    let tap = index_of(&netlink, &link.tap)?;
+    let mut up = LinkMessage::default();
+    up.header.index = tap;
+    up.header.flags = LinkFlags::Up;
+    up.header.change_mask = LinkFlags::Up;
+    up.attributes.push(LinkAttribute::Mtu(link.mtu));
+    netlink.change(Message::SetLink(up), 0)?;
+    let mut up = LinkMessage::default();
+    up.header.index = link.index;
+    up.header.flags = LinkFlags::Up;
+    up.header.change_mask = LinkFlags::Up;
+    netlink.change(Message::SetLink(up), 0)?;
+    redirect(&netlink, link.index, tap)?;
+    redirect(&netlink, tap, link.index)
+}
+
+/// The number of the interface called `name`.
+fn index_of(netlink: &Netlink, name: &str) -> io::Result<u32> {
+    let named = |message: Message| {
+        let Message::NewLink(link) = message else { return None };
+        let matches = |attribute: &LinkAttribute| matches!(attribute, LinkAttribute::IfName(other) if other == name);
+        link.attributes.iter().any(matches).then_some(link.header.index)
+    };
+    let links = netlink.dump(Message::GetLink(LinkMessage::default()))?;
+    links.into_iter().find_map(named).ok_or_else(|| io::ErrorKind::NotFound.into())
+}
+
+/// Sends everything that arrives at interface `from` out by interface `to`.
+fn redirect(netlink: &Netlink, from: u32, to: u32) -> io::Result<()> {
+    // A former sandbox of the same namespace may have been killed and left its own; a matchall
+    // filter cannot be replaced.
+    let _ = netlink.change(Message::DelQueueDiscipline(ingress(from)), 0);
+    let create = NLM_F_CREATE | NLM_F_EXCL;
+    netlink.change(Message::NewQueueDiscipline(ingress(from)), create)?;
+    netlink.change(Message::NewTrafficFilter(redirection(from, to)), create)
+}
+
+/// The number of an interface as traffic control writes it.
+fn signed(index: u32) -> i32 {
+    i32::try_from(index).expect("the kernel numbers interfaces with positive ints")
+}
+
+/// The ingress qdisc of an interface.
+fn ingress(index: u32) -> TcMessage {
+    let mut message = TcMessage::with_index(signed(index));
+    message.header.parent = TcHandle::INGRESS;
+    message.header.handle = TcHandle { major: u16::MAX, minor: 0 };
+    message.attributes.push(TcAttribute::Kind(INGRESS.into()));
+    message
+}
+
+/// The filter that matches everything and redirects it to the egress of `to`.
+fn redirection(from: u32, to: u32) -> TcMessage {
+    let mut mirror = TcMirror::default();
+    mirror.generic.action = TcActionType::Stolen;
+    mirror.eaction = TcMirrorActionType::EgressRedir;
+    mirror.ifindex = to;
+    let mut action = TcAction::default();
+    action.attributes = vec![
+        TcActionAttribute::Kind(TcActionMirror::KIND.into()),
+        TcActionAttribute::Options(vec![TcActionOption::Mirror(TcActionMirrorOption::Parms(
+            mirror,
+        ))]),
+    ];
+    let mut message = TcMessage::with_index(signed(from));
+    message.header.parent = TcHandle { major: u16::MAX, minor: 0 };
+    message.header.info = FILTER_INFO;
+    message.attributes = vec![
+        TcAttribute::Kind(TcFilterMatchAll::KIND.into()),
+        TcAttribute::Options(vec![TcOption::MatchAll(TcFilterMatchAllOption::Action(vec![
+            action,
+        ]))]),
+    ];
+    message
+}
+
+/// The interfaces a guest can take over: those that carry Ethernet frames.
+fn links(messages: &[Message]) -> Vec<Link> {
+    let mut links: Vec<Link> = messages.iter().filter_map(link).collect();
+    links.sort_by_key(|link| link.index);
+    for (number, link) in links.iter_mut().enumerate() {
+        link.tap = format!("tap{number}");
+    }
+    links
+}
+
+fn link(message: &Message) -> Option<Link> {
+    let Message::NewLink(message) = message else { return None };
+    let header = &message.header;
+    if header.link_layer_type != LinkLayerType::Ether || header.flags.contains(LinkFlags::Loopback)
+    {
+        return None;
+    }
+    let mut link =
+        Link { index: header.index, name: String::new(), mac: [0; 6], mtu: 0, tap: String::new() };
+    for attribute in &message.attributes {
+        match attribute {
+            LinkAttribute::IfName(name) => link.name.clone_from(name),
+            LinkAttribute::Mtu(mtu) => link.mtu = *mtu,
+            LinkAttribute::Address(mac) => link.mac = mac.as_slice().try_into().ok()?,
+            LinkAttribute::LinkInfo(info) if !is_wire(info) => return None,
+            _ => {}
+        }
+    }
+    Some(link)
+}
+
+/// Whether frames that arrive at such an interface come from outside the namespace.
+fn is_wire(info: &[LinkInfo]) -> bool {
+    !info.iter().any(|part| {
+        let LinkInfo::Kind(kind) = part else { return false };
+        matches!(kind, InfoKind::Dummy | InfoKind::Bridge | InfoKind::Ifb | InfoKind::Tun)
+    })
+}
+
+fn interface(link: &Link, addresses: &[Message]) -> Interface {
+    Interface {
+        mac: link.mac,
+        name: link.name.clone(),
+        mtu: link.mtu,
+        addresses: addresses.iter().filter_map(|message| address(message, link)).collect(),
+    }
+}
+
+fn address(message: &Message, link: &Link) -> Option<Address> {
+    let Message::NewAddress(message) = message else { return None };
+    if message.header.index != link.index {
+        return None;
+    }
+    // The address proper is IFA_LOCAL where there is one; IFA_ADDRESS is the peer's then.
+    let local = message.attributes.iter().find_map(|attribute| match attribute {
+        AddressAttribute::Local(ip) => Some(*ip),
+        _ => None,
+    });
+    let remote = message.attributes.iter().find_map(|attribute| match attribute {
+        AddressAttribute::Address(ip) => Some(*ip),
+        _ => None,
+    });
+    let ip = local.or(remote)?;
+    // The guest makes the link-local address from the hardware address, as the host did.
+    let made_anew = matches!(ip, IpAddr::V6(ip) if ip.is_unicast_link_local());
+    (!made_anew).then_some(Address { ip, prefix: message.header.prefix_len })
+}
+
+/// Routes the guest has to be told, those on a link first: a gateway has to be reachable when its
+/// route is added.
+fn sorted_routes(messages: &[Message], links: &[Link]) -> Vec<Route> {
+    let mut routes: Vec<Route> =
+        messages.iter().filter_map(|message| route(message, links)).collect();
+    routes.sort_by_key(|route| (route.gateway.is_some(), route.destination.is_none()));
+    routes
+}
+
+fn route(message: &Message, links: &[Link]) -> Option<Route> {
+    let Message::NewRoute(message) = message else { return None };
+    let header = &message.header;
+    let told = header.table == RouteHeader::RT_TABLE_MAIN
+        && header.kind == RouteType::Unicast
+        // Routes of the kernel's own come with the addresses.
+        && header.protocol != RouteProtocol::Kernel;
+    if !told {
+        return None;
+    }
+    let mut route = Route {
+        destination: None,
+        gateway: None,
+        source: None,
+        interface: String::new(),
+        on_link: header.scope == RouteScope::Link,
+        metric: 0,
+    };
+    for attribute in &message.attributes {
+        match attribute {
+            RouteAttribute::Destination(ip) => {
+                let prefix = header.destination_prefix_length;
+                route.destination = Some(Address { ip: route_ip(ip)?, prefix });
+            }
+            RouteAttribute::Gateway(ip) => route.gateway = Some(route_ip(ip)?),
+            RouteAttribute::PrefSource(ip) => route.source = Some(route_ip(ip)?),
+            RouteAttribute::Priority(metric) => route.metric = *metric,
+            RouteAttribute::Oif(index) => {
+                route.interface = links.iter().find(|link| link.index == *index)?.name.clone();
+            }
+            _ => {}
+        }
+    }
+    (!route.interface.is_empty()).then_some(route)
+}
+
+fn route_ip(address: &RouteAddress) -> Option<IpAddr> {
+    match address {
+        RouteAddress::Inet(ip) => Some((*ip).into()),
+        RouteAddress::Inet6(ip) => Some((*ip).into()),
+        _ => None,
+    }
+}
+
+fn neighbour(message: &Message, links: &[Link]) -> Option<Neighbour> {
+    let Message::NewNeighbour(message) = message else { return None };
+    if message.header.state != NeighbourState::Permanent {
+        return None;
+    }
+    let interface = links.iter().find(|link| link.index == message.header.ifindex)?.name.clone();
+    let mut ip = None;
+    let mut mac = None;
+    for attribute in &message.attributes {
+        match attribute {
+            NeighbourAttribute::Destination(NeighbourAddress::Inet(v4)) => ip = Some((*v4).into()),
+            NeighbourAttribute::Destination(NeighbourAddress::Inet6(v6)) => ip = Some((*v6).into()),
+            NeighbourAttribute::LinkLayerAddress(bytes) => mac = bytes.as_slice().try_into().ok(),
+            _ => {}
+        }
+    }
+    Some(Neighbour { ip: ip?, mac: mac?, interface })
+}
+
+fn mac_text(mac: [u8; 6]) -> String {
+    mac.map(|byte| format!("{byte:02x}")).join(":")
+}
+
+#[cfg(test)]
+#[path = "network_tests.rs"]
+mod tests;

@@ -1,0 +1,327 @@
+//! The process that holds one virtual machine: `create`, seen from inside.
+//!
+//! What it makes dies with it, but for the cgroup and the state folder: those are taken back if
+//! `create` fails or if its caller dies before it has heard of the success.
+
+use std::io;
+use std::os::fd::RawFd;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+
+use agent_protocol::{CONTROL_PORT, Container, INIT_PROCESS, Request, Sandbox};
+use oci_spec::runtime::{Hook, Hooks, LinuxResources};
+use serde::{Deserialize, Serialize};
+use vmm::vsock::HostStream;
+use vmm::{VmHandle, Vmm};
+
+use super::agent::Agent;
+use super::boot::{self, Boot};
+use super::cgroup::{self, Cgroup};
+use super::launch::Starter;
+use super::machine::{self, Size};
+use super::namespaces::{self, HostNamespaces, Netns};
+use super::network::{self, Network};
+use super::serve::{Parts, Serving};
+use super::share::{self, ShareTree};
+use super::signals::Signals;
+use super::stdio::{self, Stdio};
+use super::streams::{Outputs, Owner, Running};
+use super::{CreateOptions, control, folder, hooks};
+use crate::bundle::{self, Bundle};
+use crate::logging::{self, chain};
+use crate::settings;
+use crate::state::{self, ContainerDir, ContainerId, State, StateRoot, Status};
+use crate::translate;
+
+/// What the caller of `create` sends to the process it starts.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Order {
+    /// `--root`, absolute.
+    pub(super) root: PathBuf,
+    /// Container id.
+    pub(super) id: String,
+    /// Folder of the bundle, absolute.
+    pub(super) bundle: PathBuf,
+    /// The rest, with absolute paths.
+    pub(super) options: CreateOptions,
+}
+
+/// Which step of `create` failed.
+#[derive(Debug, thiserror::Error)]
+enum Error {
+    #[error(transparent)]
+    Log(#[from] logging::Error),
+    #[error(transparent)]
+    State(#[from] state::Error),
+    #[error(transparent)]
+    Bundle(#[from] bundle::Error),
+    #[error(transparent)]
+    Settings(#[from] settings::Error),
+    #[error(transparent)]
+    Translate(#[from] translate::Error),
+    #[error("take over stdio")]
+    Stdio(#[from] stdio::Error),
+    #[error("collect signals")]
+    Signals(#[source] nix::errno::Errno),
+    #[error(transparent)]
+    Namespaces(#[from] namespaces::Error),
+    #[error(transparent)]
+    Cgroup(#[from] cgroup::Error),
+    #[error(transparent)]
+    Hook(#[from] hooks::Error),
+    #[error("set up the container's network")]
+    Network(#[from] network::Error),
+    #[error(transparent)]
+    Share(#[from] share::Error),
+    #[error("set up the virtual machine (`coracle check` says what is missing and what to do)")]
+    Vm(#[from] vmm::Error),
+    #[error("make the connection to the guest")]
+    Connect(#[source] io::Error),
+    #[error("connect stdio with the guest")]
+    Streams(#[source] io::Error),
+    #[error(transparent)]
+    Boot(#[from] boot::Error),
+    #[error("listen in the state folder")]
+    Listen(#[source] io::Error),
+    #[error("keep the poststop hooks in the state folder")]
+    Poststop(#[source] io::Error),
+}
+
+/// What outlives this process unless it is taken back.
+#[derive(Default)]
+struct Outliving {
+    cgroup: Option<Cgroup>,
+    network: Network,
+}
+
+impl Outliving {
+    /// Takes everything back, the state folder last: with it goes the container's name.
+    fn take_back(self, dir: &ContainerDir) {
+        self.network.part();
+        if let Some(cgroup) = self.cgroup {
+            cgroup.leave();
+        }
+        folder::remove(dir);
+    }
+}
+
+/// Body of the hidden verb: `fd` leads to the caller of `create`. Does not return before the
+/// container is over; the result is its exit code.
+pub(super) fn main(fd: RawFd) -> i32 {
+    vmm::use_one_heap();
+    let (starter, order) = match Starter::meet::<Order>(fd) {
+        Ok(met) => met,
+        Err(error) => {
+            eprintln!("this verb is for coracle's own use: {}", chain(&error));
+            return 1;
+        }
+    };
+    match open(&order) {
+        Ok(dir) => run(starter, &order, &dir),
+        Err(error) => {
+            starter.failed(chain(&error));
+            1
+        }
+    }
+}
+
+fn open(order: &Order) -> Result<ContainerDir, Error> {
+    order.options.log.install()?;
+    Ok(StateRoot::new(&order.root).open(&ContainerId::parse(&order.id)?)?)
+}
+
+fn run(mut starter: Starter, order: &Order, dir: &ContainerDir) -> i32 {
+    let mut outliving = Outliving::default();
+    let parts = match create(order, dir, starter.socket(), &mut outliving) {
+        Ok(parts) => parts,
+        Err(error) => {
+            outliving.take_back(dir);
+            starter.failed(chain(&error));
+            return 1;
+        }
+    };
+    if starter.ready().is_err() || !starter.committed() {
+        drop(parts);
+        outliving.take_back(dir);
+        return 1;
+    }
+    vmm::give_back_startup_memory();
+    let code = Serving::new(dir, parts).run();
+    outliving.network.part();
+    code.into()
+}
+
+/// Creates the container, from the top down as it is told in the design.
+fn create(
+    order: &Order,
+    dir: &ContainerDir,
+    caller: &UnixStream,
+    outliving: &mut Outliving,
+) -> Result<Parts, Error> {
+    let options = &order.options;
+    let bundle = Bundle::load(&order.bundle)?;
+    let settings = options.settings.clone().with_annotations(&bundle.annotations())?;
+    let netns = Netns::of(&bundle.spec)?;
+    let signals = Signals::collect().map_err(Error::Signals)?;
+    let stdio = Stdio::take(bundle.terminal(), options.console_socket.as_deref())?;
+    stdio::let_go()?;
+    let resources = resources(&bundle);
+    let size = Size::of(&settings, &resources, Size::of_host());
+
+    let name = cgroup_name(&bundle, options, &order.id);
+    let limits = machine::host_resources(&resources, size);
+    outliving.cgroup = Some(Cgroup::enter(name.clone(), &order.id, &limits)?);
+    set_oom_score(&bundle);
+    let host = HostNamespaces::leave(&netns)?;
+    let state = creating(&bundle, &order.id, &name, &netns);
+    dir.save(&state)?;
+    folder::keep_poststop(dir, &hook_list(&bundle, Hooks::poststop)).map_err(Error::Poststop)?;
+    run_hooks(&bundle, &state, &host)?;
+
+    outliving.network = Network::read()?;
+    let network = &outliving.network;
+    let mut tree = ShareTree::new(&folder::share(dir), &bundle.rootfs)?;
+    let container = container(&bundle, dir, &state, &stdio, &mut tree)?;
+    tree.seal()?;
+    let config = machine::config(&settings, size, tree.path(), network.devices(), dir.path());
+    let vm = Vmm::new(config)?;
+    network.join()?;
+    let (vm, mut agent) = start(vm)?;
+
+    let guest = Sandbox {
+        hostname: bundle.spec.hostname().clone(),
+        share: true,
+        interfaces: network.interfaces.clone(),
+        routes: network.routes.clone(),
+        neighbours: network.neighbours.clone(),
+    };
+    let timeout_s = settings.boot_timeout_s;
+    let mut boot = Boot { vm: &vm, agent: &mut agent, caller, signals: &signals, timeout_s };
+    boot.ready()?;
+    boot.ask("set up the guest", &Request::ConfigureSandbox(guest))?;
+    let (init, console) = connect_stdio(&vm, &order.id, stdio)?;
+    boot.ask("create the container in the guest", &Request::CreateContainer(container))?;
+
+    let listener = control::listen(dir).map_err(Error::Listen)?;
+    let poststart = hook_list(&bundle, Hooks::poststart);
+    let mut parts = Parts { vm, agent, listener, signals, console, init, state, host, poststart };
+    parts.state.status = Status::Created;
+    dir.save(&parts.state)?;
+    Ok(parts)
+}
+
+fn resources(bundle: &Bundle) -> LinuxResources {
+    let linux = bundle.spec.linux().as_ref();
+    linux.and_then(|linux| linux.resources().clone()).unwrap_or_default()
+}
+
+fn cgroup_name(bundle: &Bundle, options: &CreateOptions, id: &str) -> cgroup::Name {
+    let linux = bundle.spec.linux().as_ref();
+    let path = linux.and_then(|linux| linux.cgroups_path().as_deref());
+    cgroup::Name::of(path, options.systemd_cgroup, id)
+}
+
+/// When the host runs out of memory, this process is what the engine said about the container's.
+fn set_oom_score(bundle: &Bundle) {
+    let process = bundle.spec.process().as_ref();
+    if let Some(score) = process.and_then(|process| process.oom_score_adj()) {
+        if let Err(error) = std::fs::write("/proc/self/oom_score_adj", score.to_string()) {
+            log::warn!("set oom_score_adj to {score}: {error}");
+        }
+    }
+}
+
+fn creating(bundle: &Bundle, id: &str, cgroup: &cgroup::Name, netns: &Netns) -> State {
+    let pid = nix::unistd::getpid().as_raw();
+    let owner = nix::unistd::User::from_uid(nix::unistd::geteuid()).ok().flatten();
+    State {
+        oci_version: bundle.spec.version().clone(),
+        id: id.into(),
+        pid: Some(pid),
+        pid_start_time: state::process_start_time(pid).unwrap_or_default(),
+        status: Status::Creating,
+        bundle: bundle.path.clone(),
+        rootfs: bundle.rootfs.clone(),
+        created: state::timestamp(),
+        owner: owner.map(|user| user.name).unwrap_or_default(),
+        annotations: bundle.annotations(),
+        cgroup_path: Some(cgroup.path.clone()),
+        systemd_cgroup: cgroup.systemd,
+        netns: netns.path().map(Into::into),
+    }
+}
+
+fn hook_list(bundle: &Bundle, which: impl Fn(&Hooks) -> &Option<Vec<Hook>>) -> Vec<Hook> {
+    bundle.spec.hooks().as_ref().and_then(|hooks| which(hooks).clone()).unwrap_or_default()
+}
+
+/// Runs the hooks of `create` (config.md, POSIX-platform Hooks): the first two kinds on the host,
+/// the third where the container's side of the host is.
+fn run_hooks(bundle: &Bundle, state: &State, host: &HostNamespaces) -> Result<(), Error> {
+    let state = state.to_oci_json();
+    // Deprecated, and what Docker sets up its networks with.
+    let prestart = hook_list(bundle, Hooks::prestart);
+    hooks::run("prestart", &prestart, &state, Some(host))?;
+    let create_runtime = hook_list(bundle, Hooks::create_runtime);
+    hooks::run("createRuntime", &create_runtime, &state, Some(host))?;
+    let create_container = hook_list(bundle, Hooks::create_container);
+    hooks::run("createContainer", &create_container, &state, None)?;
+    Ok(())
+}
+
+/// What the agent is told, with every bind mount's source put in the tree.
+fn container(
+    bundle: &Bundle,
+    dir: &ContainerDir,
+    state: &State,
+    stdio: &Stdio,
+    tree: &mut ShareTree,
+) -> Result<Box<Container>, Error> {
+    let created = State { status: Status::Created, ..state.clone() }.to_oci_json();
+    let mut add = |bind: &translate::Bind<'_>| tree.add(bind).map_err(Into::into);
+    let mut container =
+        translate::container(dir.id(), bundle, ShareTree::rootfs(), created, &mut add)?;
+    let process = &mut container.process;
+    process.stdio = stdio.streams();
+    if process.terminal.is_some() {
+        process.terminal = stdio.window_size().or(process.terminal);
+    }
+    Ok(Box::new(container))
+}
+
+/// Starts the guest, whose agent will connect to what this returns.
+fn start(vm: Vmm) -> Result<(VmHandle, Agent<super::serve::Asker>), Error> {
+    let connected = || {
+        let (ours, theirs) = UnixStream::pair()?;
+        theirs.set_nonblocking(true)?;
+        let input = Some(theirs.try_clone()?.into());
+        let stream = HostStream { input, output: Some(theirs.into()), on_close: None };
+        let host = vm.vsock().ok_or(io::ErrorKind::NotConnected)?;
+        host.listen(CONTROL_PORT, stream)?;
+        Agent::new(ours)
+    };
+    let agent = connected().map_err(Error::Connect)?;
+    Ok((vm.start()?, agent))
+}
+
+fn connect_stdio(
+    vm: &VmHandle,
+    id: &str,
+    stdio: Stdio,
+) -> Result<(Running, Option<super::console::Console>), Error> {
+    let connected = || {
+        let host = vm.vsock().ok_or(io::ErrorKind::NotConnected)?;
+        let owner = Owner { container: id, process: INIT_PROCESS };
+        match stdio {
+            Stdio::Terminal(console) => {
+                let outputs = Outputs::connect_terminal(host, owner, console.ends()?)?;
+                Ok((Running::new(outputs, None), Some(console)))
+            }
+            Stdio::Streams(streams) => {
+                let outputs = Outputs::connect_streams(host, owner, streams)?;
+                Ok((Running::new(outputs, None), None))
+            }
+        }
+    };
+    connected().map_err(Error::Streams)
+}

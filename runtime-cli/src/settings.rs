@@ -1,0 +1,228 @@
+//! Host-wide settings: the guest's files and size, from `/etc/coracle/config.json`.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+/// Where settings are read from, unless [`PATH_VARIABLE`] names another file.
+pub const DEFAULT_PATH: &str = "/etc/coracle/config.json";
+
+/// Environment variable that names the settings file.
+pub const PATH_VARIABLE: &str = "CORACLE_CONFIG";
+
+/// Container annotation that overrides [`Settings::vcpus`].
+pub const VCPUS_ANNOTATION: &str = "io.coracle.vcpus";
+
+/// Container annotation that overrides [`Settings::memory_mib`].
+pub const MEMORY_ANNOTATION: &str = "io.coracle.memory_mib";
+
+/// Least guest memory that the guest kernel, its initrd and the agent start in, in MiB.
+pub const MIN_MEMORY_MIB: u32 = 64;
+
+/// Most virtual processors of one guest.
+pub const MAX_VCPUS: u8 = 64;
+
+/// Prefix of the annotations that are ours; one that is not known is an error, as it is a typo.
+const ANNOTATION_PREFIX: &str = "io.coracle.";
+
+/// Why settings cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The file is there but cannot be read.
+    #[error("read settings {path}")]
+    Read {
+        /// The settings file.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// The file is no settings file.
+    #[error("settings {path}")]
+    Parse {
+        /// The settings file.
+        path: PathBuf,
+        /// Line, column and cause.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// The environment names a file that does not exist.
+    #[error("settings file {0} does not exist: create it or unset {PATH_VARIABLE}")]
+    Missing(PathBuf),
+    /// A value is out of its range.
+    #[error("{name} is {value}: it must be {rule}")]
+    Range {
+        /// Setting or annotation.
+        name: String,
+        /// What it was set to.
+        value: String,
+        /// What is allowed.
+        rule: &'static str,
+    },
+    /// An annotation with our prefix that means nothing.
+    #[error(
+        "unknown annotation {0}: known are {VCPUS_ANNOTATION} and {MEMORY_ANNOTATION}; remove it \
+         or correct its name"
+    )]
+    UnknownAnnotation(String),
+}
+
+/// What every sandbox on this host starts from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Settings {
+    /// Guest kernel.
+    pub kernel: PathBuf,
+    /// Guest initrd, with the agent as `/init`.
+    pub initrd: PathBuf,
+    /// Virtual processors of a guest.
+    pub vcpus: u8,
+    /// Memory of a guest without a memory limit, in MiB.
+    pub memory_mib: u32,
+    /// How long a guest may take until its agent answers, in seconds.
+    pub boot_timeout_s: u32,
+    /// Whether the guest kernel logs early messages on a serial console.
+    pub debug_console: bool,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            kernel: "/var/lib/coracle/guest/kernel".into(),
+            initrd: "/var/lib/coracle/guest/initrd".into(),
+            vcpus: 1,
+            memory_mib: 256,
+            boot_timeout_s: 60,
+            debug_console: false,
+        }
+    }
+}
+
+impl Settings {
+    /// The settings of this host: the file named by [`PATH_VARIABLE`], else [`DEFAULT_PATH`] if it
+    /// exists, else the defaults.
+    pub fn load() -> Result<Self, Error> {
+        match std::env::var_os(PATH_VARIABLE) {
+            Some(path) => {
+                let path = PathBuf::from(path);
+                Self::read(&path)?.ok_or(Error::Missing(path))
+            }
+            None => Ok(Self::read(Path::new(DEFAULT_PATH))?.unwrap_or_default()),
+        }
+    }
+
+    /// The settings in `path`, or `None` if there is no such file.
+    fn read(path: &Path) -> Result<Option<Self>, Error> {
+        let text = match std::fs::read(path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(source) => return Err(Error::Read { path: path.into(), source }),
+        };
+        let settings: Self = serde_json::from_slice(&text)
+            .map_err(|source| Error::Parse { path: path.into(), source })?;
+        settings.check("")?;
+        Ok(Some(settings))
+    }
+
+    /// These settings as the annotations of one container change them.
+    pub fn with_annotations(
+        mut self,
+        annotations: &BTreeMap<String, String>,
+    ) -> Result<Self, Error> {
+        for (name, value) in annotations {
+            match name.as_str() {
+                VCPUS_ANNOTATION => self.vcpus = number(name, value)?,
+                MEMORY_ANNOTATION => self.memory_mib = number(name, value)?,
+                other if other.starts_with(ANNOTATION_PREFIX) => {
+                    return Err(Error::UnknownAnnotation(other.into()));
+                }
+                _ => {}
+            }
+        }
+        self.check(ANNOTATION_PREFIX)?;
+        Ok(self)
+    }
+
+    fn check(&self, prefix: &str) -> Result<(), Error> {
+        let range = |name: &str, value: &dyn ToString, rule| {
+            Err(Error::Range { name: format!("{prefix}{name}"), value: value.to_string(), rule })
+        };
+        if !(1..=MAX_VCPUS).contains(&self.vcpus) {
+            return range("vcpus", &self.vcpus, "1 to 64");
+        }
+        if self.memory_mib < MIN_MEMORY_MIB {
+            return range("memory_mib", &self.memory_mib, "at least 64");
+        }
+        if self.boot_timeout_s == 0 {
+            return range("boot_timeout_s", &self.boot_timeout_s, "at least 1");
+        }
+        Ok(())
+    }
+}
+
+fn number<T: std::str::FromStr>(name: &str, value: &str) -> Result<T, Error> {
+    value.parse().map_err(|_| Error::Range {
+        name: name.into(),
+        value: format!("{value:?}"),
+        rule: "a whole number in range, as a string",
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn annotated(name: &str, value: &str) -> Result<Settings, Error> {
+        Settings::default().with_annotations(&BTreeMap::from([(name.into(), value.into())]))
+    }
+
+    #[test]
+    fn an_absent_file_is_no_settings() {
+        assert_eq!(Settings::read(Path::new("/nonexistent/config.json")).unwrap(), None);
+    }
+
+    #[test]
+    fn what_the_file_does_not_say_stays_at_its_default() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("config.json");
+        std::fs::write(&path, r#"{"vcpus": 2}"#).unwrap();
+
+        let settings = Settings::read(&path).unwrap().unwrap();
+
+        assert_eq!(settings, Settings { vcpus: 2, ..Settings::default() });
+    }
+
+    #[test]
+    fn an_unknown_setting_is_refused_by_name() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("config.json");
+        std::fs::write(&path, r#"{"vcpu": 2}"#).unwrap();
+
+        let Error::Parse { source, .. } = Settings::read(&path).unwrap_err() else {
+            panic!("not a parse error")
+        };
+
+        assert!(source.to_string().contains("unknown field `vcpu`"), "{source}");
+    }
+
+    #[test]
+    fn annotations_override_the_size_of_the_guest() {
+        assert_eq!(annotated(VCPUS_ANNOTATION, "3").unwrap().vcpus, 3);
+        assert_eq!(annotated(MEMORY_ANNOTATION, "512").unwrap().memory_mib, 512);
+    }
+
+    #[test]
+    fn sizes_out_of_range_are_refused() {
+        assert!(annotated(VCPUS_ANNOTATION, "0").is_err());
+        assert!(annotated(VCPUS_ANNOTATION, "300").is_err());
+        assert!(annotated(MEMORY_ANNOTATION, "1").is_err());
+    }
+
+    #[test]
+    fn a_misspelt_annotation_of_ours_is_refused_and_others_are_not_ours() {
+        assert!(matches!(annotated("io.coracle.vcpu", "1"), Err(Error::UnknownAnnotation(_))));
+        assert!(annotated("io.kubernetes.cri.sandbox-id", "x").is_ok());
+    }
+}

@@ -1,0 +1,117 @@
+//! Device nodes to make in the container.
+
+use agent_protocol::Device;
+use oci_spec::runtime::{LinuxDevice, LinuxDeviceType};
+
+use super::{Error, text};
+
+/// Mode of a node whose configuration gives none (runc's default).
+const DEFAULT_MODE: u32 = 0o666;
+
+/// Nodes that work in every guest, because its kernel implements them: memory devices, terminals
+/// and FUSE, as (major, minor or any).
+const GUEST_DEVICES: &[(i64, Option<i64>)] = &[(1, None), (5, None), (10, Some(229)), (136, None)];
+
+/// The nodes of `linux.devices`.
+///
+/// All are made, because programs look for the file; but a node in the guest stands for a device
+/// of the guest. Those of the host that the guest does not have cannot be opened, and that is
+/// logged once, as `--privileged` lists hundreds.
+pub fn translate(devices: &[LinuxDevice]) -> Result<Vec<Device>, Error> {
+    let foreign: Vec<_> = devices.iter().filter(|device| !is_guest_device(device)).collect();
+    if let Some(first) = foreign.first() {
+        log::warn!(
+            "{} device(s) of the host, such as {}, are not passed to the virtual machine: their \
+             nodes exist in the container but cannot be opened",
+            foreign.len(),
+            first.path().display(),
+        );
+    }
+    devices.iter().map(device).collect()
+}
+
+fn is_guest_device(device: &LinuxDevice) -> bool {
+    let known = |(major, minor): &(i64, Option<i64>)| {
+        device.major() == *major && minor.is_none_or(|minor| device.minor() == minor)
+    };
+    match device.typ() {
+        LinuxDeviceType::P => true,
+        LinuxDeviceType::C | LinuxDeviceType::U => GUEST_DEVICES.iter().any(known),
+        LinuxDeviceType::A | LinuxDeviceType::B => false,
+    }
+}
+
+fn device(device: &LinuxDevice) -> Result<Device, Error> {
+    let path = text(device.path(), "linux.devices.path")?;
+    let invalid = |property: &str, value: String, rule| Error::Invalid {
+        property: format!("linux.devices {path} {property}"),
+        value,
+        rule,
+    };
+    if !device.path().is_absolute() {
+        return Err(invalid("path", path.clone(), "it must be absolute"));
+    }
+    let kind = match device.typ() {
+        LinuxDeviceType::C | LinuxDeviceType::U => libc::S_IFCHR,
+        LinuxDeviceType::B => libc::S_IFBLK,
+        LinuxDeviceType::P => libc::S_IFIFO,
+        LinuxDeviceType::A => {
+            return Err(invalid("type", "a".into(), "a node is one of b, c, u and p"));
+        }
+    };
+    let number = |property, value: i64| {
+        u32::try_from(value)
+            .map_err(|_| invalid(property, value.to_string(), "it must be a device number"))
+    };
+    Ok(Device {
+        kind,
+        major: number("major", device.major())?,
+        minor: number("minor", device.minor())?,
+        mode: device.file_mode().unwrap_or(DEFAULT_MODE) & 0o7777,
+        uid: device.uid().unwrap_or(0),
+        gid: device.gid().unwrap_or(0),
+        path,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn translated(json: &str) -> Result<Vec<Device>, Error> {
+        translate(&serde_json::from_str::<Vec<LinuxDevice>>(json).unwrap())
+    }
+
+    #[test]
+    fn a_node_keeps_its_numbers_mode_and_owner() {
+        let json = r#"[{"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229,
+                        "fileMode": 8624, "uid": 1, "gid": 2}]"#;
+
+        let expected = Device {
+            path: "/dev/fuse".into(),
+            kind: libc::S_IFCHR,
+            major: 10,
+            minor: 229,
+            mode: 0o660,
+            uid: 1,
+            gid: 2,
+        };
+        assert_eq!(translated(json).unwrap(), [expected]);
+    }
+
+    #[test]
+    fn a_node_without_mode_is_for_all() {
+        let json = r#"[{"path": "/dev/sda", "type": "b", "major": 8, "minor": 0}]"#;
+
+        let devices = translated(json).unwrap();
+
+        assert_eq!((devices[0].kind, devices[0].mode), (libc::S_IFBLK, 0o666));
+    }
+
+    #[test]
+    fn wildcards_and_relative_paths_are_no_nodes() {
+        assert!(translated(r#"[{"path": "/dev/x", "type": "a"}]"#).is_err());
+        assert!(translated(r#"[{"path": "dev/x", "type": "c"}]"#).is_err());
+        assert!(translated(r#"[{"path": "/dev/x", "type": "c", "major": -1}]"#).is_err());
+    }
+}
