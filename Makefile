@@ -1,0 +1,80 @@
+# Two commands are the contract: `make run` sets up and runs the main job, `make test` sets up and
+# passes the tests. Everything a machine needs is installed by `make setup`, which both call.
+
+ARCH     := $(shell uname -m)
+TARGET   := target/$(ARCH)-unknown-linux-gnu
+CACHE    := $(or $(CORACLE_CACHE),/var/cache/coracle)
+LAB      := tests/lab/lab.sh
+# distro: Debian's kernel, ready in seconds. tuned: compiled from source, once per machine; it is
+# the default as soon as it is at hand.
+KERNEL   ?= $(if $(wildcard $(CACHE)/guest-tuned/kernel),tuned,distro)
+PREFIX   ?= /usr/local
+
+export LAB_KERNEL = $(KERNEL)
+
+.PHONY: run test build guest guest-images setup lab check unit guest-tests perf install clean
+
+## Builds everything and runs a container through Docker on Coracle.
+run: build guest
+	@echo "==> docker run --runtime coracle (in the lab unless this machine has hardware virtualization)"
+	@$(LAB) run 'tests/lab/hello.sh'
+
+## Sets up and runs every test; those that boot guests run in the lab where they have to.
+test: check unit guest-tests
+
+## Packages, once per machine.
+setup:
+	@tests/lab/setup.sh
+
+build: setup
+	@echo "==> building the binaries"
+	@cargo build --release --workspace --bins
+
+## The guest's kernel and initrd. KERNEL=tuned compiles a kernel (about 10 minutes, once).
+guest: build
+	@echo "==> building the guest image ($(KERNEL) kernel)"
+	@$(TARGET)/release/coracle-image build --kind $(KERNEL) --agent $(TARGET)/release/coracle-agent --output $(CACHE)/guest-$(KERNEL)
+
+## Both kinds, which the tests and the benchmarks compare.
+guest-images: build
+	@$(MAKE) --no-print-directory guest KERNEL=distro
+	@$(MAKE) --no-print-directory guest KERNEL=tuned
+
+## `make lab` opens a shell in the lab; `make lab CMD='…'` runs a command in it.
+lab: setup
+ifdef CMD
+	@$(LAB) run '$(subst ','\'',$(CMD))'
+else
+	@$(LAB) shell
+endif
+
+check: setup
+	@echo "==> formatting and lints"
+	@cargo fmt --all --check
+	@cargo clippy --workspace --all-targets --quiet -- -D warnings
+
+unit: setup
+	@echo "==> unit tests"
+	@cargo test --workspace --quiet
+	@echo "==> the image builder on Debian's packages, the agent as root on this machine"
+	@cargo test --package coracle-image --test image --quiet -- --ignored
+	@cargo test --package coracle-agent --test server --quiet -- --ignored --test-threads=1
+
+guest-tests: guest-images
+	@echo "==> tests on real guests, tuned kernel"
+	@LAB_KERNEL=tuned tests/lab/suite.sh
+	@echo "==> the main job, distro kernel"
+	@LAB_KERNEL=distro $(LAB) run tests/lab/hello.sh
+
+## Boot, start, exits and memory beside the peers; one emulated instruction counts as 1 ns.
+perf: guest-images
+	@LAB_ICOUNT=1 LAB_ENGINES=0 LAB_FORCE=emulated $(LAB) run 'coracle-perf all'
+
+## Binaries and guest image for this machine's own engines.
+install: guest
+	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)/var/lib/coracle/guest
+	install $(TARGET)/release/coracle $(TARGET)/release/coracle-vmm $(TARGET)/release/coracle-image $(DESTDIR)$(PREFIX)/bin/
+	install -m 644 $(CACHE)/guest-$(KERNEL)/kernel $(CACHE)/guest-$(KERNEL)/initrd $(DESTDIR)/var/lib/coracle/guest/
+
+clean:
+	cargo clean

@@ -1,0 +1,132 @@
+#!/usr/bin/env bash
+# The lab: a machine with real KVM, whether or not this one has it.
+#
+#   lab.sh prepare          fetch the lab's kernel and build its initramfs (once per machine)
+#   lab.sh run 'COMMAND'    run a shell command in the lab; its output and exit status are ours
+#   lab.sh shell            open a shell in the lab
+#
+# Where the processor has hardware virtualization, "the lab" is a set of private namespaces on this
+# machine; where it has none, QEMU emulates a processor that has it (SVM with nested paging), boots
+# Debian's kernel and shares this machine's root file system in, read-only under an overlay.
+#
+# LAB_FORCE=emulated|native  choose by hand        LAB_MEMORY_MIB  memory of the emulated machine
+# LAB_TIMEOUT                seconds, default 3600 LAB_ICOUNT=1    one instruction = 1 ns, one CPU
+# LAB_ENGINES=0              do not start containerd and Docker    LAB_CONSOLE=1  show its kernel
+# LAB_KERNEL=distro|tuned    which guest kernel Coracle uses       LAB_PROFILE=debug  which build
+set -euo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+repo=$(cd "$here/../.." && pwd)
+export CORACLE_CACHE=${CORACLE_CACHE:-/var/cache/coracle}
+cache=$CORACLE_CACHE/lab
+icount=${LAB_ICOUNT:-0}
+
+fail() { echo "lab: $*" >&2; exit 2; }
+
+# Hardware virtualization, and a KVM that uses it: a software KVM has a /dev/kvm as well.
+native_kvm() { grep -qwE 'vmx|svm' /proc/cpuinfo && [ -w /dev/kvm ]; }
+
+mode() {
+  case "${LAB_FORCE:-}" in
+    emulated|native) echo "$LAB_FORCE" ;;
+    "") if native_kvm && [ "$icount" = 0 ]; then echo native; else echo emulated; fi ;;
+    *) fail "LAB_FORCE is 'emulated' or 'native', not '$LAB_FORCE'" ;;
+  esac
+}
+
+# What the lab's kernel needs before its root is there, and what the engines need afterwards.
+early_modules=(virtio_pci 9pnet_virtio 9p overlay virtio_console virtio_rng)
+
+prepare() {
+  exec 9>"$cache.lock"; flock 9
+  # The initramfs depends on this file alone; the kernel on what Debian's archive has.
+  local stamp; stamp=$(cat "$here/lab.sh" "$here/init.sh" | sha256sum | cut -c1-16)
+  [ -e "$cache/stamp" ] && [ "$(cat "$cache/stamp")" = "$stamp" ] && return
+  mkdir -p "$cache"; cd "$cache"
+  if [ ! -e kernel/.complete ]; then
+    local package
+    package=$(apt-cache depends linux-image-amd64 | awk '/Depends: linux-image-/{print $2; exit}')
+    [ -n "$package" ] || fail "apt knows no linux-image-amd64: run 'apt-get update' first"
+    echo "lab: fetching $package" >&2
+    rm -rf kernel ./*.deb
+    apt-get download -qq -o APT::Sandbox::User=root "$package" || fail "cannot download $package"
+    dpkg -x "$package"_*.deb kernel
+    rm -f ./*.deb
+    echo "${package#linux-image-}" > kernel/.release
+    depmod -b kernel "$(cat kernel/.release)"
+    touch kernel/.complete
+  fi
+  local release; release=$(cat kernel/.release)
+  rm -rf initramfs; mkdir -p initramfs/bin initramfs/modules
+  cp /bin/busybox initramfs/bin/
+  cp "$here/init.sh" initramfs/init; chmod 755 initramfs/init
+  for module in "${early_modules[@]}"; do
+    modprobe -d kernel -S "$release" --show-depends "$module" | awk '/^insmod/{print $2}'
+  done | awk '!seen[$0]++' | while read -r file; do
+    cp "$file" initramfs/modules/
+    echo "${file##*/}" >> initramfs/modules/order
+  done
+  (cd initramfs && find . | cpio -o -H newc --quiet | zstd -q -1 -f -o ../lab.initrd)
+  cp "kernel/boot/vmlinuz-$release" vmlinuz
+  echo "$stamp" > stamp
+}
+
+# Runs the command in namespaces of its own on this machine: the engines' networks, mounts and
+# processes end with it.
+run_native() {
+  exec unshare --mount --net --pid --fork --kill-child --mount-proc \
+    env LAB_NATIVE=1 LAB_REPO="$repo" bash "$here/inside.sh" "$@"
+}
+
+run_emulated() {
+  command -v qemu-system-x86_64 >/dev/null || fail "no qemu-system-x86_64: run 'make setup'"
+  mkdir -p "$cache"
+  (prepare)
+  local dir; dir=$(mktemp -d)
+  # shellcheck disable=SC2064
+  trap "rm -rf '$dir'" EXIT
+  # A fifo of our own: QEMU must neither truncate the caller's output nor depend on its kind.
+  mkfifo "$dir/output"
+  cat "$dir/output" & local copier=$!
+  printf '%s' "${1:-}" > "$dir/command"
+  {
+    echo "export LAB_REPO='$repo' CORACLE_CACHE='$CORACLE_CACHE'"
+    # Values reach the lab as the caller's shell had them, quotes and all.
+    for name in LAB_ENGINES LAB_KERNEL LAB_PROFILE; do
+      [ -n "${!name+x}" ] && printf 'export %s=%q\n' "$name" "${!name}"
+    done
+  } > "$dir/environment"
+
+  local cpu=(-accel tcg,thread=multi -cpu max -smp 2)
+  [ "$icount" = 1 ] && cpu=(-accel tcg -icount shift=0,sleep=off -cpu max,-erms,-fsrm -smp 1)
+  local console=(-serial null) stdout=(-chardev "file,id=out,path=$dir/output") append=quiet
+  [ "${LAB_CONSOLE:-0}" = 1 ] && { console=(-serial file:/dev/stderr); append=; }
+  local input=/dev/null
+  [ -z "${1:-}" ] && console=(-serial mon:stdio) stdout=(-chardev "file,id=out,path=$dir/output") input=/dev/stdin
+
+  local status=0
+  timeout --foreground "${LAB_TIMEOUT:-3600}" qemu-system-x86_64 -M q35 "${cpu[@]}" \
+    -m "${LAB_MEMORY_MIB:-8192}" -kernel "$cache/vmlinuz" -initrd "$cache/lab.initrd" \
+    -append "console=ttyS0 panic=-1 $append" -nodefaults -no-user-config -display none -monitor none -no-reboot \
+    -fsdev local,id=host,path=/,security_model=none,readonly=on,multidevs=remap \
+    -device virtio-9p-pci,fsdev=host,mount_tag=host \
+    -fsdev "local,id=job,path=$dir,security_model=none" \
+    -device virtio-9p-pci,fsdev=job,mount_tag=job \
+    -device virtio-rng-pci -device virtio-serial-pci "${stdout[@]}" \
+    -device virtserialport,chardev=out,name=lab.out \
+    "${console[@]}" < "$input" || status=$?
+  # Nobody opened the fifo if QEMU did not start.
+  [ -e "$dir/status" ] || kill "$copier" 2>/dev/null || true
+  wait "$copier" || true
+  [ "$status" = 124 ] && fail "the command did not end within ${LAB_TIMEOUT:-3600} s"
+  [ -e "$dir/status" ] || fail "the emulated machine ended without a result (qemu: $status); LAB_CONSOLE=1 shows its kernel's messages"
+  return "$(cat "$dir/status")"
+}
+
+case "${1:-}" in
+  prepare) mkdir -p "$(dirname "$cache")"; [ "$(mode)" = native ] || (prepare) ;;
+  run)     [ -n "${2:-}" ] || fail "run needs a command"; mkdir -p "$(dirname "$cache")"; "run_$(mode)" "$2" ;;
+  shell)   mkdir -p "$(dirname "$cache")"; "run_$(mode)" ;;
+  mode)    mode ;;
+  *) sed -n '2,18s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 2 ;;
+esac

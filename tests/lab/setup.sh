@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Installs what building, the lab and the tests need on Debian 12, and says so while it works.
+# Does nothing when everything is there already.
+set -euo pipefail
+
+packages=(
+  # build: C compiler for build scripts, static libseccomp for container profiles
+  gcc libc6-dev libseccomp-dev make pkg-config
+  # guest image: unpacking a Debian kernel, compiling our own
+  bc bison busybox-static cpio dpkg-dev flex kmod libelf-dev libssl-dev xz-utils zstd
+  # lab: an emulated machine with hardware virtualization, and the engines that run in it
+  conmon containerd crun docker.io iproute2 iptables podman qemu-system-x86 runc uidmap
+)
+
+missing=()
+for package in "${packages[@]}"; do
+  dpkg-query -W -f '${Status}' "$package" 2>/dev/null | grep -q 'ok installed' || missing+=("$package")
+done
+if [ "${#missing[@]}" -gt 0 ]; then
+  [ "$(id -u)" = 0 ] || { echo "setup: run as root to install: ${missing[*]}" >&2; exit 1; }
+  echo "==> installing ${missing[*]}"
+  export DEBIAN_FRONTEND=noninteractive
+  apt-get update -qq
+  # The engines are started by the tests, in the lab; nothing shall run on this machine itself.
+  RUNLEVEL=1 apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
+fi
+
+command -v cargo >/dev/null || {
+  echo "setup: no cargo on PATH: install Rust with rustup (https://rustup.rs) and try again" >&2
+  exit 1
+}
+# The lab's kernel comes from the archive, and so does the guest's.
+apt-cache show linux-image-amd64 >/dev/null 2>&1 || { echo "==> apt-get update"; apt-get update -qq; }

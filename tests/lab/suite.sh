@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Runs every test that needs root, namespaces or KVM: builds them here, runs them in the lab.
+#
+# Such tests are marked `#[ignore = "needs …"]`, so that `cargo test` stays what it is everywhere,
+# or are targets of their own (tests/tests/guest). Usage: suite.sh [FILTER]
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+built=$(mktemp)
+trap 'rm -f "$built"' EXIT
+cargo test --workspace --no-run 2> "$built" || { cat "$built" >&2; exit 1; }
+cargo test --package tests --test guest --no-run 2>> "$built" || { cat "$built" >&2; exit 1; }
+mapfile -t executables < <(sed -n 's/.*Executable .*(\(.*\))$/\1/p' "$built" | sort -u)
+
+script="failed=0; export CORACLE_TEST_KERNEL=/var/lib/coracle/guest/kernel"
+script+=" CORACLE_TEST_INITRD=/var/lib/coracle/guest/initrd"
+for executable in "${executables[@]}"; do
+  case "$executable" in
+    */guest-*) arguments="--test-threads=1" ;;
+    # These need no KVM but the network or a plain machine: `make unit` runs them.
+    */image-*|*/server-*) continue ;;
+    *) arguments="--test-threads=1 --ignored"
+       "$executable" --list --ignored 2>/dev/null | grep -q ': test$' || continue ;;
+  esac
+  script+="; tests/lab/once-more.sh '$executable' $arguments ${1:-} || failed=1"
+done
+exec tests/lab/lab.sh run "$script; exit \$failed"
