@@ -57,6 +57,11 @@ impl Pending {
         Self { container: container.to_owned(), pid, channel, reports: Decoder::default(), goal }
     }
 
+    /// The process that is being made or started.
+    pub(crate) fn pid(&self) -> Pid {
+        self.pid
+    }
+
     fn listen(&mut self) -> Result<News, FrameError> {
         let mut bytes = [0; CHUNK_BYTES];
         loop {

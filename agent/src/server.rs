@@ -375,9 +375,13 @@ impl Server {
     /// Tells the ends of processes whose output has been sent, and lets go of those that are done.
     fn tell_ends(&mut self) -> Result<(), FrameError> {
         let now = Instant::now();
+        // Whoever asked for a process hears that it runs, or why not, before hearing of its end.
+        let unanswered = self.pending.as_ref().map(Pending::pid);
         let mut ended = Vec::new();
         for process in &mut self.processes {
-            let Some(end) = &mut process.end else { continue };
+            let Some(end) = process.end.as_mut().filter(|_| Some(process.pid) != unanswered) else {
+                continue;
+            };
             if !end.told && (process.stdio.is_drained() || now >= end.deadline) {
                 end.told = true;
                 let (container, process) = (process.container.clone(), process.name.clone());

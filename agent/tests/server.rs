@@ -274,6 +274,26 @@ fn an_exec_joins_the_container() {
 
 #[test]
 #[ignore = "needs root"]
+fn the_end_of_a_short_process_is_told_after_the_answer_to_its_exec() {
+    let mut host = Host::start();
+    // Orphans without end keep the agent collecting the dead.
+    let mut container = host.container(&["sh", "-c", "while :; do (true &); done"]);
+    container.namespaces &= !u64::try_from(libc::CLONE_NEWPID).unwrap();
+    host.create(&container);
+    host.start_box();
+
+    for round in 0..200 {
+        let name = format!("short {round}");
+        let program = ["true", "nosuch"][round % 2];
+
+        host.ask(&exec(&name, process(&[program])));
+
+        assert_eq!(host.told_ends_of(&name), 0, "{program}, round {round}");
+    }
+}
+
+#[test]
+#[ignore = "needs root"]
 fn processes_are_listed_paused_and_killed_together() {
     let mut host = Host::start();
     let container = host.container(&["sh", "-c", "sleep 1000 & sleep 1000"]);

@@ -102,6 +102,13 @@ impl Host {
         }
     }
 
+    /// How many ends of the process `name` came along with the answers so far.
+    pub fn told_ends_of(&self, name: &str) -> usize {
+        let is_end =
+            |event: &&Event| matches!(event, Event::Exited { process, .. } if process == name);
+        self.events.iter().filter(is_end).count()
+    }
+
     /// Waits for the end of a process.
     pub fn exit_of(&mut self, container: &str, name: &str) -> ExitStatus {
         loop {
