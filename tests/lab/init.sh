@@ -17,6 +17,8 @@ $b mkdir -p /root/lab
 $b mount -t 9p -o trans=virtio,version=9p2000.L,msize=512000 job /root/lab
 . /root/lab/environment
 $b mkdir -p /root/dev/pts /root/dev/shm /root/dev/mqueue
+$b ln -s /proc/self/fd /root/dev/fd
+for number in 0:stdin 1:stdout 2:stderr; do $b ln -s /proc/self/fd/${number%:*} /root/dev/${number#*:}; done
 $b mount -t devpts -o gid=5,mode=620,ptmxmode=666 pts /root/dev/pts
 $b mount -t tmpfs shm /root/dev/shm
 $b mount -t mqueue mqueue /root/dev/mqueue

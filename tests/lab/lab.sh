@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The lab: a machine with real KVM, whether or not this one has it.
 #
-#   lab.sh prepare          fetch the lab's kernel and build its initramfs (once per machine)
+#   lab.sh prepare          fetch the lab's kernel and QEMU, build its initramfs (once per machine)
 #   lab.sh run 'COMMAND'    run a shell command in the lab; its output and exit status are ours
 #   lab.sh shell            open a shell in the lab
 #
@@ -39,10 +39,11 @@ early_modules=(virtio_pci 9pnet_virtio 9p overlay virtio_console virtio_rng)
 
 prepare() {
   exec 9>"$cache.lock"; flock 9
-  # The initramfs depends on this file alone; the kernel on what Debian's archive has.
-  local stamp; stamp=$(cat "$here/lab.sh" "$here/init.sh" | sha256sum | cut -c1-16)
+  # The initramfs depends on these files alone; kernel and QEMU on what Debian's archive has.
+  local stamp; stamp=$(cat "$here"/{lab,init,emulator}.sh | sha256sum | cut -c1-16)
   [ -e "$cache/stamp" ] && [ "$(cat "$cache/stamp")" = "$stamp" ] && return
   mkdir -p "$cache"; cd "$cache"
+  "$here/emulator.sh" "$cache/qemu" > emulator
   if [ ! -e kernel/.complete ]; then
     local package
     package=$(apt-cache depends linux-image-amd64 | awk '/Depends: linux-image-/{print $2; exit}')
@@ -79,9 +80,10 @@ run_native() {
 }
 
 run_emulated() {
-  command -v qemu-system-x86_64 >/dev/null || fail "no qemu-system-x86_64: run 'make setup'"
   mkdir -p "$cache"
   (prepare)
+  local qemu
+  mapfile -t qemu < "$cache/emulator"
   local dir; dir=$(mktemp -d)
   # shellcheck disable=SC2064
   trap "rm -rf '$dir'" EXIT
@@ -97,6 +99,9 @@ run_emulated() {
     done
   } > "$dir/environment"
 
+  # Linux does not trust the emulated time stamp counter by itself, and every other clock takes
+  # QEMU's global lock for each look at it.
+  local clock=tsc=reliable
   local cpu=(-accel tcg,thread=multi -cpu max -smp 2)
   [ "$icount" = 1 ] && cpu=(-accel tcg -icount shift=0,sleep=off -cpu max,-erms,-fsrm -smp 1)
   local console=(-serial null) stdout=(-chardev "file,id=out,path=$dir/output") append=quiet
@@ -105,9 +110,9 @@ run_emulated() {
   [ -z "${1:-}" ] && console=(-serial mon:stdio) stdout=(-chardev "file,id=out,path=$dir/output") input=/dev/stdin
 
   local status=0
-  timeout --foreground "${LAB_TIMEOUT:-3600}" qemu-system-x86_64 -M q35 "${cpu[@]}" \
+  timeout --foreground "${LAB_TIMEOUT:-3600}" "${qemu[@]}" -M q35 "${cpu[@]}" \
     -m "${LAB_MEMORY_MIB:-8192}" -kernel "$cache/vmlinuz" -initrd "$cache/lab.initrd" \
-    -append "console=ttyS0 panic=-1 $append" -nodefaults -no-user-config -display none -monitor none -no-reboot \
+    -append "console=ttyS0 panic=-1 $clock $append" -nodefaults -no-user-config -display none -monitor none -no-reboot \
     -fsdev local,id=host,path=/,security_model=none,readonly=on,multidevs=remap \
     -device virtio-9p-pci,fsdev=host,mount_tag=host \
     -fsdev "local,id=job,path=$dir,security_model=none" \
