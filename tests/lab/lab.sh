@@ -94,7 +94,7 @@ run_emulated() {
   {
     echo "export LAB_REPO='$repo' CORACLE_CACHE='$CORACLE_CACHE'"
     # Values reach the lab as the caller's shell had them, quotes and all.
-    for name in LAB_ENGINES LAB_KERNEL LAB_PROFILE; do
+    for name in LAB_ENGINES LAB_ICOUNT LAB_KERNEL LAB_PROFILE; do
       [ -n "${!name+x}" ] && printf 'export %s=%q\n' "$name" "${!name}"
     done
   } > "$dir/environment"
