@@ -6,6 +6,7 @@ use std::mem;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::ptr;
 
 use anyhow::{Context, bail};
 use clap::Parser;
@@ -81,14 +82,26 @@ fn run(arguments: &Arguments) -> anyhow::Result<u8> {
     let terminal = interactive.then(RawTerminal::open).transpose().context("use the terminal")?;
     let machine = machine.start()?;
     let signal = wait_for_end(&machine, &signals).context("wait for the machine")?;
+    drop(terminal);
     machine.stop();
     if let Some(path) = &arguments.metrics {
         let metrics = serde_json::to_string_pretty(&machine.metrics())?;
         fs::write(path, metrics).with_context(|| format!("write {path:?}"))?;
     }
-    let exit = machine.wait();
-    drop(terminal);
-    exit_code(exit, signal)
+    exit_code(finish(machine, signals, signal), signal)
+}
+
+/// Says how `machine` ended, and lets its devices finish, unless a signal says not to: one of them
+/// may wait for whoever reads our output, or for a slow disk.
+fn finish(machine: VmHandle, signals: Signals, signal: Option<i32>) -> Exit {
+    if signal.is_none() {
+        drop(signals);
+        return machine.wait();
+    }
+    let exit = machine.outcome();
+    // Its threads end with the process, which is about to.
+    mem::forget(machine);
+    exit
 }
 
 /// The configuration file with the arguments' changes.
@@ -155,26 +168,29 @@ fn exit_code(exit: Exit, signal: Option<i32>) -> anyhow::Result<u8> {
     })
 }
 
-/// SIGINT and SIGTERM as a descriptor.
-struct Signals(OwnedFd);
+/// SIGINT and SIGTERM as a descriptor; once it is dropped they end the process as usual.
+struct Signals {
+    descriptor: OwnedFd,
+    set: libc::sigset_t,
+}
 
 impl Signals {
     fn open() -> io::Result<Self> {
         // SAFETY: an all-zero sigset_t is valid for sigemptyset to initialize; the other calls get
         // that initialized set.
-        let fd = unsafe {
+        let (fd, set) = unsafe {
             let mut set: libc::sigset_t = mem::zeroed();
             libc::sigemptyset(&raw mut set);
             libc::sigaddset(&raw mut set, libc::SIGINT);
             libc::sigaddset(&raw mut set, libc::SIGTERM);
-            libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut());
-            libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC)
+            libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, ptr::null_mut());
+            (libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC), set)
         };
         if fd < 0 {
             return Err(io::Error::last_os_error());
         }
         // SAFETY: signalfd just opened it, and nobody else owns it.
-        Ok(Signals(unsafe { OwnedFd::from_raw_fd(fd) }))
+        Ok(Signals { descriptor: unsafe { OwnedFd::from_raw_fd(fd) }, set })
     }
 
     /// The number of the signal that arrived.
@@ -183,7 +199,8 @@ impl Signals {
         let mut info: libc::signalfd_siginfo = unsafe { mem::zeroed() };
         let bytes = size_of_val(&info);
         // SAFETY: the kernel writes at most `bytes` bytes into `info`.
-        let read = unsafe { libc::read(self.0.as_raw_fd(), (&raw mut info).cast(), bytes) };
+        let read =
+            unsafe { libc::read(self.descriptor.as_raw_fd(), (&raw mut info).cast(), bytes) };
         if read < 0 {
             return Err(io::Error::last_os_error());
         }
@@ -193,7 +210,14 @@ impl Signals {
 
 impl AsFd for Signals {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+        self.descriptor.as_fd()
+    }
+}
+
+impl Drop for Signals {
+    fn drop(&mut self) {
+        // SAFETY: `open` initialized the set.
+        unsafe { libc::pthread_sigmask(libc::SIG_UNBLOCK, &raw const self.set, ptr::null_mut()) };
     }
 }
 
