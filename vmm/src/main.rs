@@ -10,7 +10,7 @@ use std::ptr;
 
 use anyhow::{Context, bail};
 use clap::Parser;
-use vmm::{ConsoleOutput, Exit, VmConfig, VmHandle, Vmm};
+use vmm::{ConsoleConfig, ConsoleOutput, Exit, VmConfig, VmHandle, Vmm};
 use vmm_sys_util::terminal::Terminal;
 
 const EXIT_CODES: &str = "\
@@ -48,7 +48,8 @@ struct Arguments {
     /// Show the guest's console here; overrides console.output
     #[arg(long)]
     console: bool,
-    /// Use a serial port as the console, which shows early messages, too; sets console.serial
+    /// Use a serial port as the console, which shows early messages, too, but has no input; sets
+    /// console.serial
     #[arg(long)]
     serial: bool,
     /// Write what the machine cost to this file when it ends (JSON)
@@ -72,7 +73,7 @@ fn main() -> ExitCode {
 
 fn run(arguments: &Arguments) -> anyhow::Result<u8> {
     let config = configuration(arguments)?;
-    let interactive = config.console.output == ConsoleOutput::Stdout && io::stdin().is_terminal();
+    let interactive = takes_keys(&config.console) && io::stdin().is_terminal();
     // Before the first thread starts, so that every thread leaves these signals to this one.
     let signals = Signals::open().context("receive signals")?;
     let machine = Vmm::new(config)?;
@@ -133,6 +134,12 @@ fn configuration(arguments: &Arguments) -> anyhow::Result<VmConfig> {
     }
     config.console.serial |= arguments.serial;
     Ok(config)
+}
+
+/// Whether the guest gets what is typed here. A serial port has no input, and then the keys that
+/// send signals must go on doing so.
+fn takes_keys(console: &ConsoleConfig) -> bool {
+    console.output == ConsoleOutput::Stdout && !console.serial
 }
 
 /// Waits for the machine's end or for a signal, which it returns.

@@ -2,7 +2,9 @@
 
 mod payload;
 
-use std::os::fd::AsRawFd;
+use std::fs::OpenOptions;
+use std::mem;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -15,11 +17,15 @@ const PATIENCE: Duration = Duration::from_secs(20);
 const PIPE_BYTES: i32 = 4096;
 
 fn start(payload: &Payload) -> Child {
+    start_with_input(payload, Stdio::null())
+}
+
+fn start_with_input(payload: &Payload, input: Stdio) -> Child {
     let kernel = payload.config().boot.kernel;
     Command::new(env!("CARGO_BIN_EXE_coracle-vmm"))
         .args(["--memory=32", "--console", "--serial", "--kernel"])
         .arg(kernel)
-        .stdin(Stdio::null())
+        .stdin(input)
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
@@ -94,5 +100,34 @@ fn a_signal_ends_a_machine_whose_output_nobody_reads() {
 
     send(&program, libc::SIGTERM);
 
+    assert_eq!(ended(program), Some(128 + libc::SIGTERM));
+}
+
+#[test]
+#[ignore = "needs /dev/kvm"]
+fn keys_send_signals_while_the_console_takes_none() {
+    let payload = Payload::elf(&[print("up"), HANG.to_vec()]);
+    let terminal = OpenOptions::new().read(true).write(true).open("/dev/ptmx").unwrap();
+    let (master, unlocked) = (terminal.as_raw_fd(), 0);
+    // SAFETY: the descriptor is open; the first request reads an int, the second takes flags.
+    let keyboard = unsafe {
+        assert_eq!(libc::ioctl(master, libc::TIOCSPTLCK, &raw const unlocked), 0);
+        libc::ioctl(master, libc::TIOCGPTPEER, libc::O_RDWR | libc::O_NOCTTY)
+    };
+    assert!(keyboard >= 0);
+    // SAFETY: the kernel has just given us this descriptor.
+    let keyboard = unsafe { OwnedFd::from_raw_fd(keyboard) };
+
+    let program = start_with_input(&payload, keyboard.into());
+    wait_for_output(&program, 2);
+
+    // SAFETY: settings are plain numbers, which the call fills in.
+    let settings = unsafe {
+        let mut settings: libc::termios = mem::zeroed();
+        assert_eq!(libc::tcgetattr(master, &raw mut settings), 0);
+        settings
+    };
+    send(&program, libc::SIGTERM);
+    assert_ne!(settings.c_lflag & libc::ISIG, 0);
     assert_eq!(ended(program), Some(128 + libc::SIGTERM));
 }
