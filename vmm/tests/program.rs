@@ -3,8 +3,10 @@
 mod payload;
 
 use std::fs::OpenOptions;
+use std::io;
 use std::mem;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -72,6 +74,35 @@ fn a_triple_fault_has_a_code_of_its_own() {
 
     assert_eq!(output.status.code(), Some(4));
     assert_eq!(output.stdout, b"hello");
+}
+
+#[test]
+#[ignore = "needs /dev/kvm"]
+fn too_few_descriptors_are_an_error_that_says_so() {
+    let payload = Payload::elf(&[TRIPLE_FAULT.to_vec()]);
+    let kernel = payload.config().boot.kernel;
+    let run = |descriptors: u64| {
+        let limit = libc::rlimit { rlim_cur: descriptors, rlim_max: descriptors };
+        let mut program = Command::new(env!("CARGO_BIN_EXE_coracle-vmm"));
+        program.args(["--memory=32", "--kernel"]).arg(&kernel).stdin(Stdio::null());
+        // SAFETY: between fork and execution this makes one system call, on a value of its own.
+        unsafe {
+            program.pre_exec(move || {
+                match libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) {
+                    0 => Ok(()),
+                    _ => Err(io::Error::last_os_error()),
+                }
+            });
+        }
+        program.output().unwrap()
+    };
+
+    // From enough for the program itself to enough for the whole machine.
+    for output in (4..).map(run).take_while(|output| output.status.code() != Some(4)) {
+        let message = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{message}");
+        assert!(message.contains("Too many open files"), "{message}");
+    }
 }
 
 #[test]
