@@ -1,7 +1,7 @@
 //! `coracle-vmm`: starts one virtual machine from a configuration file, and ends as it ends.
 
 use std::fs;
-use std::io::{self, IsTerminal};
+use std::io::{self, IsTerminal, Write};
 use std::mem;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::path::PathBuf;
@@ -10,6 +10,7 @@ use std::ptr;
 
 use anyhow::{Context, bail};
 use clap::Parser;
+use log::{LevelFilter, Log, Metadata, Record};
 use vmm::{ConsoleConfig, ConsoleOutput, Exit, VmConfig, VmHandle, Vmm};
 use vmm_sys_util::terminal::Terminal;
 
@@ -62,6 +63,9 @@ struct Arguments {
 
 fn main() -> ExitCode {
     vmm::use_one_heap();
+    if log::set_logger(&Stderr).is_ok() {
+        log::set_max_level(LevelFilter::Warn);
+    }
     match run(&Arguments::parse()) {
         Ok(code) => code.into(),
         Err(error) => {
@@ -173,6 +177,25 @@ fn exit_code(exit: Exit, signal: Option<i32>) -> anyhow::Result<u8> {
         }
         Exit::Failed(reason) => bail!(reason),
     })
+}
+
+/// Shows what the machine complains about on standard error.
+struct Stderr;
+
+impl Log for Stderr {
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        // The file server's library writes what a guest sends it, as often as the guest likes.
+        !metadata.target().starts_with("fuse_backend_rs")
+    }
+
+    fn log(&self, record: &Record<'_>) {
+        if self.enabled(record.metadata()) {
+            // Not `eprintln`, which panics where nobody listens.
+            let _ = writeln!(io::stderr(), "coracle-vmm: {}", record.args());
+        }
+    }
+
+    fn flush(&self) {}
 }
 
 /// SIGINT and SIGTERM as a descriptor; once it is dropped they end the process as usual.

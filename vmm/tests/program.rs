@@ -34,6 +34,18 @@ fn start_with_input(payload: &Payload, input: Stdio) -> Child {
         .unwrap()
 }
 
+/// Code that writes each of `values` to the status register of the first virtio device.
+fn set_status(values: &[u8]) -> Vec<u8> {
+    // `mov eax, 0xc0000083; mov [0xbff8], rax`: maps the first device window at 0x3fe00000, in the
+    // last entry of the page tables a vmlinux starts with.
+    let mut code = vec![0xb8, 0x83, 0, 0, 0xc0, 0x48, 0x89, 0x04, 0x25, 0xf8, 0xbf, 0, 0];
+    for &value in values {
+        // `mov dword [0x3fe00070], value`
+        code.extend([0xc7, 0x04, 0x25, 0x70, 0, 0xe0, 0x3f, value, 0, 0, 0]);
+    }
+    code
+}
+
 fn send(program: &Child, signal: i32) {
     let process = i32::try_from(program.id()).unwrap();
     // SAFETY: the process is a child that was not waited for, so its number is its own.
@@ -74,6 +86,17 @@ fn a_triple_fault_has_a_code_of_its_own() {
 
     assert_eq!(output.status.code(), Some(4));
     assert_eq!(output.stdout, b"hello");
+}
+
+#[test]
+#[ignore = "needs /dev/kvm"]
+fn a_driver_that_misbehaves_is_complained_about() {
+    let payload = Payload::elf(&[set_status(&[1, 2]), TRIPLE_FAULT.to_vec()]);
+
+    let output = start(&payload).wait_with_output().unwrap();
+
+    let message = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(message, "coracle-vmm: virtio device type 3: driver cleared a status bit\n");
 }
 
 #[test]
