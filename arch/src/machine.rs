@@ -78,13 +78,6 @@ pub enum PlatformDevice {
         /// KVM GSI of its interrupt line.
         gsi: u32,
     },
-    /// The keyboard controller's reset line.
-    ResetLine {
-        /// Address space of its five registers.
-        space: Space,
-        /// First register.
-        base: u64,
-    },
 }
 
 /// What the guest boots from.

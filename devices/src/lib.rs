@@ -3,7 +3,6 @@
 //! and data moves by kick eventfds in and an [`interrupt::Interrupt`] out.
 
 pub mod bus;
-pub mod i8042;
 pub mod interrupt;
 pub mod serial;
 pub mod virtio;

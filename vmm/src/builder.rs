@@ -55,7 +55,7 @@ impl Vmm {
         let control = Control::new(config.vcpus)
             .map(Arc::new)
             .map_err(|source| Error::Start { what: "the machine's control", source })?;
-        let vsock = peripherals::place_all(&config, &console, &control, &mut placement)?;
+        let vsock = peripherals::place_all(&config, &console, &mut placement)?;
         let placed = placement.finish();
 
         let entry = Host::load(ram.memory(), &mut boot)

@@ -89,8 +89,8 @@ pub struct BootConfig {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ConsoleConfig {
-    /// Whether the console is a 16550 UART, which also shows the kernel's early messages and
-    /// costs an exit per character, instead of the virtio console.
+    /// Whether the console is a 16550 UART, which also shows the kernel's early messages, costs an
+    /// exit per character and has no input, instead of the virtio console.
     #[serde(default)]
     pub serial: bool,
     /// Where its output goes.
@@ -106,7 +106,7 @@ pub enum ConsoleOutput {
     #[default]
     Discard,
     /// To this process's standard output, whose reader the guest waits for; standard input is the
-    /// console's input.
+    /// input of a virtio console.
     Stdout,
     /// To the end of this file, which is created if need be.
     File(PathBuf),

@@ -1,8 +1,8 @@
 //! A thread that waits for file descriptors and calls their subscribers.
 
-use std::cell::Cell;
 use std::io;
-use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
@@ -24,11 +24,17 @@ impl EventLoop {
     /// Starts a thread called `name` that serves `subscribers` until the loop is dropped.
     pub fn start(name: &str, subscribers: Vec<BoxedSubscriber>) -> io::Result<Self> {
         let stop = EventFd::new(EFD_NONBLOCK)?;
-        let stopped = stop.try_clone()?;
+        let running = Arc::new(AtomicBool::new(true));
+        let mut manager = EventManager::new().map_err(io::Error::other)?;
+        let stopped = Stop { event: stop.try_clone()?, running: running.clone() };
+        manager.add_subscriber(Box::new(stopped) as BoxedSubscriber);
+        for subscriber in subscribers {
+            manager.add_subscriber(subscriber);
+        }
         let thread = thread::Builder::new()
             .name(name.to_owned())
             .stack_size(STACK_BYTES)
-            .spawn(move || serve(stopped, subscribers))?;
+            .spawn(move || serve(manager, &running))?;
         Ok(EventLoop { stop, thread: Some(thread) })
     }
 }
@@ -43,15 +49,8 @@ impl Drop for EventLoop {
     }
 }
 
-fn serve(stop: EventFd, subscribers: Vec<BoxedSubscriber>) {
-    let running = Rc::new(Cell::new(true));
-    let mut manager: EventManager<Box<dyn MutEventSubscriber>> =
-        EventManager::new().expect("epoll is available");
-    manager.add_subscriber(Box::new(Stop { event: stop, running: running.clone() }));
-    for subscriber in subscribers {
-        manager.add_subscriber(subscriber);
-    }
-    while running.get() {
+fn serve(mut manager: EventManager<BoxedSubscriber>, running: &AtomicBool) {
+    while running.load(Ordering::Relaxed) {
         match manager.run() {
             Ok(_) => {}
             Err(event_manager::Error::Epoll(error)) if is_interruption(&error) => {}
@@ -68,7 +67,7 @@ fn is_interruption(error: &vmm_sys_util::errno::Error) -> bool {
 /// Ends the loop when its owner drops it.
 struct Stop {
     event: EventFd,
-    running: Rc<Cell<bool>>,
+    running: Arc<AtomicBool>,
 }
 
 impl MutEventSubscriber for Stop {
@@ -77,7 +76,7 @@ impl MutEventSubscriber for Stop {
     }
 
     fn process(&mut self, _: Events, _: &mut EventOps) {
-        self.running.set(false);
+        self.running.store(false, Ordering::Relaxed);
     }
 }
 

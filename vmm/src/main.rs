@@ -1,15 +1,17 @@
 //! `coracle-vmm`: starts one virtual machine from a configuration file, and ends as it ends.
 
 use std::fs;
-use std::io::{self, IsTerminal};
+use std::io::{self, IsTerminal, Write};
 use std::mem;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::ptr;
 
 use anyhow::{Context, bail};
 use clap::Parser;
-use vmm::{ConsoleOutput, Exit, VmConfig, VmHandle, Vmm};
+use log::{LevelFilter, Log, Metadata, Record};
+use vmm::{ConsoleConfig, ConsoleOutput, Exit, VmConfig, VmHandle, Vmm};
 use vmm_sys_util::terminal::Terminal;
 
 const EXIT_CODES: &str = "\
@@ -47,7 +49,8 @@ struct Arguments {
     /// Show the guest's console here; overrides console.output
     #[arg(long)]
     console: bool,
-    /// Use a serial port as the console, which shows early messages, too; sets console.serial
+    /// Use a serial port as the console, which shows early messages, too, but has no input; sets
+    /// console.serial
     #[arg(long)]
     serial: bool,
     /// Write what the machine cost to this file when it ends (JSON)
@@ -60,6 +63,9 @@ struct Arguments {
 
 fn main() -> ExitCode {
     vmm::use_one_heap();
+    if log::set_logger(&Stderr).is_ok() {
+        log::set_max_level(LevelFilter::Warn);
+    }
     match run(&Arguments::parse()) {
         Ok(code) => code.into(),
         Err(error) => {
@@ -71,7 +77,7 @@ fn main() -> ExitCode {
 
 fn run(arguments: &Arguments) -> anyhow::Result<u8> {
     let config = configuration(arguments)?;
-    let interactive = config.console.output == ConsoleOutput::Stdout && io::stdin().is_terminal();
+    let interactive = takes_keys(&config.console) && io::stdin().is_terminal();
     // Before the first thread starts, so that every thread leaves these signals to this one.
     let signals = Signals::open().context("receive signals")?;
     let machine = Vmm::new(config)?;
@@ -81,14 +87,26 @@ fn run(arguments: &Arguments) -> anyhow::Result<u8> {
     let terminal = interactive.then(RawTerminal::open).transpose().context("use the terminal")?;
     let machine = machine.start()?;
     let signal = wait_for_end(&machine, &signals).context("wait for the machine")?;
+    drop(terminal);
     machine.stop();
     if let Some(path) = &arguments.metrics {
         let metrics = serde_json::to_string_pretty(&machine.metrics())?;
         fs::write(path, metrics).with_context(|| format!("write {path:?}"))?;
     }
-    let exit = machine.wait();
-    drop(terminal);
-    exit_code(exit, signal)
+    exit_code(finish(machine, signals, signal), signal)
+}
+
+/// Says how `machine` ended, and lets its devices finish, unless a signal says not to: one of them
+/// may wait for whoever reads our output, or for a slow disk.
+fn finish(machine: VmHandle, signals: Signals, signal: Option<i32>) -> Exit {
+    if signal.is_none() {
+        drop(signals);
+        return machine.wait();
+    }
+    let exit = machine.outcome();
+    // Its threads end with the process, which is about to.
+    mem::forget(machine);
+    exit
 }
 
 /// The configuration file with the arguments' changes.
@@ -120,6 +138,12 @@ fn configuration(arguments: &Arguments) -> anyhow::Result<VmConfig> {
     }
     config.console.serial |= arguments.serial;
     Ok(config)
+}
+
+/// Whether the guest gets what is typed here. A serial port has no input, and then the keys that
+/// send signals must go on doing so.
+fn takes_keys(console: &ConsoleConfig) -> bool {
+    console.output == ConsoleOutput::Stdout && !console.serial
 }
 
 /// Waits for the machine's end or for a signal, which it returns.
@@ -155,26 +179,48 @@ fn exit_code(exit: Exit, signal: Option<i32>) -> anyhow::Result<u8> {
     })
 }
 
-/// SIGINT and SIGTERM as a descriptor.
-struct Signals(OwnedFd);
+/// Shows what the machine complains about on standard error.
+struct Stderr;
+
+impl Log for Stderr {
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        // The file server's library writes what a guest sends it, as often as the guest likes.
+        !metadata.target().starts_with("fuse_backend_rs")
+    }
+
+    fn log(&self, record: &Record<'_>) {
+        if self.enabled(record.metadata()) {
+            // Not `eprintln`, which panics where nobody listens.
+            let _ = writeln!(io::stderr(), "coracle-vmm: {}", record.args());
+        }
+    }
+
+    fn flush(&self) {}
+}
+
+/// SIGINT and SIGTERM as a descriptor; once it is dropped they end the process as usual.
+struct Signals {
+    descriptor: OwnedFd,
+    set: libc::sigset_t,
+}
 
 impl Signals {
     fn open() -> io::Result<Self> {
         // SAFETY: an all-zero sigset_t is valid for sigemptyset to initialize; the other calls get
         // that initialized set.
-        let fd = unsafe {
+        let (fd, set) = unsafe {
             let mut set: libc::sigset_t = mem::zeroed();
             libc::sigemptyset(&raw mut set);
             libc::sigaddset(&raw mut set, libc::SIGINT);
             libc::sigaddset(&raw mut set, libc::SIGTERM);
-            libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut());
-            libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC)
+            libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, ptr::null_mut());
+            (libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC), set)
         };
         if fd < 0 {
             return Err(io::Error::last_os_error());
         }
         // SAFETY: signalfd just opened it, and nobody else owns it.
-        Ok(Signals(unsafe { OwnedFd::from_raw_fd(fd) }))
+        Ok(Signals { descriptor: unsafe { OwnedFd::from_raw_fd(fd) }, set })
     }
 
     /// The number of the signal that arrived.
@@ -183,7 +229,8 @@ impl Signals {
         let mut info: libc::signalfd_siginfo = unsafe { mem::zeroed() };
         let bytes = size_of_val(&info);
         // SAFETY: the kernel writes at most `bytes` bytes into `info`.
-        let read = unsafe { libc::read(self.0.as_raw_fd(), (&raw mut info).cast(), bytes) };
+        let read =
+            unsafe { libc::read(self.descriptor.as_raw_fd(), (&raw mut info).cast(), bytes) };
         if read < 0 {
             return Err(io::Error::last_os_error());
         }
@@ -193,7 +240,14 @@ impl Signals {
 
 impl AsFd for Signals {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+        self.descriptor.as_fd()
+    }
+}
+
+impl Drop for Signals {
+    fn drop(&mut self) {
+        // SAFETY: `open` initialized the set.
+        unsafe { libc::pthread_sigmask(libc::SIG_UNBLOCK, &raw const self.set, ptr::null_mut()) };
     }
 }
 

@@ -5,7 +5,6 @@ use std::sync::{Arc, Mutex};
 
 use arch::machine::PlatformDevice;
 use arch::{Arch, Host};
-use devices::i8042::I8042;
 use devices::serial::Serial;
 use devices::virtio::VirtioDevice;
 use devices::virtio::block::{Block, Disk};
@@ -17,15 +16,11 @@ use devices::virtio::vsock::{Host as VsockHost, Vsock};
 
 use crate::config::{ConsoleConfig, ConsoleOutput, DiskConfig, NetConfig, ShareConfig, VmConfig};
 use crate::console::{self, ConsoleLog};
-use crate::control::{Control, Exit};
 use crate::error::Error;
 use crate::placement::{Loop, Placement, PlacementError};
 
 /// Registers of a 16550, in bytes.
 const SERIAL_PORTS: u64 = 8;
-
-/// Registers of a keyboard controller: data at 0, command and status at 4.
-const RESET_LINE_PORTS: u64 = 5;
 
 /// Opens where the guest's console goes.
 pub fn open_console(config: &ConsoleConfig) -> Result<ConsoleLog, Error> {
@@ -42,10 +37,11 @@ pub fn open_console(config: &ConsoleConfig) -> Result<ConsoleLog, Error> {
 pub fn place_all(
     config: &VmConfig,
     log: &ConsoleLog,
-    control: &Arc<Control>,
     placement: &mut Placement<'_>,
 ) -> Result<Option<VsockHost>, Error> {
-    place_platform(config, log, control, placement)?;
+    if config.console.serial {
+        place_serial(log, placement)?;
+    }
     let input = if config.console.serial { None } else { console::input(&config.console.output) };
     place("console", Console::new(input, Box::new(log.clone())), Loop::Vmm, placement)?;
     if config.rng {
@@ -65,29 +61,13 @@ pub fn place_all(
 }
 
 /// The serial port is there only for who asks for it: each character on it is an exit.
-fn place_platform(
-    config: &VmConfig,
-    log: &ConsoleLog,
-    control: &Arc<Control>,
-    placement: &mut Placement<'_>,
-) -> Result<(), Error> {
+fn place_serial(log: &ConsoleLog, placement: &mut Placement<'_>) -> Result<(), Error> {
     for device in Host::platform_devices() {
-        match *device {
-            PlatformDevice::Serial { space, base, gsi } if config.console.serial => {
-                let name = error_at("serial port");
-                let line = placement.irq_line(gsi).map_err(&name)?;
-                let serial = Serial::new(line, Box::new(log.clone()));
-                placement.place_at(space, base, SERIAL_PORTS, serial).map_err(name)?;
-            }
-            PlatformDevice::Serial { .. } => {}
-            PlatformDevice::ResetLine { space, base } => {
-                let control = control.clone();
-                let line = I8042::new(move || control.end(Exit::Reset));
-                placement
-                    .place_at(space, base, RESET_LINE_PORTS, line)
-                    .map_err(error_at("reset line"))?;
-            }
-        }
+        let PlatformDevice::Serial { space, base, gsi } = *device;
+        let name = error_at("serial port");
+        let line = placement.irq_line(gsi).map_err(&name)?;
+        let serial = Serial::new(line, Box::new(log.clone()));
+        placement.place_at(space, base, SERIAL_PORTS, serial).map_err(name)?;
     }
     Ok(())
 }

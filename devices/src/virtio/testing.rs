@@ -20,7 +20,7 @@ pub const MEMORY_BYTES: usize = 4 << 20;
 pub const QUEUE_SIZE: u16 = 64;
 
 /// The rings of each queue take this much memory, from address 0 on.
-const RINGS: u64 = 0x1000;
+pub const RINGS: u64 = 0x1000;
 /// Offsets of the rings of a queue; the descriptor table is at 0.
 const AVAILABLE: u64 = 0x400;
 const USED: u64 = 0x800;
@@ -28,7 +28,7 @@ const USED: u64 = 0x800;
 const BUFFERS: u64 = 0x1_0000;
 
 /// Flags of a descriptor: the chain goes on, and the buffer is the device's to write.
-const NEXT: u16 = 1;
+pub const NEXT: u16 = 1;
 const WRITE: u16 = 2;
 
 /// 4 MiB of guest memory at address 0.

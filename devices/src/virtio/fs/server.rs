@@ -23,7 +23,7 @@ const BELIEF: Duration = Duration::from_secs(1);
 
 /// Most bytes of a request and of its answer: 1 MiB of data, which is what is negotiated, and the
 /// headers. The library allocates as much as it is sent, so nothing larger may reach it.
-const MAX_MESSAGE_BYTES: u64 = (1 << 20) + (8 << 10);
+const MAX_MESSAGE_BYTES: usize = (1 << 20) + (8 << 10);
 
 /// Why a directory cannot be shared.
 #[derive(Debug, thiserror::Error)]
@@ -98,18 +98,14 @@ impl Server {
         chain: &Chain<'_>,
         memory: &GuestMemoryMmap,
     ) -> Result<u32, RequestError> {
-        let (mut request_bytes, mut answer_bytes) = (0, 0);
-        for descriptor in chain.clone() {
-            let sum =
-                if descriptor.is_write_only() { &mut answer_bytes } else { &mut request_bytes };
-            *sum += u64::from(descriptor.len());
-        }
-        if request_bytes.max(answer_bytes) > MAX_MESSAGE_BYTES {
-            return Err(RequestError::TooLarge);
-        }
         let request =
             Reader::from_descriptor_chain(memory, chain.clone()).map_err(RequestError::Memory)?;
         let answer = VirtioFsWriter::new(memory, chain.clone()).map_err(RequestError::Memory)?;
+        // Measured on what the library works with, because a guest may change its descriptors
+        // after they were looked at.
+        if request.available_bytes().max(answer.available_bytes()) > MAX_MESSAGE_BYTES {
+            return Err(RequestError::TooLarge);
+        }
         let written = self
             .server
             .handle_message(request, answer.into(), None, None)

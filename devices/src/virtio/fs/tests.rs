@@ -2,12 +2,15 @@
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 
 use tempfile::TempDir;
-use vm_memory::GuestMemoryMmap;
+use virtio_queue::desc::split::Descriptor;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::*;
-use crate::virtio::testing::{Driver, memory};
+use crate::virtio::testing::{Driver, MEMORY_BYTES, NEXT, RINGS, memory};
 
 const LOOKUP: u32 = 1;
 const GETATTR: u32 = 3;
@@ -23,6 +26,7 @@ const GETXATTR: u32 = 22;
 const INIT: u32 = 26;
 const OPENDIR: u32 = 27;
 const CREATE: u32 = 35;
+const IOCTL: u32 = 39;
 const BATCH_FORGET: u32 = 42;
 const READDIRPLUS: u32 = 44;
 const RENAME2: u32 = 45;
@@ -317,6 +321,45 @@ fn requests_that_make_no_sense_are_given_back_unanswered() {
 }
 
 #[test]
+fn a_request_that_grows_while_it_is_looked_at_costs_the_host_nothing() {
+    const LARGE: u32 = 256 << 20;
+    const TRIES: usize = 20_000;
+    let root = TempDir::new().unwrap();
+    let ranges = [(GuestAddress(0), LARGE as usize + MEMORY_BYTES)];
+    let memory = GuestMemoryMmap::from_ranges(&ranges).unwrap();
+    let mut guest = Guest::mount(&memory, &root, false);
+    let control = [guest.header(IOCTL, ROOT, 32), words(&[0, 0, 0, 0, 0, 0, LARGE, 0])].concat();
+    let head = guest.driver.offer(REQUESTS, &[&control, &[0; 8]], &[16]);
+    let data = Descriptor::new(MEMORY_BYTES as u64, 8, NEXT, head + 2);
+    let grown = Descriptor::new(MEMORY_BYTES as u64, LARGE, NEXT, head + 2);
+    let entry = GuestAddress(REQUESTS as u64 * RINGS + u64::from(head + 1) * 16);
+    let done = AtomicBool::new(false);
+
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                memory.write_obj(data, entry).unwrap();
+                memory.write_obj(grown, entry).unwrap();
+            }
+        });
+        for _ in 0..TRIES {
+            guest.driver.offer_head(REQUESTS, head);
+            guest.device.queue_ready(REQUESTS).unwrap();
+        }
+        done.store(true, Ordering::Relaxed);
+    });
+
+    assert!(peak_memory_kib() < LARGE / 1024);
+}
+
+/// What this process has had in memory at most.
+fn peak_memory_kib() -> u32 {
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+    line.trim().trim_end_matches(" kB").parse().unwrap()
+}
+
+#[test]
 fn an_attribute_of_four_gibibytes_costs_the_host_nothing() {
     let (root, memory) = (TempDir::new().unwrap(), memory());
     let mut guest = Guest::mount(&memory, &root, false);
@@ -345,7 +388,7 @@ impl<'m> Guest<'m> {
     /// The same device under a driver that starts over.
     fn mount_again(guest: Guest<'_>, memory: &'m GuestMemoryMmap) -> Self {
         let mut device = guest.device;
-        vm_memory::Bytes::write_slice(memory, &[0; 0x2000], vm_memory::GuestAddress(0)).unwrap();
+        memory.write_slice(&[0; 0x2000], GuestAddress(0)).unwrap();
         let driver = Driver::with_queues(memory, 2);
         device.activate(driver.activation()).unwrap();
         let mut guest = Guest { device, driver, uid: guest.uid };

@@ -7,6 +7,10 @@ use super::host::End;
 use super::output::Output;
 use super::packet::{Buffers, Header, Op, SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
 
+/// Most data in one packet to the guest, which is also what Linux sends. A guest may offer a buffer
+/// of 4 GiB, and one stream must not occupy the event loop.
+const MAX_PACKET_BYTES: u32 = 64 << 10;
+
 /// Where a stream is in its life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
@@ -228,7 +232,7 @@ impl Connection {
         if !self.greeting.is_empty() {
             return Moved::Nothing;
         }
-        let limit = self.credit.available();
+        let limit = self.credit.available().min(MAX_PACKET_BYTES);
         if limit == 0 && !self.asked_for_credit {
             self.asked_for_credit = true;
             self.owed.credit_request = true;

@@ -6,10 +6,6 @@ use super::packet::Header;
 /// host keep in memory when its output does not move.
 pub const WINDOW_BYTES: u32 = 256 << 10;
 
-/// Most bytes in flight towards the guest. A guest may announce 4 GiB; nothing is gained by so much,
-/// and one stream must not occupy the event loop.
-const MAX_GUEST_WINDOW_BYTES: u32 = 1 << 20;
-
 /// The guest is told about room once this much of it is new. Small enough that it never runs dry
 /// while the output moves, large enough that updates are rare.
 const UPDATE_STEP_BYTES: u32 = WINDOW_BYTES / 4;
@@ -28,7 +24,7 @@ pub struct Credit {
 impl Credit {
     /// Notes what a packet from the guest says about its buffer.
     pub fn learn(&mut self, header: &Header) {
-        self.guest_window = header.buffer_bytes.min(MAX_GUEST_WINDOW_BYTES);
+        self.guest_window = header.buffer_bytes;
         self.guest_forwarded = header.forwarded;
     }
 
@@ -121,12 +117,13 @@ mod tests {
     }
 
     #[test]
-    fn a_huge_window_is_capped() {
+    fn the_largest_window_can_be_used_up() {
         let mut credit = Credit::default();
 
         credit.learn(&says(u32::MAX, 0));
+        credit.spend(u32::MAX);
 
-        assert_eq!(credit.available(), MAX_GUEST_WINDOW_BYTES);
+        assert_eq!(credit.available(), 0);
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! The device as its guest and its host see it, without a VM.
 
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, Read, Seek, Write};
 use std::net::Shutdown;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -484,6 +484,40 @@ fn nothing_is_read_for_a_guest_without_room_until_it_has_some() {
 }
 
 #[test]
+fn a_large_window_is_filled() {
+    const BYTES: u64 = 3 << 20;
+    let memory = memory();
+    let mut guest = Guest::boot(&memory);
+    guest.window = 8 << 20;
+    let mut file = tempfile::tempfile().unwrap();
+    file.set_len(BYTES).unwrap();
+    let input = Some(file.try_clone().unwrap().into());
+    guest.connect(HostStream { input, ..HostStream::default() });
+
+    // It never says what it took: Linux sees no reason to while most of its window is free.
+    (0..100).for_each(|_| _ = guest.packets());
+
+    assert_eq!(file.stream_position().unwrap(), BYTES);
+}
+
+#[test]
+fn one_packet_takes_a_bounded_part_of_a_huge_buffer() {
+    let memory = memory();
+    let mut guest = Guest::boot(&memory);
+    let (mut ours, stream) = socket();
+    guest.connect(stream);
+    // Refusals use the small buffers up.
+    (0..RECEIVE_BUFFERS).for_each(|_| guest.send(Op::Data, PORT + 1));
+    guest.driver.offer(0, &[], &[RECEIVE_BYTES * 4]);
+
+    ours.write_all(&[7; 100 << 10]).unwrap();
+    guest.device.backend_ready(0, EventSet::IN).unwrap();
+
+    let (_, bytes) = *guest.driver.used().last().unwrap();
+    assert_eq!(bytes, HEADER_LENGTH + (64 << 10));
+}
+
+#[test]
 fn a_length_beyond_the_packet_resets_the_stream() {
     let memory = memory();
     let mut guest = Guest::boot(&memory);
@@ -597,7 +631,7 @@ fn regular_files_and_dev_null_are_streams_too() {
     let mut guest = Guest::boot(&memory);
     let mut file = tempfile::tempfile().unwrap();
     file.write_all(b"from a file").unwrap();
-    io::Seek::rewind(&mut file).unwrap();
+    file.rewind().unwrap();
     let null = File::options().write(true).open("/dev/null").unwrap();
     let (input, output) = (Some(file.into()), Some(null.into()));
 
