@@ -162,10 +162,11 @@ impl Server {
         }
     }
 
-    /// Until the first end that has to be told in any case.
+    /// Until the first end that has to be told, or process that has to be given up, in any case.
     fn timeout(&self) -> PollTimeout {
         let untold = self.processes.iter().filter_map(|process| process.end.as_ref());
-        let deadline = untold.filter(|end| !end.told).map(|end| end.deadline).min();
+        let ends = untold.filter(|end| !end.told).map(|end| end.deadline);
+        let deadline = ends.chain(self.pending.as_ref().and_then(Pending::deadline)).min();
         deadline.map_or(PollTimeout::NONE, |deadline| {
             let left = deadline.saturating_duration_since(Instant::now());
             // Rounded up: waking too early would mean waking again at once.

@@ -274,6 +274,27 @@ fn an_exec_joins_the_container() {
 
 #[test]
 #[ignore = "needs root"]
+fn a_container_that_stops_an_exec_on_its_way_keeps_no_request_waiting() {
+    let mut host = Host::start();
+    let container = host.container(&["sleep", "1000"]);
+    host.create(&container);
+    host.start_box();
+    // As good as `kill -STOP -1` without end inside, and certain to come in time.
+    fs::write(host.cgroup().join("cgroup.freeze"), "1").unwrap();
+
+    let Response::Failed(failed) = host.ask(&exec("stopped", process(&["true"]))) else {
+        panic!("it was stopped")
+    };
+    let (container, process) = ("box".to_owned(), INIT_PROCESS.to_owned());
+    let kill = Request::Signal { container, process, signal: libc::SIGKILL, all: false };
+
+    assert_eq!(failed.message, "the process does not get to its program: it was killed");
+    assert_eq!(host.ask(&kill), Response::Done);
+    assert_eq!(host.exit_of("box", INIT_PROCESS), ExitStatus::Signal(libc::SIGKILL));
+}
+
+#[test]
+#[ignore = "needs root"]
 fn the_end_of_a_short_process_is_told_after_the_answer_to_its_exec() {
     let mut host = Host::start();
     // Orphans without end keep the agent collecting the dead.

@@ -156,6 +156,16 @@ fn spawn(
     }
 }
 
+/// Kills the process behind `pidfd` (pidfd_send_signal(2)).
+pub fn kill(pidfd: &OwnedFd) -> io::Result<()> {
+    let info = std::ptr::null::<libc::siginfo_t>();
+    // SAFETY: pidfd_send_signal takes integers and, instead of a siginfo, null.
+    Errno::result(unsafe {
+        libc::syscall(libc::SYS_pidfd_send_signal, pidfd.as_raw_fd(), libc::SIGKILL, info, 0)
+    })?;
+    Ok(())
+}
+
 /// A copy of descriptor `number` of the process behind `pidfd` (pidfd_getfd(2)).
 pub fn fetch_descriptor(pidfd: &OwnedFd, number: RawFd) -> io::Result<OwnedFd> {
     // SAFETY: pidfd_getfd takes integers and returns a new descriptor that nobody else owns.

@@ -194,6 +194,11 @@ impl Host {
         }
     }
 
+    /// The cgroup of the container.
+    pub fn cgroup(&self) -> PathBuf {
+        self.cgroups.join("coracle/box")
+    }
+
     /// Names of the cgroups of containers.
     pub fn cgroup_names(&self) -> Vec<String> {
         let entries = fs::read_dir(self.cgroups.join("coracle")).unwrap().map(Result::unwrap);
