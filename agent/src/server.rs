@@ -180,7 +180,14 @@ impl Server {
 
     pub(crate) fn respond(&mut self, answer: Result<Response, Failed>) -> Result<(), FrameError> {
         let response = answer.unwrap_or_else(Response::Failed);
-        self.control.send(&Message::Response(response))
+        match self.control.send(&Message::Response(response)) {
+            // What a container makes this large must not end the guest, which an error here does.
+            Err(FrameError::TooLarge(bytes)) => {
+                let failure = failed(format!("the answer is too large: {bytes} bytes"));
+                self.control.send(&Message::Response(Response::Failed(failure)))
+            }
+            result => result,
+        }
     }
 
     fn serve(&mut self) -> Result<(), FrameError> {

@@ -340,6 +340,21 @@ fn processes_are_listed_paused_and_killed_together() {
 
 #[test]
 #[ignore = "needs root"]
+fn an_answer_that_is_too_large_is_told_as_a_failure() {
+    let mut host = Host::start();
+    // Each is five bytes long in the answer, which names it.
+    let container = "\u{1}".repeat(1 << 20);
+
+    let Response::Failed(failed) = host.ask(&Request::Stats { container }) else {
+        panic!("there is no such container")
+    };
+
+    assert!(failed.message.starts_with("the answer is too large"), "{}", failed.message);
+    assert_eq!(host.ask(&Request::Shutdown), Response::Done);
+}
+
+#[test]
+#[ignore = "needs root"]
 fn the_default_devices_work() {
     let mut host = Host::start();
     let script = "echo x > /dev/null && head -c 3 /dev/zero | wc -c; ls -l /dev/tty /dev/full; \
