@@ -277,8 +277,7 @@ impl Server {
 
     fn list(&mut self, id: &str) -> Answer {
         let pids = self.container(id)?.cgroup.processes().context("list processes")?;
-        let processes = pids.into_iter().filter_map(listing::describe).collect();
-        Ok(Some(Response::Processes(processes)))
+        Ok(Some(Response::Processes(listing::describe(&pids))))
     }
 
     fn remove(&mut self, id: &str) -> Result<(), Failed> {

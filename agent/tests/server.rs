@@ -340,6 +340,46 @@ fn processes_are_listed_paused_and_killed_together() {
 
 #[test]
 #[ignore = "needs root"]
+fn a_thousand_long_command_lines_fit_the_answer() {
+    let mut host = Host::start();
+    let zero = "0".repeat(5000);
+    let script = format!("for i in $(seq 1100); do sleep 1000 {zero} & done; echo all; wait");
+    let container = host.container(&["sh", "-c", &script]);
+    let mut stdout = host.stream("box", INIT_PROCESS, StdioStream::Stdout);
+    host.create(&container);
+    host.start_box();
+    read_until(&mut stdout, "all\n");
+
+    let Response::Processes(found) = host.ask(&Request::Processes { container: "box".into() })
+    else {
+        panic!("there are processes")
+    };
+
+    assert!(found.len() > 1100, "{} processes", found.len());
+}
+
+#[test]
+#[ignore = "needs root"]
+fn a_process_without_a_name_in_utf_8_is_listed() {
+    let mut host = Host::start();
+    // The kernel takes 15 bytes of the file's name, which cuts the last letter in two.
+    let script = host.rootfs().join("bin/öööööööö");
+    fs::copy("/bin/busybox", &script).unwrap();
+    fs::write(&script, "#!/bin/sh\nwhile :; do sleep 1000; done\n").unwrap();
+    let container = host.container(&["öööööööö"]);
+    host.create(&container);
+    host.start_box();
+
+    let Response::Processes(found) = host.ask(&Request::Processes { container: "box".into() })
+    else {
+        panic!("there are processes")
+    };
+
+    assert!(found.iter().any(|process| process.command.ends_with("öööööööö")), "{found:?}");
+}
+
+#[test]
+#[ignore = "needs root"]
 fn an_answer_that_is_too_large_is_told_as_a_failure() {
     let mut host = Host::start();
     // Each is five bytes long in the answer, which names it.
