@@ -13,7 +13,7 @@ use nix::unistd::{chdir, sethostname};
 
 use crate::container::cgroup;
 use crate::failure::Context;
-use crate::network;
+use crate::{limits, network};
 
 /// Where the guest's cgroup hierarchy is.
 pub const CGROUPS: &str = "/sys/fs/cgroup";
@@ -23,10 +23,6 @@ pub const CGROUPS: &str = "/sys/fs/cgroup";
 const MODULE_ORDER: &str = "/modules/order";
 
 const MODULES: &str = "/modules";
-
-/// Soft and hard limit of open files, as distributions set it: many programs close every
-/// descriptor up to the soft limit when they start.
-const OPEN_FILES: (u64, u64) = (1024, 524_288);
 
 /// Type, target, flags and options of the guest's own file systems, in order of mounting.
 const FILE_SYSTEMS: [(&str, &str, MsFlags, &str); 8] = [
@@ -69,7 +65,7 @@ pub enum Error {
     Cgroups(#[source] io::Error),
     /// Limits for the agent and all it starts.
     #[error("set limits: {0}")]
-    Limits(#[source] io::Error),
+    Limits(#[source] Errno),
     /// The loopback interface.
     #[error("bring up loopback: {0}")]
     Loopback(#[source] io::Error),
@@ -82,7 +78,7 @@ pub fn prepare() -> Result<(), Error> {
     mount_file_systems()?;
     crate::kmsg::install();
     cgroup::prepare(Path::new(CGROUPS)).map_err(Error::Cgroups)?;
-    set_limits().map_err(Error::Limits)?;
+    limits::set_hard().and_then(|()| limits::raise()).map_err(Error::Limits)?;
     network::bring_up_loopback().map_err(Error::Loopback)
 }
 
@@ -163,11 +159,4 @@ fn make_directory(path: &str) -> io::Result<()> {
         Err(error) if error.kind() != ErrorKind::AlreadyExists => Err(error),
         _ => Ok(()),
     }
-}
-
-fn set_limits() -> io::Result<()> {
-    let limit = libc::rlimit { rlim_cur: OPEN_FILES.0, rlim_max: OPEN_FILES.1 };
-    // SAFETY: `limit` outlives the call.
-    Errno::result(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &limit) })?;
-    Ok(())
 }

@@ -340,6 +340,27 @@ fn processes_are_listed_paused_and_killed_together() {
 
 #[test]
 #[ignore = "needs root"]
+fn more_terminals_are_open_than_the_agent_was_allowed() {
+    let mut host = Host::start();
+    let container = host.container(&["sleep", "1000"]);
+    host.create(&container);
+    host.start_box();
+    let names: Vec<String> = (0..40).map(|number| format!("shell {number}")).collect();
+    let mut shell = process(&["sh", "-c", "ulimit -n; sleep 1000"]);
+    shell.terminal = Some(WindowSize { rows: 24, columns: 80 });
+
+    let mut terminals = Vec::new();
+    for name in &names {
+        terminals.push(host.stream("box", name, StdioStream::Terminal));
+        host.exec(name, shell.clone());
+    }
+
+    let output = read_until(&mut terminals[39], "\r\n");
+    assert_eq!(output, "1024\r\n");
+}
+
+#[test]
+#[ignore = "needs root"]
 fn a_thousand_long_command_lines_fit_the_answer() {
     let mut host = Host::start();
     let zero = "0".repeat(5000);

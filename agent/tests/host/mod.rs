@@ -18,10 +18,14 @@ use agent_protocol::{
 };
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::mount::MsFlags;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tempfile::TempDir;
 
 /// Longest wait for anything; a test that needs more hangs.
 const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Soft limit of open files the agent is started with: few, so that tests reach it.
+const OPEN_FILES: u64 = 64;
 
 const CONTROL_FD: RawFd = 3;
 const STDIO_FD: RawFd = 4;
@@ -61,13 +65,14 @@ impl Host {
         command.arg(env!("CARGO_BIN_EXE_coracle-agent")).arg("serve");
         command.args([CONTROL_FD.to_string(), STDIO_FD.to_string()]).arg(&cgroups);
         let numbers = [(theirs.as_raw_fd(), CONTROL_FD), (listener.as_raw_fd(), STDIO_FD)];
-        // SAFETY: dup2 is safe between fork and exec; the copies stay open over exec.
+        // SAFETY: dup2 and setrlimit are safe between fork and exec; the copies stay open over exec.
         let command = unsafe {
             command.pre_exec(move || {
                 for (from, to) in numbers {
                     nix::errno::Errno::result(libc::dup2(from, to))?;
                 }
-                Ok(())
+                let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+                Ok(setrlimit(Resource::RLIMIT_NOFILE, OPEN_FILES, hard)?)
             })
         };
         let agent = command.spawn().unwrap();
