@@ -295,6 +295,29 @@ fn a_container_that_stops_an_exec_on_its_way_keeps_no_request_waiting() {
 
 #[test]
 #[ignore = "needs root"]
+fn an_exec_joins_a_container_that_has_cgroups_of_its_own() {
+    let mut host = Host::start();
+    // What systemd and the image of Docker do. Any controller but a threaded one will do.
+    let script = "cd /cgroups && mkdir init && echo 1 > init/cgroup.procs && \
+                  sed 's/\\w*/+&/g' cgroup.controllers > cgroup.subtree_control && \
+                  echo moved; sleep 1000";
+    let mut container = host.container(&["sh", "-c", script]);
+    container.mounts.push(file_system("cgroup", "/cgroups", MsFlags::empty(), ""));
+    let mut init = host.stream("box", INIT_PROCESS, StdioStream::Stdout);
+    host.create(&container);
+    host.start_box();
+    read_until(&mut init, "moved\n");
+    let mut stdout = host.stream("box", "tool", StdioStream::Stdout);
+
+    host.exec("tool", process(&["cat", "/proc/self/cgroup"]));
+
+    let mut output = String::new();
+    stdout.read_to_string(&mut output).unwrap();
+    assert!(output.ends_with("0::/init\n"), "{output}");
+}
+
+#[test]
+#[ignore = "needs root"]
 fn the_end_of_a_short_process_is_told_after_the_answer_to_its_exec() {
     let mut host = Host::start();
     // Orphans without end keep the agent collecting the dead.

@@ -31,7 +31,7 @@ const CONTROL_FD: RawFd = 3;
 const STDIO_FD: RawFd = 4;
 
 const APPLETS: &str = "sh cat echo id ls sleep stty tty head wc kill true touch mkdir dd sysctl \
-                       hostname grep env pwd mount ps test seq stat readlink";
+                       hostname grep env pwd mount ps test seq stat readlink sed";
 
 /// An agent, its connection, and a root file system to make containers of.
 pub struct Host {
@@ -221,6 +221,7 @@ impl Drop for Host {
         for entry in fs::read_dir(&containers).into_iter().flatten().flatten() {
             let _ = fs::write(entry.path().join("cgroup.kill"), "1");
             std::thread::sleep(Duration::from_millis(50));
+            let _ = fs::remove_dir(entry.path().join("init"));
             let _ = fs::remove_dir(entry.path());
         }
         let _ = fs::remove_dir(&containers);
@@ -328,6 +329,10 @@ fn make_cgroups() -> PathBuf {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     let unified = Path::new("/sys/fs/cgroup/unified");
     let root = if unified.is_dir() { unified } else { Path::new("/sys/fs/cgroup") };
+    // A machine with version 1 has few controllers here, and nobody who hands them down.
+    for controller in fs::read_to_string(root.join("cgroup.controllers")).unwrap().split(' ') {
+        let _ = fs::write(root.join("cgroup.subtree_control"), format!("+{controller}"));
+    }
     let number = NEXT.fetch_add(1, Ordering::Relaxed);
     let path = root.join(format!("coracle-test-{}-{number}", std::process::id()));
     fs::create_dir(&path).unwrap();
