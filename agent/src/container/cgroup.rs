@@ -250,14 +250,19 @@ fn find_process(folder: &Path, pid: i32) -> io::Result<Option<PathBuf>> {
     Ok(found)
 }
 
-/// Shows `look` each cgroup in and below `folder` with its pids.
+/// Shows `look` each cgroup in and below `folder` with its pids. The container makes and removes
+/// cgroups meanwhile: one that is gone has no processes.
 fn visit(folder: &Path, look: &mut impl FnMut(&Path, &[i32])) -> io::Result<()> {
     // The folder of a thread in a threaded cgroup has no list; its processes are listed above.
     if let Ok(text) = fs::read_to_string(folder.join("cgroup.procs")) {
         let pids: Vec<i32> = text.lines().filter_map(|line| line.parse().ok()).collect();
         look(folder, &pids);
     }
-    for entry in fs::read_dir(folder)? {
+    let entries = match fs::read_dir(folder) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+        result => result?,
+    };
+    for entry in entries {
         let entry = entry?;
         if entry.file_type()?.is_dir() {
             visit(&entry.path(), look)?;
@@ -297,6 +302,14 @@ mod tests {
 
         assert!(watch.killed());
         assert!(!watch.killed());
+    }
+
+    #[test]
+    fn a_cgroup_that_is_gone_has_no_processes() {
+        let folder = tempfile::tempdir().unwrap();
+        let cgroup = Cgroup { path: folder.path().join("gone") };
+
+        assert_eq!(cgroup.processes().unwrap(), [0; 0]);
     }
 
     #[test]
