@@ -241,6 +241,16 @@ fn a_process_is_who_and_where_it_was_told() {
 
 #[test]
 #[ignore = "needs root"]
+fn a_variable_has_its_last_value() {
+    let mut host = Host::start();
+    let mut container = host.container(&["/bin/env"]);
+    container.process.env = ["A=1", "HOME=/", "A=2"].map(str::to_owned).to_vec();
+
+    assert_eq!(host.run(&container).0, "A=2\nHOME=/\n");
+}
+
+#[test]
+#[ignore = "needs root"]
 fn a_user_may_reopen_its_stdout() {
     let mut host = Host::start();
     let mut container = host.container(&["sh", "-c", "echo direct > /dev/stdout"]);
