@@ -24,12 +24,16 @@ const MODULE_ORDER: &str = "/modules/order";
 
 const MODULES: &str = "/modules";
 
+/// As systemd mounts it. With `nsdelegate` a container may divide what it has among cgroups of its
+/// own, but neither change the limits of its own cgroup nor freeze it, even if it can write there.
+const CGROUP_OPTIONS: &str = "nsdelegate,memory_recursiveprot";
+
 /// Type, target, flags and options of the guest's own file systems, in order of mounting.
 const FILE_SYSTEMS: [(&str, &str, MsFlags, &str); 8] = [
     ("devtmpfs", "/dev", MsFlags::MS_NOSUID, "mode=0755"),
     ("proc", "/proc", LOCKED, ""),
     ("sysfs", "/sys", LOCKED, ""),
-    ("cgroup2", CGROUPS, LOCKED, ""),
+    ("cgroup2", CGROUPS, LOCKED, CGROUP_OPTIONS),
     ("tmpfs", "/run", MsFlags::MS_NOSUID.union(MsFlags::MS_NODEV), "mode=0755"),
     ("tmpfs", "/tmp", MsFlags::MS_NOSUID.union(MsFlags::MS_NODEV), "mode=1777"),
     ("devpts", "/dev/pts", MsFlags::MS_NOSUID.union(MsFlags::MS_NOEXEC), "mode=0620,gid=5"),
@@ -158,5 +162,17 @@ fn make_directory(path: &str) -> io::Result<()> {
     match fs::DirBuilder::new().mode(0o755).create(path) {
         Err(error) if error.kind() != ErrorKind::AlreadyExists => Err(error),
         _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_container_cannot_lift_the_limits_of_its_cgroup() {
+        let options = FILE_SYSTEMS.iter().find(|(kind, ..)| *kind == "cgroup2").map(|row| row.3);
+
+        assert!(options.is_some_and(|options| options.split(',').any(|o| o == "nsdelegate")));
     }
 }
