@@ -546,6 +546,24 @@ fn start_hooks_run_inside_right_before_the_program() {
 
 #[test]
 #[ignore = "needs root"]
+fn a_start_hook_need_not_read_the_state() {
+    let mut host = Host::start();
+    let mut container = host.container(&["sh", "-c", "yes | head -n 1"]);
+    // The first process of a pid namespace does not die of SIGPIPE.
+    container.namespaces &= !u64::try_from(libc::CLONE_NEWPID).unwrap();
+    let args = vec!["true".to_owned()];
+    container.start_hooks =
+        vec![Hook { path: "/bin/true".into(), args, env: vec![], timeout_s: None }];
+    // More than a pipe holds.
+    container.state = "x".repeat(1 << 20);
+
+    let (output, status) = host.run(&container);
+
+    assert_eq!((output.as_str(), status), ("y\n", ExitStatus::Code(0)));
+}
+
+#[test]
+#[ignore = "needs root"]
 fn a_seccomp_filter_is_in_force() {
     // Loads the system call number and answers mkdir(2) with EPERM.
     const FILTER: [(u16, u8, u8, u32); 4] =

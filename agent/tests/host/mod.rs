@@ -31,7 +31,7 @@ const CONTROL_FD: RawFd = 3;
 const STDIO_FD: RawFd = 4;
 
 const APPLETS: &str = "sh cat echo id ls sleep stty tty head wc kill true touch mkdir dd sysctl \
-                       hostname grep env pwd mount ps test seq stat readlink sed";
+                       hostname grep env pwd mount ps test seq stat readlink sed yes";
 
 /// An agent, its connection, and a root file system to make containers of.
 pub struct Host {
