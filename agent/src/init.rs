@@ -13,7 +13,7 @@ use nix::unistd::{chdir, sethostname};
 
 use crate::container::cgroup;
 use crate::failure::Context;
-use crate::network;
+use crate::{limits, network};
 
 /// Where the guest's cgroup hierarchy is.
 pub const CGROUPS: &str = "/sys/fs/cgroup";
@@ -24,16 +24,16 @@ const MODULE_ORDER: &str = "/modules/order";
 
 const MODULES: &str = "/modules";
 
-/// Soft and hard limit of open files, as distributions set it: many programs close every
-/// descriptor up to the soft limit when they start.
-const OPEN_FILES: (u64, u64) = (1024, 524_288);
+/// As systemd mounts it. With `nsdelegate` a container may divide what it has among cgroups of its
+/// own, but neither change the limits of its own cgroup nor freeze it, even if it can write there.
+const CGROUP_OPTIONS: &str = "nsdelegate,memory_recursiveprot";
 
 /// Type, target, flags and options of the guest's own file systems, in order of mounting.
 const FILE_SYSTEMS: [(&str, &str, MsFlags, &str); 8] = [
     ("devtmpfs", "/dev", MsFlags::MS_NOSUID, "mode=0755"),
     ("proc", "/proc", LOCKED, ""),
     ("sysfs", "/sys", LOCKED, ""),
-    ("cgroup2", CGROUPS, LOCKED, ""),
+    ("cgroup2", CGROUPS, LOCKED, CGROUP_OPTIONS),
     ("tmpfs", "/run", MsFlags::MS_NOSUID.union(MsFlags::MS_NODEV), "mode=0755"),
     ("tmpfs", "/tmp", MsFlags::MS_NOSUID.union(MsFlags::MS_NODEV), "mode=1777"),
     ("devpts", "/dev/pts", MsFlags::MS_NOSUID.union(MsFlags::MS_NOEXEC), "mode=0620,gid=5"),
@@ -69,7 +69,7 @@ pub enum Error {
     Cgroups(#[source] io::Error),
     /// Limits for the agent and all it starts.
     #[error("set limits: {0}")]
-    Limits(#[source] io::Error),
+    Limits(#[source] Errno),
     /// The loopback interface.
     #[error("bring up loopback: {0}")]
     Loopback(#[source] io::Error),
@@ -82,7 +82,7 @@ pub fn prepare() -> Result<(), Error> {
     mount_file_systems()?;
     crate::kmsg::install();
     cgroup::prepare(Path::new(CGROUPS)).map_err(Error::Cgroups)?;
-    set_limits().map_err(Error::Limits)?;
+    limits::set_hard().and_then(|()| limits::raise()).map_err(Error::Limits)?;
     network::bring_up_loopback().map_err(Error::Loopback)
 }
 
@@ -165,9 +165,14 @@ fn make_directory(path: &str) -> io::Result<()> {
     }
 }
 
-fn set_limits() -> io::Result<()> {
-    let limit = libc::rlimit { rlim_cur: OPEN_FILES.0, rlim_max: OPEN_FILES.1 };
-    // SAFETY: `limit` outlives the call.
-    Errno::result(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &limit) })?;
-    Ok(())
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_container_cannot_lift_the_limits_of_its_cgroup() {
+        let options = FILE_SYSTEMS.iter().find(|(kind, ..)| *kind == "cgroup2").map(|row| row.3);
+
+        assert!(options.is_some_and(|options| options.split(',').any(|o| o == "nsdelegate")));
+    }
 }

@@ -4,6 +4,7 @@
 use std::io::{ErrorKind, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
 
 use agent_protocol::frame::{Decoder, FrameError};
 use agent_protocol::{
@@ -13,13 +14,17 @@ use nix::errno::Errno;
 use nix::unistd::Pid;
 
 use crate::container::report::{Report, go_on};
-use crate::container::{Container, Spawned, Status, fetch_descriptor};
+use crate::container::{Container, Spawned, Status, fetch_descriptor, kill};
 use crate::failure::{Context, failed, failed_with};
 use crate::reaper;
 use crate::server::{Answer, Process, Server};
 
 /// Bytes read at once; reports are short.
 const CHUNK_BYTES: usize = 1024;
+
+/// How long an `exec`ed process may take to its program. The processes of the container see it
+/// before that and can stop it, and all other requests wait for it.
+const EXEC_LIMIT: Duration = Duration::from_secs(10);
 
 /// A process that is being made or started, and the request that waits for it.
 #[derive(Debug)]
@@ -29,6 +34,7 @@ pub struct Pending {
     channel: UnixStream,
     reports: Decoder,
     goal: Goal,
+    deadline: Option<Instant>,
 }
 
 #[derive(Debug)]
@@ -54,7 +60,18 @@ impl AsFd for Pending {
 
 impl Pending {
     fn new(container: &str, pid: Pid, channel: UnixStream, goal: Goal) -> Self {
-        Self { container: container.to_owned(), pid, channel, reports: Decoder::default(), goal }
+        let deadline = matches!(goal, Goal::Exec(_)).then(|| Instant::now() + EXEC_LIMIT);
+        let (container, reports) = (container.to_owned(), Decoder::default());
+        Self { container, pid, channel, reports, goal, deadline }
+    }
+
+    /// When to wait no longer.
+    pub(crate) fn deadline(&self) -> Option<Instant> {
+        self.deadline
+    }
+
+    fn is_late(&self) -> bool {
+        self.deadline.is_some_and(|deadline| Instant::now() >= deadline)
     }
 
     /// The process that is being made or started.
@@ -130,6 +147,10 @@ impl Server {
                 News::Report(Report::Failed(failed(format!("broken report: {error}"))))
             });
             match news {
+                News::None if pending.is_late() => {
+                    let failure = failed("the process does not get to its program: it was killed");
+                    self.give_up(&pending, failure)?;
+                }
                 News::None => {
                     self.pending = Some(pending);
                     break;
@@ -183,9 +204,13 @@ impl Server {
     /// as stopped: its end is told when its process has gone, a moment later.
     fn give_up(&mut self, pending: &Pending, failure: Failed) -> Result<(), FrameError> {
         let mut failure = failure;
-        match pending.goal {
+        match &pending.goal {
             Goal::Start => {}
-            Goal::Exec(_) => self.processes.retain(|process| process.pid != pending.pid),
+            Goal::Exec(pidfd) => {
+                // It may be gone already.
+                let _ = kill(pidfd);
+                self.processes.retain(|process| process.pid != pending.pid);
+            }
             Goal::Create(_) => {
                 if let Some(container) = self.containers.get(&pending.container) {
                     // It may be gone already.

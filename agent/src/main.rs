@@ -11,6 +11,7 @@ mod greeting;
 mod init;
 mod kmsg;
 mod lifecycle;
+mod limits;
 mod network;
 mod reaper;
 mod server;
@@ -106,5 +107,6 @@ fn serve_descriptors(control: &str, listener: &str, cgroups: &str) -> Result<(),
     let owned = |number| unsafe { OwnedFd::from_raw_fd(number) };
     let cgroups = PathBuf::from(cgroups);
     container::cgroup::prepare(&cgroups)?;
+    limits::raise()?;
     Ok(Server::new(owned(control), owned(listener), cgroups)?.run()?)
 }

@@ -162,10 +162,11 @@ impl Server {
         }
     }
 
-    /// Until the first end that has to be told in any case.
+    /// Until the first end that has to be told, or process that has to be given up, in any case.
     fn timeout(&self) -> PollTimeout {
         let untold = self.processes.iter().filter_map(|process| process.end.as_ref());
-        let deadline = untold.filter(|end| !end.told).map(|end| end.deadline).min();
+        let ends = untold.filter(|end| !end.told).map(|end| end.deadline);
+        let deadline = ends.chain(self.pending.as_ref().and_then(Pending::deadline)).min();
         deadline.map_or(PollTimeout::NONE, |deadline| {
             let left = deadline.saturating_duration_since(Instant::now());
             // Rounded up: waking too early would mean waking again at once.
@@ -179,7 +180,14 @@ impl Server {
 
     pub(crate) fn respond(&mut self, answer: Result<Response, Failed>) -> Result<(), FrameError> {
         let response = answer.unwrap_or_else(Response::Failed);
-        self.control.send(&Message::Response(response))
+        match self.control.send(&Message::Response(response)) {
+            // What a container makes this large must not end the guest, which an error here does.
+            Err(FrameError::TooLarge(bytes)) => {
+                let failure = failed(format!("the answer is too large: {bytes} bytes"));
+                self.control.send(&Message::Response(Response::Failed(failure)))
+            }
+            result => result,
+        }
     }
 
     fn serve(&mut self) -> Result<(), FrameError> {
@@ -269,8 +277,7 @@ impl Server {
 
     fn list(&mut self, id: &str) -> Answer {
         let pids = self.container(id)?.cgroup.processes().context("list processes")?;
-        let processes = pids.into_iter().filter_map(listing::describe).collect();
-        Ok(Some(Response::Processes(processes)))
+        Ok(Some(Response::Processes(listing::describe(&pids))))
     }
 
     fn remove(&mut self, id: &str) -> Result<(), Failed> {

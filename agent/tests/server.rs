@@ -241,6 +241,16 @@ fn a_process_is_who_and_where_it_was_told() {
 
 #[test]
 #[ignore = "needs root"]
+fn a_variable_has_its_last_value() {
+    let mut host = Host::start();
+    let mut container = host.container(&["/bin/env"]);
+    container.process.env = ["A=1", "HOME=/", "A=2"].map(str::to_owned).to_vec();
+
+    assert_eq!(host.run(&container).0, "A=2\nHOME=/\n");
+}
+
+#[test]
+#[ignore = "needs root"]
 fn a_user_may_reopen_its_stdout() {
     let mut host = Host::start();
     let mut container = host.container(&["sh", "-c", "echo direct > /dev/stdout"]);
@@ -270,6 +280,50 @@ fn an_exec_joins_the_container() {
         panic!("there is no such program")
     };
     assert_eq!(failed.message, "exec: \"nosuch\": executable file not found in $PATH");
+}
+
+#[test]
+#[ignore = "needs root"]
+fn a_container_that_stops_an_exec_on_its_way_keeps_no_request_waiting() {
+    let mut host = Host::start();
+    let container = host.container(&["sleep", "1000"]);
+    host.create(&container);
+    host.start_box();
+    // As good as `kill -STOP -1` without end inside, and certain to come in time.
+    fs::write(host.cgroup().join("cgroup.freeze"), "1").unwrap();
+
+    let Response::Failed(failed) = host.ask(&exec("stopped", process(&["true"]))) else {
+        panic!("it was stopped")
+    };
+    let (container, process) = ("box".to_owned(), INIT_PROCESS.to_owned());
+    let kill = Request::Signal { container, process, signal: libc::SIGKILL, all: false };
+
+    assert_eq!(failed.message, "the process does not get to its program: it was killed");
+    assert_eq!(host.ask(&kill), Response::Done);
+    assert_eq!(host.exit_of("box", INIT_PROCESS), ExitStatus::Signal(libc::SIGKILL));
+}
+
+#[test]
+#[ignore = "needs root"]
+fn an_exec_joins_a_container_that_has_cgroups_of_its_own() {
+    let mut host = Host::start();
+    // What systemd and the image of Docker do. Any controller but a threaded one will do.
+    let script = "cd /cgroups && mkdir init && echo 1 > init/cgroup.procs && \
+                  sed 's/\\w*/+&/g' cgroup.controllers > cgroup.subtree_control && \
+                  echo moved; sleep 1000";
+    let mut container = host.container(&["sh", "-c", script]);
+    container.mounts.push(file_system("cgroup", "/cgroups", MsFlags::empty(), ""));
+    let mut init = host.stream("box", INIT_PROCESS, StdioStream::Stdout);
+    host.create(&container);
+    host.start_box();
+    read_until(&mut init, "moved\n");
+    let mut stdout = host.stream("box", "tool", StdioStream::Stdout);
+
+    host.exec("tool", process(&["cat", "/proc/self/cgroup"]));
+
+    let mut output = String::new();
+    stdout.read_to_string(&mut output).unwrap();
+    assert!(output.ends_with("0::/init\n"), "{output}");
 }
 
 #[test]
@@ -315,6 +369,82 @@ fn processes_are_listed_paused_and_killed_together() {
     let mut ended = [host.event(), host.event()].map(|event| format!("{event:?}"));
     ended.sort();
     assert!(ended[0].contains("Signal(9)") && ended[1].contains("third"), "{ended:?}");
+}
+
+#[test]
+#[ignore = "needs root"]
+fn more_terminals_are_open_than_the_agent_was_allowed() {
+    let mut host = Host::start();
+    let container = host.container(&["sleep", "1000"]);
+    host.create(&container);
+    host.start_box();
+    let names: Vec<String> = (0..40).map(|number| format!("shell {number}")).collect();
+    let mut shell = process(&["sh", "-c", "ulimit -n; sleep 1000"]);
+    shell.terminal = Some(WindowSize { rows: 24, columns: 80 });
+
+    let mut terminals = Vec::new();
+    for name in &names {
+        terminals.push(host.stream("box", name, StdioStream::Terminal));
+        host.exec(name, shell.clone());
+    }
+
+    let output = read_until(&mut terminals[39], "\r\n");
+    assert_eq!(output, "1024\r\n");
+}
+
+#[test]
+#[ignore = "needs root"]
+fn a_thousand_long_command_lines_fit_the_answer() {
+    let mut host = Host::start();
+    let zero = "0".repeat(5000);
+    let script = format!("for i in $(seq 1100); do sleep 1000 {zero} & done; echo all; wait");
+    let container = host.container(&["sh", "-c", &script]);
+    let mut stdout = host.stream("box", INIT_PROCESS, StdioStream::Stdout);
+    host.create(&container);
+    host.start_box();
+    read_until(&mut stdout, "all\n");
+
+    let Response::Processes(found) = host.ask(&Request::Processes { container: "box".into() })
+    else {
+        panic!("there are processes")
+    };
+
+    assert!(found.len() > 1100, "{} processes", found.len());
+}
+
+#[test]
+#[ignore = "needs root"]
+fn a_process_without_a_name_in_utf_8_is_listed() {
+    let mut host = Host::start();
+    // The kernel takes 15 bytes of the file's name, which cuts the last letter in two.
+    let script = host.rootfs().join("bin/öööööööö");
+    fs::copy("/bin/busybox", &script).unwrap();
+    fs::write(&script, "#!/bin/sh\nwhile :; do sleep 1000; done\n").unwrap();
+    let container = host.container(&["öööööööö"]);
+    host.create(&container);
+    host.start_box();
+
+    let Response::Processes(found) = host.ask(&Request::Processes { container: "box".into() })
+    else {
+        panic!("there are processes")
+    };
+
+    assert!(found.iter().any(|process| process.command.ends_with("öööööööö")), "{found:?}");
+}
+
+#[test]
+#[ignore = "needs root"]
+fn an_answer_that_is_too_large_is_told_as_a_failure() {
+    let mut host = Host::start();
+    // Each is five bytes long in the answer, which names it.
+    let container = "\u{1}".repeat(1 << 20);
+
+    let Response::Failed(failed) = host.ask(&Request::Stats { container }) else {
+        panic!("there is no such container")
+    };
+
+    assert!(failed.message.starts_with("the answer is too large"), "{}", failed.message);
+    assert_eq!(host.ask(&Request::Shutdown), Response::Done);
 }
 
 #[test]
@@ -412,6 +542,24 @@ fn start_hooks_run_inside_right_before_the_program() {
     let mut output = String::new();
     stdout.read_to_string(&mut output).unwrap();
     assert_eq!(output, "the state\n");
+}
+
+#[test]
+#[ignore = "needs root"]
+fn a_start_hook_need_not_read_the_state() {
+    let mut host = Host::start();
+    let mut container = host.container(&["sh", "-c", "yes | head -n 1"]);
+    // The first process of a pid namespace does not die of SIGPIPE.
+    container.namespaces &= !u64::try_from(libc::CLONE_NEWPID).unwrap();
+    let args = vec!["true".to_owned()];
+    container.start_hooks =
+        vec![Hook { path: "/bin/true".into(), args, env: vec![], timeout_s: None }];
+    // More than a pipe holds.
+    container.state = "x".repeat(1 << 20);
+
+    let (output, status) = host.run(&container);
+
+    assert_eq!((output.as_str(), status), ("y\n", ExitStatus::Code(0)));
 }
 
 #[test]

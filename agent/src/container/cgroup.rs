@@ -85,9 +85,14 @@ impl Cgroup {
     }
 
     /// A descriptor to fork into.
-    pub fn open(&self) -> nix::Result<OwnedFd> {
-        let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-        open(&self.path, flags, Mode::empty())
+    pub fn open(&self) -> io::Result<OwnedFd> {
+        open_folder(&self.path)
+    }
+
+    /// A descriptor of the cgroup in or below this one that `pid` is in.
+    pub fn open_of(&self, pid: Pid) -> io::Result<OwnedFd> {
+        let folder = find_process(&self.path, pid.as_raw())?;
+        open_folder(&folder.ok_or(Errno::ESRCH)?)
     }
 
     /// Kills every process in it.
@@ -113,7 +118,7 @@ impl Cgroup {
     /// Pids of the processes in it and in cgroups below it, ascending.
     pub fn processes(&self) -> io::Result<Vec<i32>> {
         let mut pids = Vec::new();
-        collect_processes(&self.path, &mut pids)?;
+        visit(&self.path, &mut |_, found| pids.extend_from_slice(found))?;
         pids.sort_unstable();
         Ok(pids)
     }
@@ -230,15 +235,37 @@ fn read(file: &File) -> io::Result<String> {
     Ok(String::from_utf8_lossy(&bytes[..filled]).into_owned())
 }
 
-fn collect_processes(folder: &Path, pids: &mut Vec<i32>) -> io::Result<()> {
+fn open_folder(path: &Path) -> io::Result<OwnedFd> {
+    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    Ok(open(path, flags, Mode::empty())?)
+}
+
+fn find_process(folder: &Path, pid: i32) -> io::Result<Option<PathBuf>> {
+    let mut found = None;
+    visit(folder, &mut |folder, pids| {
+        if pids.contains(&pid) {
+            found = Some(folder.to_owned());
+        }
+    })?;
+    Ok(found)
+}
+
+/// Shows `look` each cgroup in and below `folder` with its pids. The container makes and removes
+/// cgroups meanwhile: one that is gone has no processes.
+fn visit(folder: &Path, look: &mut impl FnMut(&Path, &[i32])) -> io::Result<()> {
     // The folder of a thread in a threaded cgroup has no list; its processes are listed above.
     if let Ok(text) = fs::read_to_string(folder.join("cgroup.procs")) {
-        pids.extend(text.lines().filter_map(|line| line.parse::<i32>().ok()));
+        let pids: Vec<i32> = text.lines().filter_map(|line| line.parse().ok()).collect();
+        look(folder, &pids);
     }
-    for entry in fs::read_dir(folder)? {
+    let entries = match fs::read_dir(folder) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+        result => result?,
+    };
+    for entry in entries {
         let entry = entry?;
         if entry.file_type()?.is_dir() {
-            collect_processes(&entry.path(), pids)?;
+            visit(&entry.path(), look)?;
         }
     }
     Ok(())
@@ -275,6 +302,14 @@ mod tests {
 
         assert!(watch.killed());
         assert!(!watch.killed());
+    }
+
+    #[test]
+    fn a_cgroup_that_is_gone_has_no_processes() {
+        let folder = tempfile::tempdir().unwrap();
+        let cgroup = Cgroup { path: folder.path().join("gone") };
+
+        assert_eq!(cgroup.processes().unwrap(), [0; 0]);
     }
 
     #[test]

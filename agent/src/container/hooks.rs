@@ -16,6 +16,23 @@ const POLL: Duration = Duration::from_millis(5);
 
 /// Runs the hooks in order; each gets `state` on its stdin, and the first failure ends it.
 pub fn run(hooks: &[Hook], state: &str) -> Result<(), Failed> {
+    if hooks.is_empty() {
+        return Ok(());
+    }
+    // A hook need not read its state, and this process, which is the container's, must survive that.
+    let before = act_on_broken_pipe(libc::SIG_IGN);
+    let result = run_all(hooks, state);
+    act_on_broken_pipe(before);
+    result
+}
+
+/// Returns the action before.
+fn act_on_broken_pipe(action: libc::sighandler_t) -> libc::sighandler_t {
+    // SAFETY: no action here is a handler, so nothing has to be safe to call.
+    unsafe { libc::signal(libc::SIGPIPE, action) }
+}
+
+fn run_all(hooks: &[Hook], state: &str) -> Result<(), Failed> {
     for (index, hook) in hooks.iter().enumerate() {
         let step = format!("error running startContainer hook #{index}");
         match run_one(hook, state).context(&step)? {
@@ -37,7 +54,7 @@ fn run_one(hook: &Hook, state: &str) -> io::Result<Option<ExitStatus>> {
     }
     let mut child = command.stderr(Stdio::null()).spawn()?;
     if let Some(mut stdin) = child.stdin.take() {
-        // A hook need not read its state.
+        // See `run`.
         let _ = stdin.write_all(state.as_bytes());
     }
     match hook.timeout_s {

@@ -1,6 +1,7 @@
 //! What there is to know about a running process, from `/proc` (proc(5)).
 
-use std::fs;
+use std::fs::File;
+use std::io::{self, Read};
 
 use agent_protocol::ProcessInfo;
 use nix::unistd::{SysconfVar, sysconf};
@@ -8,13 +9,38 @@ use nix::unistd::{SysconfVar, sysconf};
 /// Longest command line told; the process chooses its own.
 const MAX_COMMAND_BYTES: usize = 4096;
 
-/// Describes the process `pid`, unless it is gone.
-pub fn describe(pid: i32) -> Option<ProcessInfo> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    let arguments = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
+/// Most bytes all command lines of a list share; together with the rest they have to fit a frame.
+const MAX_COMMANDS_BYTES: usize = 1 << 20;
+
+/// Largest `stat` or `status`; the latter has some 60 lines.
+const MAX_FILE_BYTES: usize = 16 << 10;
+
+/// Describes those of the processes `pids` that are not gone.
+pub fn describe(pids: &[i32]) -> Vec<ProcessInfo> {
+    let most = command_bytes(pids.len());
+    pids.iter().filter_map(|pid| describe_one(*pid, most)).collect()
+}
+
+/// Longest command line in a list of `count` processes.
+fn command_bytes(count: usize) -> usize {
+    MAX_COMMAND_BYTES.min(MAX_COMMANDS_BYTES / count.max(1))
+}
+
+fn describe_one(pid: i32, command_bytes: usize) -> Option<ProcessInfo> {
+    // A name need not be UTF-8, and the command line is as long as the process likes: it chooses
+    // the part of its memory that is read here (prctl(2), PR_SET_MM_MAP).
+    let file = |name: &str, most| read(&format!("/proc/{pid}/{name}"), most).ok();
+    let text = |name| Some(String::from_utf8_lossy(&file(name, MAX_FILE_BYTES)?).into_owned());
+    let (stat, status) = (text("stat")?, text("status")?);
+    let arguments = file("cmdline", command_bytes)?;
     let ticks = sysconf(SysconfVar::CLK_TCK).ok().flatten().and_then(|hz| u64::try_from(hz).ok());
     parse(pid, &stat, &status, &arguments, ticks.unwrap_or(100))
+}
+
+fn read(path: &str, most: usize) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    File::open(path)?.take(most as u64).read_to_end(&mut bytes)?;
+    Ok(bytes)
 }
 
 /// Field numbers in `stat` count from the state, which is field 3 of proc(5).
@@ -47,7 +73,6 @@ fn terminal(number: i32) -> String {
 }
 
 fn command(arguments: &[u8], name: &str) -> String {
-    let arguments = &arguments[..arguments.len().min(MAX_COMMAND_BYTES)];
     let text = String::from_utf8_lossy(arguments).replace('\0', " ");
     match text.trim_end() {
         "" => format!("[{name}]"),
@@ -74,6 +99,12 @@ mod tests {
     #[test]
     fn without_arguments_the_name_is_told() {
         assert_eq!(parse(42, STAT, STATUS, b"", 100).unwrap().command, "[a) (b]");
+    }
+
+    #[test]
+    fn the_more_processes_the_shorter_are_their_command_lines() {
+        assert_eq!(command_bytes(1), MAX_COMMAND_BYTES);
+        assert_eq!(command_bytes(1 << 15), 32);
     }
 
     #[test]

@@ -93,8 +93,7 @@ impl Container {
         let cgroup = Cgroup::create(cgroups, id, &configuration.cgroup.files)?;
         let spawned = spawn(
             &configuration.process,
-            &cgroup,
-            |cgroup| namespaces::fork(configuration.namespaces, cgroup),
+            || namespaces::fork(configuration.namespaces, &cgroup.open()?),
             |handover| process::init(configuration, handover),
         );
         let spawned = match spawned {
@@ -128,10 +127,21 @@ impl Container {
         }
         spawn(
             process,
-            &self.cgroup,
-            |cgroup| namespaces::fork_beside(&self.pidfd, self.namespaces, cgroup),
+            || self.fork_beside(),
             |handover| process::exec(process, &self.pidfd, self.namespaces, handover),
         )
+    }
+
+    fn fork_beside(&self) -> io::Result<Fork> {
+        let fork = |cgroup| namespaces::fork_beside(&self.pidfd, self.namespaces, &cgroup);
+        match fork(self.cgroup.open()?) {
+            // A cgroup that hands controllers down may have no processes of its own: what runs
+            // inside, such as systemd, has moved all to cgroups below. runc does the same.
+            Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {
+                fork(self.cgroup.open_of(self.init)?)
+            }
+            result => result,
+        }
     }
 
     /// Whether its first process has not ended.
@@ -142,18 +152,26 @@ impl Container {
 
 fn spawn(
     process: &Process,
-    cgroup: &Cgroup,
-    fork: impl FnOnce(&OwnedFd) -> io::Result<Fork>,
+    fork: impl FnOnce() -> io::Result<Fork>,
     child: impl FnOnce(Handover) -> Result<Spawned, Failed>,
 ) -> Result<Spawned, Failed> {
     let (stdio, given) = Stdio::open(process)?;
     let (channel, theirs) = UnixStream::pair().context("make a channel")?;
     channel.set_nonblocking(true).context("make a channel")?;
-    let directory = cgroup.open().context("open the cgroup")?;
-    match fork(&directory).context("fork")? {
+    match fork().context("fork")? {
         Fork::Child => child(Handover { stdio: given, channel: theirs }),
         Fork::Parent { pid, pidfd } => Ok(Spawned { pid, stdio, channel, pidfd }),
     }
+}
+
+/// Kills the process behind `pidfd` (pidfd_send_signal(2)).
+pub fn kill(pidfd: &OwnedFd) -> io::Result<()> {
+    let info = std::ptr::null::<libc::siginfo_t>();
+    // SAFETY: pidfd_send_signal takes integers and, instead of a siginfo, null.
+    Errno::result(unsafe {
+        libc::syscall(libc::SYS_pidfd_send_signal, pidfd.as_raw_fd(), libc::SIGKILL, info, 0)
+    })?;
+    Ok(())
 }
 
 /// A copy of descriptor `number` of the process behind `pidfd` (pidfd_getfd(2)).

@@ -19,6 +19,7 @@ use super::root::{Kind, Root};
 use super::terminal::Terminal;
 use super::{capabilities, devices, hooks, mounts, namespaces, seccomp, user};
 use crate::failure::{Context, failed_with};
+use crate::limits;
 
 /// Where the channel is once all descriptors of the agent are closed.
 const CHANNEL_FD: i32 = 3;
@@ -220,6 +221,7 @@ fn set_oom_score(process: &Process) -> Result<(), Failed> {
 }
 
 fn set_limits(process: &Process) -> Result<(), Failed> {
+    limits::lower().context("set the limit of open files")?;
     for (number, soft, hard) in &process.rlimits {
         let limit = libc::rlimit { rlim_cur: *soft, rlim_max: *hard };
         if *number > Resource::RLIMIT_RTTIME as u32 {

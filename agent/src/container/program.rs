@@ -1,6 +1,8 @@
 //! Finds and executes a process's program, failing in the words of Go's `exec` package, which runc
 //! uses and engines look for.
 
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::ffi::CString;
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
@@ -26,7 +28,7 @@ impl Program {
     pub fn find(process: &Process) -> Result<Self, Failed> {
         let name = process.args.first().ok_or_else(|| failed("process has no arguments"))?;
         let path = look_up(name, variable(&process.env, "PATH").unwrap_or_default())?;
-        let mut environment = process.env.clone();
+        let mut environment = without_repetition(&process.env);
         if variable(&environment, "HOME").is_none_or(str::is_empty) {
             environment.retain(|entry| !entry.starts_with("HOME="));
             environment.push(format!("HOME={}", user::home(process.uid)));
@@ -50,7 +52,25 @@ impl Program {
     }
 }
 
-/// The value of the last entry with this name, as the C library finds it after putenv.
+/// Of entries with the same name the last, in the place of the first: the C library would take the
+/// first, but whoever appends an entry means to replace it.
+fn without_repetition(environment: &[String]) -> Vec<String> {
+    let name = |entry: &str| entry.split('=').next().unwrap_or_default().to_owned();
+    let mut places: HashMap<String, usize> = HashMap::new();
+    let mut kept: Vec<String> = Vec::new();
+    for entry in environment {
+        match places.entry(name(entry)) {
+            Entry::Occupied(place) => kept[*place.get()].clone_from(entry),
+            Entry::Vacant(place) => {
+                place.insert(kept.len());
+                kept.push(entry.clone());
+            }
+        }
+    }
+    kept
+}
+
+/// The value of the last entry with this name.
 fn variable<'a>(environment: &'a [String], name: &str) -> Option<&'a str> {
     let value = |entry: &'a String| entry.strip_prefix(name)?.strip_prefix('=');
     environment.iter().rev().find_map(value)
@@ -127,6 +147,13 @@ mod tests {
         assert_eq!(message("nosuch"), "exec: \"nosuch\": executable file not found in $PATH");
         assert_eq!(message("/no/such"), "exec: \"/no/such\": no such file or directory");
         assert_eq!(message(&plain), format!("exec: \"{plain}\": permission denied"));
+    }
+
+    #[test]
+    fn an_entry_replaces_an_earlier_one_of_its_name() {
+        let environment = ["A=1", "AB=2", "A=3=4", "B"].map(str::to_owned);
+
+        assert_eq!(without_repetition(&environment), ["A=3=4", "AB=2", "B"]);
     }
 
     #[test]

@@ -18,16 +18,20 @@ use agent_protocol::{
 };
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::mount::MsFlags;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tempfile::TempDir;
 
 /// Longest wait for anything; a test that needs more hangs.
 const PATIENCE: Duration = Duration::from_secs(30);
 
+/// Soft limit of open files the agent is started with: few, so that tests reach it.
+const OPEN_FILES: u64 = 64;
+
 const CONTROL_FD: RawFd = 3;
 const STDIO_FD: RawFd = 4;
 
 const APPLETS: &str = "sh cat echo id ls sleep stty tty head wc kill true touch mkdir dd sysctl \
-                       hostname grep env pwd mount ps test seq stat readlink";
+                       hostname grep env pwd mount ps test seq stat readlink sed yes";
 
 /// An agent, its connection, and a root file system to make containers of.
 pub struct Host {
@@ -61,13 +65,14 @@ impl Host {
         command.arg(env!("CARGO_BIN_EXE_coracle-agent")).arg("serve");
         command.args([CONTROL_FD.to_string(), STDIO_FD.to_string()]).arg(&cgroups);
         let numbers = [(theirs.as_raw_fd(), CONTROL_FD), (listener.as_raw_fd(), STDIO_FD)];
-        // SAFETY: dup2 is safe between fork and exec; the copies stay open over exec.
+        // SAFETY: dup2 and setrlimit are safe between fork and exec; the copies stay open over exec.
         let command = unsafe {
             command.pre_exec(move || {
                 for (from, to) in numbers {
                     nix::errno::Errno::result(libc::dup2(from, to))?;
                 }
-                Ok(())
+                let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+                Ok(setrlimit(Resource::RLIMIT_NOFILE, OPEN_FILES, hard)?)
             })
         };
         let agent = command.spawn().unwrap();
@@ -194,6 +199,11 @@ impl Host {
         }
     }
 
+    /// The cgroup of the container.
+    pub fn cgroup(&self) -> PathBuf {
+        self.cgroups.join("coracle/box")
+    }
+
     /// Names of the cgroups of containers.
     pub fn cgroup_names(&self) -> Vec<String> {
         let entries = fs::read_dir(self.cgroups.join("coracle")).unwrap().map(Result::unwrap);
@@ -211,6 +221,7 @@ impl Drop for Host {
         for entry in fs::read_dir(&containers).into_iter().flatten().flatten() {
             let _ = fs::write(entry.path().join("cgroup.kill"), "1");
             std::thread::sleep(Duration::from_millis(50));
+            let _ = fs::remove_dir(entry.path().join("init"));
             let _ = fs::remove_dir(entry.path());
         }
         let _ = fs::remove_dir(&containers);
@@ -318,6 +329,10 @@ fn make_cgroups() -> PathBuf {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     let unified = Path::new("/sys/fs/cgroup/unified");
     let root = if unified.is_dir() { unified } else { Path::new("/sys/fs/cgroup") };
+    // A machine with version 1 has few controllers here, and nobody who hands them down.
+    for controller in fs::read_to_string(root.join("cgroup.controllers")).unwrap().split(' ') {
+        let _ = fs::write(root.join("cgroup.subtree_control"), format!("+{controller}"));
+    }
     let number = NEXT.fetch_add(1, Ordering::Relaxed);
     let path = root.join(format!("coracle-test-{}-{number}", std::process::id()));
     fs::create_dir(&path).unwrap();

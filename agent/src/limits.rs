@@ -1,0 +1,27 @@
+//! How many files may be open: as many as can be for the agent, which has some for each process,
+//! and the usual number for programs, many of which close every descriptor up to it at their start.
+
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+
+/// Hard limit in a guest, as distributions set it.
+const HARD: u64 = 524_288;
+
+/// Soft limit of programs that name none, as distributions set it.
+const SOFT: u64 = 1024;
+
+/// Sets the hard limit of the agent and all it starts.
+pub fn set_hard() -> nix::Result<()> {
+    setrlimit(Resource::RLIMIT_NOFILE, SOFT, HARD)
+}
+
+/// Raises the agent's own soft limit: beyond it poll(2) fails as well, which ends the guest.
+pub fn raise() -> nix::Result<()> {
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    setrlimit(Resource::RLIMIT_NOFILE, hard, hard)
+}
+
+/// Takes the agent's soft limit back in a process it made.
+pub fn lower() -> nix::Result<()> {
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    setrlimit(Resource::RLIMIT_NOFILE, SOFT.min(hard), hard)
+}
