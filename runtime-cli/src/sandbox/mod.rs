@@ -48,7 +48,7 @@ pub use exec::{ExecOptions, ExecOutcome, exec};
 use crate::bundle::Bundle;
 use crate::logging::{LogOptions, chain};
 use crate::settings::Settings;
-use crate::state::{ContainerDir, State, Status};
+use crate::state::{self, ContainerDir, State, Status};
 use launch::Launched;
 use pidfd::Pidfd;
 
@@ -86,18 +86,15 @@ pub struct CreateOptions {
 /// process, a child of this one. On failure nothing is left, the folder included.
 pub fn create(dir: &ContainerDir, bundle: &Bundle, options: &CreateOptions) -> Result<i32, Error> {
     let created = created(dir, bundle, options);
-    if created.is_err() {
-        // The process has taken everything back, unless it was killed on the way.
-        let id = dir.id().as_str();
-        let linux = bundle.spec.linux().as_ref();
-        let path = linux.and_then(|linux| linux.cgroups_path().as_deref());
-        let name = cgroup::Name::of(path, options.systemd_cgroup, id);
-        if dir.path().exists() {
-            if let Err(error) = cgroup::remove(&name, id) {
-                log::warn!("{}", chain(&error));
-            }
-            folder::remove(dir);
+    if created.is_err() && dir.path().exists() {
+        // The process has taken everything back, unless it was killed on the way. Only what it has
+        // noted down is its own.
+        let destroyed = dir.load().map_err(Error::from).and_then(|state| destroy(dir, &state));
+        match destroyed {
+            Ok(()) | Err(Error::State(state::Error::Missing(_))) => {}
+            Err(error) => log::warn!("{}", chain(&error)),
         }
+        folder::remove(dir);
     }
     created
 }

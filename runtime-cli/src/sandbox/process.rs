@@ -170,11 +170,13 @@ fn create(
 
     let name = cgroup_name(&bundle, options, &order.id);
     let limits = machine::host_resources(&resources, size);
-    outliving.cgroup = Some(Cgroup::enter(name.clone(), &order.id, &limits)?);
-    set_oom_score(&bundle);
-    let host = HostNamespaces::leave(&netns)?;
+    let cgroup = Cgroup::find(name.clone(), &order.id)?;
+    // From here on `delete` finds what a killed process leaves behind.
     let state = creating(&bundle, &order.id, &name, &netns);
     dir.save(&state)?;
+    outliving.cgroup = Some(cgroup.enter(&limits)?);
+    set_oom_score(&bundle);
+    let host = HostNamespaces::leave(&netns)?;
     folder::keep_poststop(dir, &hook_list(&bundle, Hooks::poststop)).map_err(Error::Poststop)?;
     run_hooks(&bundle, &state, &host)?;
 
