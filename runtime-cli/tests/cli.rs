@@ -373,3 +373,54 @@ fn check_names_what_is_missing_and_what_to_do() {
     assert!(text.contains("build the guest image with coracle-image"), "{text}");
     assert!(text.ends_with("This host cannot run containers.\n"), "{text}");
 }
+
+/// A hook that runs `script` with the shell.
+fn hook(script: &str) -> Value {
+    serde_json::json!({"path": "/bin/sh", "args": ["sh", "-c", script]})
+}
+
+#[test]
+#[ignore = "needs root"]
+fn a_create_that_fails_leaves_nothing_and_runs_the_poststop_hooks() {
+    let marks = tempfile::tempdir().unwrap();
+    let mark = marks.path().join("stopped");
+    let scene = Scene::with_config(|config| {
+        config["linux"]["cgroupsPath"] = "/coracle-cli-test".into();
+        config["hooks"] = serde_json::json!({
+            "createRuntime": [hook("exit 7")],
+            "poststop": [hook("exit 1"), hook(&format!("cat > {}", mark.display()))],
+        });
+    });
+
+    let (code, text) = scene.create("box");
+
+    assert_eq!(code, 1);
+    assert!(text.contains("error running createRuntime hook #0: /bin/sh: exit status 7"), "{text}");
+    assert!(scene.is_clean());
+    assert!(!Path::new("/sys/fs/cgroup/coracle-cli-test").exists());
+    assert!(!Path::new("/sys/fs/cgroup/memory/coracle-cli-test").exists());
+    let state: Value = serde_json::from_str(&fs::read_to_string(mark).unwrap()).unwrap();
+    assert_eq!((&state["status"], &state["id"]), (&"stopped".into(), &"box".into()));
+}
+
+#[test]
+#[ignore = "needs root"]
+fn a_sandbox_process_killed_by_a_hook_leaves_nothing_and_runs_the_poststop_hooks() {
+    let marks = tempfile::tempdir().unwrap();
+    let mark = marks.path().join("stopped");
+    let scene = Scene::with_config(|config| {
+        config["linux"]["cgroupsPath"] = "/coracle-cli-killed".into();
+        config["hooks"] = serde_json::json!({
+            "createRuntime": [hook("kill -KILL $PPID")],
+            "poststop": [hook(&format!("cat > {}", mark.display()))],
+        });
+    });
+
+    let (code, text) = scene.create("box");
+
+    assert_eq!(code, 1);
+    assert!(text.contains("sandbox-process process ended (signal 9)"), "{text}");
+    assert!(scene.is_clean());
+    assert!(!Path::new("/sys/fs/cgroup/memory/coracle-cli-killed").exists());
+    assert!(mark.exists());
+}

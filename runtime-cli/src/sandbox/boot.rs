@@ -9,8 +9,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vmm::{Exit, VmHandle};
 
-use super::agent::{self, Agent, Said};
-use super::serve::Asker;
+use super::agent::{self, Agent, Asker, Said};
 use super::signals::Signals;
 
 /// Why the guest did not get as far as a created container.

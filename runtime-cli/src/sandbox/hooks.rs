@@ -11,6 +11,8 @@ use oci_spec::runtime::Hook;
 
 use super::namespaces::HostNamespaces;
 use super::pidfd::Pidfd;
+use crate::logging::chain;
+use crate::state::{State, Status};
 
 /// How much of a hook's output an error repeats, in bytes.
 const MAX_OUTPUT_BYTES: u64 = 2048;
@@ -85,6 +87,17 @@ pub(super) fn run(
         }
     }
     Ok(())
+}
+
+/// Runs the hooks of a container's end. One that fails is logged, and the rest goes on (runtime.md,
+/// Lifecycle).
+pub(super) fn run_poststop(hooks: &[Hook], state: &State, namespaces: Option<&HostNamespaces>) {
+    let stopped = State { status: Status::Stopped, ..state.clone() }.to_oci_json();
+    for hook in hooks {
+        if let Err(error) = run("poststop", std::slice::from_ref(hook), &stopped, namespaces) {
+            log::warn!("{}", chain(&error));
+        }
+    }
 }
 
 /// Runs one hook; its exit status, or `None` if it was killed for taking too long.

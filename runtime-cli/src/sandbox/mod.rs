@@ -48,7 +48,7 @@ pub use exec::{ExecOptions, ExecOutcome, exec};
 use crate::bundle::Bundle;
 use crate::logging::{LogOptions, chain};
 use crate::settings::Settings;
-use crate::state::{self, ContainerDir, State, Status};
+use crate::state::{self, ContainerDir, State};
 use launch::Launched;
 use pidfd::Pidfd;
 
@@ -151,13 +151,7 @@ pub fn destroy(dir: &ContainerDir, state: &State) -> Result<(), Error> {
         cgroup::remove(&name, &state.id)?;
     }
     let poststop = folder::poststop(dir).map_err(Error::Poststop)?;
-    let stopped = State { status: Status::Stopped, ..state.clone() }.to_oci_json();
-    // runtime.md, Lifecycle: a poststop hook that fails is logged, and the rest goes on.
-    for hook in poststop {
-        if let Err(error) = hooks::run("poststop", &[hook], &stopped, None) {
-            log::warn!("{}", chain(&error));
-        }
-    }
+    hooks::run_poststop(&poststop, state, None);
     Ok(())
 }
 

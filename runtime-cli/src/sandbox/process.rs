@@ -7,6 +7,7 @@ use std::io;
 use std::os::fd::RawFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::rc::Rc;
 
 use agent_protocol::{CONTROL_PORT, Container, INIT_PROCESS, Request, Sandbox};
 use oci_spec::runtime::{Hook, Hooks, LinuxResources};
@@ -14,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use vmm::vsock::HostStream;
 use vmm::{VmHandle, Vmm};
 
-use super::agent::Agent;
+use super::agent::{Agent, Asker};
 use super::boot::{self, Boot};
 use super::cgroup::{self, Cgroup};
 use super::launch::Starter;
@@ -92,16 +93,28 @@ enum Error {
 struct Outliving {
     cgroup: Option<Cgroup>,
     network: Network,
+    hooks: Option<Poststop>,
+}
+
+/// Hooks that undo what those of `create` did, once one of these may have run.
+struct Poststop {
+    hooks: Vec<Hook>,
+    state: State,
+    host: Rc<HostNamespaces>,
 }
 
 impl Outliving {
-    /// Takes everything back, the state folder last: with it goes the container's name.
+    /// Takes everything back, the state folder last: with it goes the container's name. Then, as
+    /// after every other end (runtime.md, Lifecycle), the poststop hooks run.
     fn take_back(self, dir: &ContainerDir) {
         self.network.part();
         if let Some(cgroup) = self.cgroup {
             cgroup.leave();
         }
         folder::remove(dir);
+        if let Some(Poststop { hooks, state, host }) = self.hooks {
+            hooks::run_poststop(&hooks, &state, Some(&host));
+        }
     }
 }
 
@@ -176,8 +189,8 @@ fn create(
     dir.save(&state)?;
     outliving.cgroup = Some(cgroup.enter(&limits)?);
     set_oom_score(&bundle);
-    let host = HostNamespaces::leave(&netns)?;
-    folder::keep_poststop(dir, &hook_list(&bundle, Hooks::poststop)).map_err(Error::Poststop)?;
+    let host = Rc::new(HostNamespaces::leave(&netns)?);
+    outliving.hooks = Some(keep_poststop(&bundle, dir, &state, &host)?);
     run_hooks(&bundle, &state, &host)?;
 
     outliving.network = Network::read()?;
@@ -257,6 +270,18 @@ fn hook_list(bundle: &Bundle, which: impl Fn(&Hooks) -> &Option<Vec<Hook>>) -> V
     bundle.spec.hooks().as_ref().and_then(|hooks| which(hooks).clone()).unwrap_or_default()
 }
 
+/// Keeps the poststop hooks in the state folder for `delete`, and here for a `create` that fails.
+fn keep_poststop(
+    bundle: &Bundle,
+    dir: &ContainerDir,
+    state: &State,
+    host: &Rc<HostNamespaces>,
+) -> Result<Poststop, Error> {
+    let hooks = hook_list(bundle, Hooks::poststop);
+    folder::keep_poststop(dir, &hooks).map_err(Error::Poststop)?;
+    Ok(Poststop { hooks, state: state.clone(), host: Rc::clone(host) })
+}
+
 /// Runs the hooks of `create` (config.md, POSIX-platform Hooks): the first two kinds on the host,
 /// the third where the container's side of the host is.
 fn run_hooks(bundle: &Bundle, state: &State, host: &HostNamespaces) -> Result<(), Error> {
@@ -292,7 +317,7 @@ fn container(
 }
 
 /// Starts the guest, whose agent will connect to what this returns.
-fn start(vm: Vmm) -> Result<(VmHandle, Agent<super::serve::Asker>), Error> {
+fn start(vm: Vmm) -> Result<(VmHandle, Agent<Asker>), Error> {
     let connected = || {
         let (ours, theirs) = UnixStream::pair()?;
         theirs.set_nonblocking(true)?;

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use agent_protocol::{
@@ -13,7 +14,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use oci_spec::runtime::Hook;
 use vmm::VmHandle;
 
-use super::agent::{self, Agent, Said};
+use super::agent::{self, Agent, Asker, Said};
 use super::boot;
 use super::console::Console;
 use super::control::{Answer, Peer, Request};
@@ -39,21 +40,6 @@ const EXEC_OUTPUT_TIMEOUT: Duration = Duration::from_millis(500);
 /// How long a guest whose agent ended may take to end.
 const GUEST_END_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Who asked the agent, and what to do with the answer.
-#[derive(Debug)]
-pub(super) enum Asker {
-    /// A signal that nobody waits for, or a step of `create`.
-    Nobody,
-    /// The client of this number.
-    Peer(u64),
-    /// The client that starts the container.
-    Start(u64),
-    /// The client that freezes (`true`) or thaws it.
-    Freeze(u64, bool),
-    /// The client that starts a process of this name.
-    Exec(u64, String),
-}
-
 /// What `create` made.
 pub(super) struct Parts {
     pub(super) vm: VmHandle,
@@ -63,7 +49,7 @@ pub(super) struct Parts {
     pub(super) console: Option<Console>,
     pub(super) init: Running,
     pub(super) state: State,
-    pub(super) host: HostNamespaces,
+    pub(super) host: Rc<HostNamespaces>,
     pub(super) poststart: Vec<Hook>,
 }
 
