@@ -97,8 +97,9 @@ fn main() -> ExitCode {
         }
     };
     if cli.version {
-        println!("coracle version {VERSION}\nspec: {OCI_VERSION}");
-        return ExitCode::SUCCESS;
+        let version = format!("coracle version {VERSION}\nspec: {OCI_VERSION}\n");
+        let printed = commands::print(&version);
+        return if printed.is_ok() { ExitCode::SUCCESS } else { FAILURE.into() };
     }
     let mut log = LogOptions { path: cli.log, debug: cli.debug, ..LogOptions::default() };
     match cli.log_format.parse() {

@@ -133,6 +133,35 @@ fn an_unknown_option_fails_with_code_1() {
 }
 
 #[test]
+fn a_result_that_cannot_be_printed_is_an_error_and_no_panic() {
+    let scene = Scene::new();
+    scene.leave_stopped("box");
+
+    for arguments in [&["list"][..], &["state", "box"], &["features"], &["--version"]] {
+        let output = Command::new(env!("CARGO_BIN_EXE_coracle"))
+            .arg("--root")
+            .arg(scene.root())
+            .args(arguments)
+            .stdout(fs::File::create("/dev/full").unwrap())
+            .output()
+            .unwrap();
+
+        assert_eq!(output.status.code(), Some(1), "{arguments:?} {output:?}");
+    }
+}
+
+#[test]
+fn an_error_that_cannot_be_printed_has_the_same_exit_code() {
+    let status = Command::new(env!("CARGO_BIN_EXE_coracle"))
+        .args(["state", "nosuch"])
+        .stderr(fs::File::create("/dev/full").unwrap())
+        .status()
+        .unwrap();
+
+    assert_eq!(status.code(), Some(1));
+}
+
+#[test]
 fn spec_writes_a_bundle_that_create_reads() {
     let scene = Scene::new();
 

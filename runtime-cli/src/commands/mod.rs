@@ -18,8 +18,10 @@ pub mod state;
 pub mod table;
 pub mod update;
 
+use std::io::Write;
 use std::os::fd::RawFd;
 
+use anyhow::Context;
 use coracle::logging::LogOptions;
 use coracle::state::{
     self as container_state, ContainerDir, ContainerId, State, StateRoot, Status,
@@ -78,6 +80,12 @@ impl<E: Into<anyhow::Error>> From<E> for Failure {
     fn from(error: E) -> Self {
         Self { error: error.into(), code: crate::FAILURE }
     }
+}
+
+/// Prints a verb's result; an error, and no panic, if there is no room or no reader for it.
+pub fn print(text: &str) -> anyhow::Result<()> {
+    let mut stdout = std::io::stdout().lock();
+    stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()).context("write to stdout")
 }
 
 /// What a verb asks of the status of its container, in runc's words.
