@@ -133,6 +133,52 @@ fn an_unknown_option_fails_with_code_1() {
 }
 
 #[test]
+fn an_error_of_usage_is_told_to_the_log_an_engine_reads() {
+    let scene = Scene::new();
+    let log = scene.folder.path().join("log.json");
+    let log_path = log.to_str().unwrap();
+
+    for (arguments, message) in [
+        (&["create", "--nosuch", "box"][..], "unexpected argument '--nosuch' found"),
+        (&["state"], "required arguments were not provided: <CONTAINER-ID>"),
+        (&["nosuch"], "unrecognized subcommand 'nosuch'"),
+    ] {
+        let mut line = vec!["--log", log_path, "--log-format", "json"];
+        line.extend(arguments);
+
+        assert_eq!(scene.coracle(&line).status.code(), Some(1));
+        let logged = last_log_line(&log);
+        assert!(logged["msg"].as_str().unwrap().contains(message), "{logged}");
+    }
+}
+
+#[test]
+fn of_an_option_given_twice_the_last_counts() {
+    let scene = Scene::new();
+    let log = scene.folder.path().join("log.json");
+
+    let output = scene.coracle(&[
+        "--log-format",
+        "text",
+        "--log",
+        "/dev/null",
+        "--log-format",
+        "json",
+        "--log",
+        log.to_str().unwrap(),
+        "create",
+        "--bundle",
+        "/nonexistent/one",
+        "--bundle",
+        "/nonexistent/two",
+        "box",
+    ]);
+
+    assert_eq!(output.status.code(), Some(1));
+    assert!(last_log_line(&log)["msg"].as_str().unwrap().contains("/nonexistent/two"));
+}
+
+#[test]
 fn a_result_that_cannot_be_printed_is_an_error_and_no_panic() {
     let scene = Scene::new();
     scene.leave_stopped("box");

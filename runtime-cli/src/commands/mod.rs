@@ -68,6 +68,11 @@ pub struct HiddenArgs {
 #[error("no verb given: see `coracle --help`")]
 pub struct NoVerb;
 
+/// The command line is wrong; what about it.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct Usage(pub String);
+
 /// Why a verb failed, and what this process's exit code has to be.
 pub struct Failure {
     /// The cause, with its sources.
