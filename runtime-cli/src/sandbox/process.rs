@@ -175,7 +175,7 @@ fn create(
     let bundle = Bundle::load(&order.bundle)?;
     let settings = options.settings.clone().with_annotations(&bundle.annotations())?;
     let netns = Netns::of(&bundle.spec)?;
-    let signals = Signals::collect().map_err(Error::Signals)?;
+    let mut signals = Signals::collect().map_err(Error::Signals)?;
     let stdio = Stdio::take(bundle.terminal(), options.console_socket.as_deref())?;
     stdio::let_go()?;
     let resources = resources(&bundle);
@@ -211,7 +211,7 @@ fn create(
         neighbours: network.neighbours.clone(),
     };
     let timeout_s = settings.boot_timeout_s;
-    let mut boot = Boot { vm: &vm, agent: &mut agent, caller, signals: &signals, timeout_s };
+    let mut boot = Boot { vm: &vm, agent: &mut agent, caller, signals: &mut signals, timeout_s };
     boot.ready()?;
     boot.ask("set up the guest", &Request::ConfigureSandbox(guest))?;
     let (init, console) = connect_stdio(&vm, &order.id, stdio)?;

@@ -97,6 +97,8 @@ impl<'a> Serving<'a> {
 
     /// Serves until the container is over; the exit code of this process.
     pub(super) fn run(mut self) -> u8 {
+        // What came while the guest booted woke nobody up.
+        self.serve(&Source::Signals);
         loop {
             self.settle();
             if let Some(code) = self.code {
