@@ -322,6 +322,18 @@ pub enum Status {
     Stopped,
 }
 
+impl Status {
+    /// Status of a container whose first process exists. One that is paused before `start` still
+    /// waits for it afterwards.
+    pub fn of_live(frozen: bool, program_started: bool) -> Self {
+        match (frozen, program_started) {
+            (true, _) => Status::Paused,
+            (false, true) => Status::Running,
+            (false, false) => Status::Created,
+        }
+    }
+}
+
 impl fmt::Display for Status {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter.write_str(match self {
@@ -580,5 +592,17 @@ mod tests {
         let text = timestamp();
 
         assert!(text.ends_with('Z') && text.as_bytes()[10] == b'T', "{text}");
+    }
+
+    #[test]
+    fn a_container_resumed_before_its_start_can_still_be_started() {
+        assert_eq!(Status::of_live(true, false), Status::Paused);
+        assert_eq!(Status::of_live(false, false), Status::Created);
+    }
+
+    #[test]
+    fn a_program_that_was_resumed_runs() {
+        assert_eq!(Status::of_live(true, true), Status::Paused);
+        assert_eq!(Status::of_live(false, true), Status::Running);
     }
 }

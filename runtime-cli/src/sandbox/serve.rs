@@ -67,6 +67,7 @@ pub(super) struct Serving<'a> {
     /// The exit code, once nothing more is to be done.
     code: Option<u8>,
     out_of_memory_told: bool,
+    program_started: bool,
 }
 
 /// What an event came from.
@@ -92,6 +93,7 @@ impl<'a> Serving<'a> {
             agent_deadline: None,
             code: None,
             out_of_memory_told: false,
+            program_started: false,
         }
     }
 
@@ -241,7 +243,7 @@ impl<'a> Serving<'a> {
             Asker::Start(peer) => self.started(peer, &answer),
             Asker::Freeze(peer, frozen) => {
                 if done {
-                    self.save(if frozen { Status::Paused } else { Status::Running });
+                    self.save(Status::of_live(frozen, self.program_started));
                 }
                 self.answer(peer, &answer);
             }
@@ -267,6 +269,7 @@ impl<'a> Serving<'a> {
             self.code = Some(code);
             return;
         }
+        self.program_started = true;
         if self.parts.init.exit.is_none() {
             self.save(Status::Running);
         }
