@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Component, Path, PathBuf};
 
 use libcgroups::common::{
-    AnyCgroupManager, CgroupConfig, CgroupManager, CgroupSetup, ControllerOpt,
+    AnyCgroupManager, AnyManagerError, CgroupConfig, CgroupManager, CgroupSetup, ControllerOpt,
     create_cgroup_manager, get_cgroup_setup,
 };
 use oci_spec::runtime::LinuxResources;
@@ -159,13 +159,7 @@ impl Cgroup {
             self.leave();
             return Err(Error::Enter { path, source: source.into() });
         }
-        let options = ControllerOpt {
-            resources,
-            disable_oom_killer: false,
-            oom_score_adj: None,
-            freezer_state: None,
-        };
-        if let Err(source) = self.manager.apply(&options) {
+        if let Err(source) = apply(&self.manager, resources) {
             self.leave();
             return Err(Error::Limit { path, source: source.into() });
         }
@@ -187,6 +181,21 @@ impl Cgroup {
             }
         }
     }
+}
+
+/// Changes the limits of a cgroup that exists.
+pub(super) fn limit(name: &Name, id: &str, resources: &LinuxResources) -> Result<(), Error> {
+    apply(&name.manager(id)?, resources)
+        .map_err(|source| Error::Limit { path: name.path.clone(), source: source.into() })
+}
+
+fn apply(manager: &AnyCgroupManager, resources: &LinuxResources) -> Result<(), AnyManagerError> {
+    manager.apply(&ControllerOpt {
+        resources,
+        disable_oom_killer: false,
+        oom_score_adj: None,
+        freezer_state: None,
+    })
 }
 
 /// Kills what is left in a cgroup, and removes it; no error if there is none.
@@ -272,6 +281,24 @@ mod tests {
         assert_eq!(below("/a/./b/../c"), Path::new("/a/c"));
         assert_eq!(below("a/b"), Path::new("a/b"));
         assert_eq!(below("user.slice:libpod:c1"), Path::new("user.slice:libpod:c1"));
+    }
+
+    #[test]
+    #[ignore = "needs root"]
+    fn limits_of_a_cgroup_in_use_can_be_changed() {
+        let name = Name::of(None, false, "unit-test-limit");
+        let manager = name.manager("unit-test-limit").unwrap();
+        let mut other = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
+        let pid = i32::try_from(other.id()).unwrap();
+        manager.add_task(nix_of_libcgroups::unistd::Pid::from_raw(pid)).unwrap();
+        let resources = serde_json::from_str(r#"{"cpu":{"cpus":"0"}}"#).unwrap();
+
+        limit(&name, "unit-test-limit", &resources).unwrap();
+
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+        assert!(status.contains("Cpus_allowed_list:\t0\n"), "{status}");
+        remove(&name, "unit-test-limit").unwrap();
+        other.wait().unwrap();
     }
 
     #[test]

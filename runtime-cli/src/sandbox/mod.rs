@@ -39,6 +39,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use oci_spec::runtime::LinuxResources;
 use serde::{Deserialize, Serialize};
 
 pub use client::Client;
@@ -153,6 +154,18 @@ pub fn destroy(dir: &ContainerDir, state: &State) -> Result<(), Error> {
     let poststop = folder::poststop(dir).map_err(Error::Poststop)?;
     hooks::run_poststop(&poststop, state, None);
     Ok(())
+}
+
+/// Changes what the host grants the sandbox of a container. Its memory stays what it was.
+pub fn limit(state: &State, resources: &LinuxResources) -> Result<(), Error> {
+    let changes = machine::host_changes(resources);
+    match &state.cgroup_path {
+        Some(path) if changes != LinuxResources::default() => {
+            let name = cgroup::Name { path: path.clone(), systemd: state.systemd_cgroup };
+            Ok(cgroup::limit(&name, &state.id, &changes)?)
+        }
+        _ => Ok(()),
+    }
 }
 
 /// A path that still means the same in a process with another working directory.

@@ -25,7 +25,7 @@ use crate::bundle::Bundle;
 use crate::state::ContainerId;
 
 pub use capabilities::{NAMES as CAPABILITIES, mask_of as capability_mask};
-pub use cgroup::{Error as CgroupError, cgroup_files};
+pub use cgroup::{Error as CgroupError, cgroup_files, is_host_file};
 pub use mounts::OPTIONS as MOUNT_OPTIONS;
 pub use process::{Error as ProcessError, process};
 pub use seccomp::Error as SeccompError;
