@@ -378,6 +378,26 @@ pub struct State {
 }
 
 impl State {
+    /// The state of a running container `box` that has no process.
+    #[cfg(test)]
+    pub(crate) fn of_test(bundle: &Path) -> Self {
+        Self {
+            oci_version: "1.0.2".into(),
+            id: "box".into(),
+            pid: None,
+            pid_start_time: 0,
+            status: Status::Running,
+            bundle: bundle.into(),
+            rootfs: bundle.join("rootfs"),
+            created: "2026-01-02T03:04:05.678Z".into(),
+            owner: String::new(),
+            annotations: BTreeMap::new(),
+            cgroup_path: None,
+            systemd_cgroup: false,
+            netns: None,
+        }
+    }
+
     /// Whether the sandbox process runs.
     pub fn is_alive(&self) -> bool {
         self.pid.is_some_and(|pid| process_start_time(pid) == Some(self.pid_start_time))
@@ -456,21 +476,7 @@ mod tests {
     }
 
     fn state(pid: Option<i32>, pid_start_time: u64) -> State {
-        State {
-            oci_version: "1.0.2".into(),
-            id: "box".into(),
-            pid,
-            pid_start_time,
-            status: Status::Running,
-            bundle: "/bundle".into(),
-            rootfs: "/bundle/rootfs".into(),
-            created: "2026-01-02T03:04:05.678Z".into(),
-            owner: String::new(),
-            annotations: BTreeMap::new(),
-            cgroup_path: None,
-            systemd_cgroup: false,
-            netns: None,
-        }
+        State { pid, pid_start_time, ..State::of_test(Path::new("/bundle")) }
     }
 
     #[test]

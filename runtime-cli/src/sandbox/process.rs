@@ -285,14 +285,13 @@ fn keep_poststop(
 /// Runs the hooks of `create` (config.md, POSIX-platform Hooks): the first two kinds on the host,
 /// the third where the container's side of the host is.
 fn run_hooks(bundle: &Bundle, state: &State, host: &HostNamespaces) -> Result<(), Error> {
-    let state = state.to_oci_json();
     // Deprecated, and what Docker sets up its networks with.
     let prestart = hook_list(bundle, Hooks::prestart);
-    hooks::run("prestart", &prestart, &state, Some(host))?;
+    hooks::run("prestart", &prestart, state, Some(host))?;
     let create_runtime = hook_list(bundle, Hooks::create_runtime);
-    hooks::run("createRuntime", &create_runtime, &state, Some(host))?;
+    hooks::run("createRuntime", &create_runtime, state, Some(host))?;
     let create_container = hook_list(bundle, Hooks::create_container);
-    hooks::run("createContainer", &create_container, &state, None)?;
+    hooks::run("createContainer", &create_container, state, None)?;
     Ok(())
 }
 

@@ -273,10 +273,10 @@ impl<'a> Serving<'a> {
         if self.parts.init.exit.is_none() {
             self.save(Status::Running);
         }
-        let state = self.parts.state.to_oci_json();
+        let state = &self.parts.state;
         let hooks = std::mem::take(&mut self.parts.poststart);
         // runtime.md, Lifecycle: a poststart hook that fails is logged, and the container goes on.
-        if let Err(error) = hooks::run("poststart", &hooks, &state, Some(&self.parts.host)) {
+        if let Err(error) = hooks::run("poststart", &hooks, state, Some(&self.parts.host)) {
             log::warn!("{}", chain(&error));
         }
         self.answer(peer, answer);
