@@ -480,6 +480,22 @@ fn a_create_that_fails_leaves_nothing_and_runs_the_poststop_hooks() {
 
 #[test]
 #[ignore = "needs root"]
+fn a_sandbox_process_keeps_no_folder_busy_and_hooks_start_in_the_bundle() {
+    let marks = tempfile::tempdir().unwrap();
+    let mark = marks.path().join("folders");
+    let script = format!("echo $(pwd) $(readlink /proc/$PPID/cwd) > {}; exit 7", mark.display());
+    let scene = Scene::with_config(|config| {
+        config["hooks"] = serde_json::json!({"createRuntime": [hook(&script)]});
+    });
+
+    assert_eq!(scene.create("box").0, 1);
+
+    let folders = fs::read_to_string(mark).unwrap();
+    assert_eq!(folders, format!("{} /\n", scene.bundle().display()));
+}
+
+#[test]
+#[ignore = "needs root"]
 fn a_sandbox_process_killed_by_a_hook_leaves_nothing_and_runs_the_poststop_hooks() {
     let marks = tempfile::tempdir().unwrap();
     let mark = marks.path().join("stopped");
