@@ -119,15 +119,20 @@ impl LogOptions {
                     .map_err(|source| Error::Open { path: path.clone(), source })
             }),
             None => {
-                eprint!("{line}");
+                to_stderr(&line);
                 return;
             }
         };
-        eprintln!("{message}");
+        to_stderr(&format!("{message}\n"));
         if let Err(error) = logged {
-            eprintln!("{}", chain(&error));
+            to_stderr(&format!("{}\n", chain(&error)));
         }
     }
+}
+
+/// Writes to stderr, where an engine may have stopped reading: then there is nobody to tell.
+fn to_stderr(text: &str) {
+    let _ = io::stderr().write_all(text.as_bytes());
 }
 
 fn open(path: &Path) -> Result<File, Error> {

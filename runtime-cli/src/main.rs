@@ -5,8 +5,8 @@ mod commands;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
-use coracle::logging::LogOptions;
+use clap::{CommandFactory, Parser, Subcommand};
+use coracle::logging::{LogFormat, LogOptions};
 use coracle::state::{DEFAULT_ROOT, StateRoot};
 use coracle::{OCI_VERSION, VERSION, sandbox};
 
@@ -16,6 +16,8 @@ const FAILURE: u8 = 1;
 /// Runs containers, each in a virtual machine of its own, by the OCI runtime specification.
 #[derive(Parser)]
 #[command(name = "coracle", disable_version_flag = true, arg_required_else_help = true)]
+// As with runc, the last of an option given twice counts: engines put a user's after their own.
+#[command(args_override_self = true)]
 struct Cli {
     /// Enable debug logging
     #[arg(long)]
@@ -93,12 +95,13 @@ fn main() -> ExitCode {
         Err(error) => {
             // Neither way of failing to print help or a usage error leaves anything to do.
             let _ = error.print();
-            return if error.use_stderr() { FAILURE.into() } else { ExitCode::SUCCESS };
+            return if error.use_stderr() { report_usage(&error) } else { ExitCode::SUCCESS };
         }
     };
     if cli.version {
-        println!("coracle version {VERSION}\nspec: {OCI_VERSION}");
-        return ExitCode::SUCCESS;
+        let version = format!("coracle version {VERSION}\nspec: {OCI_VERSION}\n");
+        let printed = commands::print(&version);
+        return if printed.is_ok() { ExitCode::SUCCESS } else { FAILURE.into() };
     }
     let mut log = LogOptions { path: cli.log, debug: cli.debug, ..LogOptions::default() };
     match cli.log_format.parse() {
@@ -118,6 +121,32 @@ fn main() -> ExitCode {
         systemd_cgroup: cli.systemd_cgroup,
     };
     run(&globals, verb)
+}
+
+/// Tells the log of a command line that cannot be parsed, if it names one: an engine shows its user
+/// no other words.
+fn report_usage(error: &clap::Error) -> ExitCode {
+    let known = Cli::command().ignore_errors(true).try_get_matches();
+    let path = known.as_ref().ok().and_then(|known| known.get_one::<PathBuf>("log"));
+    if let Some(path) = path {
+        let format = known.as_ref().ok().and_then(|known| known.get_one::<String>("log_format"));
+        let format = format.and_then(|format| format.parse::<LogFormat>().ok());
+        let log = LogOptions {
+            path: Some(path.clone()),
+            format: format.unwrap_or_default(),
+            debug: false,
+        };
+        log.report(&commands::Usage(usage_message(&error.to_string())));
+    }
+    FAILURE.into()
+}
+
+/// What is wrong, in one line and without the explanation of the right usage.
+fn usage_message(text: &str) -> String {
+    let paragraph = text.split("\n\n").next().unwrap_or_default();
+    let lines: Vec<_> = paragraph.lines().map(str::trim).collect();
+    let line = lines.join(" ");
+    format!("{}: see `coracle --help`", line.strip_prefix("error: ").unwrap_or(&line))
 }
 
 fn run(globals: &commands::Globals, verb: Verb) -> ExitCode {

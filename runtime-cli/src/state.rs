@@ -322,6 +322,18 @@ pub enum Status {
     Stopped,
 }
 
+impl Status {
+    /// Status of a container whose first process exists. One that is paused before `start` still
+    /// waits for it afterwards.
+    pub fn of_live(frozen: bool, program_started: bool) -> Self {
+        match (frozen, program_started) {
+            (true, _) => Status::Paused,
+            (false, true) => Status::Running,
+            (false, false) => Status::Created,
+        }
+    }
+}
+
 impl fmt::Display for Status {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter.write_str(match self {
@@ -366,6 +378,26 @@ pub struct State {
 }
 
 impl State {
+    /// The state of a running container `box` that has no process.
+    #[cfg(test)]
+    pub(crate) fn of_test(bundle: &Path) -> Self {
+        Self {
+            oci_version: "1.0.2".into(),
+            id: "box".into(),
+            pid: None,
+            pid_start_time: 0,
+            status: Status::Running,
+            bundle: bundle.into(),
+            rootfs: bundle.join("rootfs"),
+            created: "2026-01-02T03:04:05.678Z".into(),
+            owner: String::new(),
+            annotations: BTreeMap::new(),
+            cgroup_path: None,
+            systemd_cgroup: false,
+            netns: None,
+        }
+    }
+
     /// Whether the sandbox process runs.
     pub fn is_alive(&self) -> bool {
         self.pid.is_some_and(|pid| process_start_time(pid) == Some(self.pid_start_time))
@@ -444,21 +476,7 @@ mod tests {
     }
 
     fn state(pid: Option<i32>, pid_start_time: u64) -> State {
-        State {
-            oci_version: "1.0.2".into(),
-            id: "box".into(),
-            pid,
-            pid_start_time,
-            status: Status::Running,
-            bundle: "/bundle".into(),
-            rootfs: "/bundle/rootfs".into(),
-            created: "2026-01-02T03:04:05.678Z".into(),
-            owner: String::new(),
-            annotations: BTreeMap::new(),
-            cgroup_path: None,
-            systemd_cgroup: false,
-            netns: None,
-        }
+        State { pid, pid_start_time, ..State::of_test(Path::new("/bundle")) }
     }
 
     #[test]
@@ -580,5 +598,17 @@ mod tests {
         let text = timestamp();
 
         assert!(text.ends_with('Z') && text.as_bytes()[10] == b'T', "{text}");
+    }
+
+    #[test]
+    fn a_container_resumed_before_its_start_can_still_be_started() {
+        assert_eq!(Status::of_live(true, false), Status::Paused);
+        assert_eq!(Status::of_live(false, false), Status::Created);
+    }
+
+    #[test]
+    fn a_program_that_was_resumed_runs() {
+        assert_eq!(Status::of_live(true, true), Status::Paused);
+        assert_eq!(Status::of_live(false, true), Status::Running);
     }
 }

@@ -133,6 +133,81 @@ fn an_unknown_option_fails_with_code_1() {
 }
 
 #[test]
+fn an_error_of_usage_is_told_to_the_log_an_engine_reads() {
+    let scene = Scene::new();
+    let log = scene.folder.path().join("log.json");
+    let log_path = log.to_str().unwrap();
+
+    for (arguments, message) in [
+        (&["create", "--nosuch", "box"][..], "unexpected argument '--nosuch' found"),
+        (&["state"], "required arguments were not provided: <CONTAINER-ID>"),
+        (&["nosuch"], "unrecognized subcommand 'nosuch'"),
+    ] {
+        let mut line = vec!["--log", log_path, "--log-format", "json"];
+        line.extend(arguments);
+
+        assert_eq!(scene.coracle(&line).status.code(), Some(1));
+        let logged = last_log_line(&log);
+        assert!(logged["msg"].as_str().unwrap().contains(message), "{logged}");
+    }
+}
+
+#[test]
+fn of_an_option_given_twice_the_last_counts() {
+    let scene = Scene::new();
+    let log = scene.folder.path().join("log.json");
+
+    let output = scene.coracle(&[
+        "--log-format",
+        "text",
+        "--log",
+        "/dev/null",
+        "--log-format",
+        "json",
+        "--log",
+        log.to_str().unwrap(),
+        "create",
+        "--bundle",
+        "/nonexistent/one",
+        "--bundle",
+        "/nonexistent/two",
+        "box",
+    ]);
+
+    assert_eq!(output.status.code(), Some(1));
+    assert!(last_log_line(&log)["msg"].as_str().unwrap().contains("/nonexistent/two"));
+}
+
+#[test]
+fn a_result_that_cannot_be_printed_is_an_error_and_no_panic() {
+    let scene = Scene::new();
+    scene.leave_stopped("box");
+
+    for arguments in [&["list"][..], &["state", "box"], &["features"], &["--version"]] {
+        let output = Command::new(env!("CARGO_BIN_EXE_coracle"))
+            .arg("--root")
+            .arg(scene.root())
+            .args(arguments)
+            .stdout(fs::File::create("/dev/full").unwrap())
+            .output()
+            .unwrap();
+
+        assert_eq!(output.status.code(), Some(1), "{arguments:?} {output:?}");
+    }
+}
+
+#[test]
+fn an_error_that_cannot_be_printed_has_the_same_exit_code() {
+    let status = Command::new(env!("CARGO_BIN_EXE_coracle"))
+        .args(["state", "nosuch"])
+        .stderr(fs::File::create("/dev/full").unwrap())
+        .status()
+        .unwrap();
+
+    assert_eq!(status.code(), Some(1));
+}
+
+#[test]
 fn spec_writes_a_bundle_that_create_reads() {
     let scene = Scene::new();
 
@@ -372,4 +447,71 @@ fn check_names_what_is_missing_and_what_to_do() {
     assert!(text.contains("FAIL  guest kernel: open /nonexistent/kernel"), "{text}");
     assert!(text.contains("build the guest image with coracle-image"), "{text}");
     assert!(text.ends_with("This host cannot run containers.\n"), "{text}");
+}
+
+/// A hook that runs `script` with the shell.
+fn hook(script: &str) -> Value {
+    serde_json::json!({"path": "/bin/sh", "args": ["sh", "-c", script]})
+}
+
+#[test]
+#[ignore = "needs root"]
+fn a_create_that_fails_leaves_nothing_and_runs_the_poststop_hooks() {
+    let marks = tempfile::tempdir().unwrap();
+    let mark = marks.path().join("stopped");
+    let scene = Scene::with_config(|config| {
+        config["linux"]["cgroupsPath"] = "/coracle-cli-test".into();
+        config["hooks"] = serde_json::json!({
+            "createRuntime": [hook("exit 7")],
+            "poststop": [hook("exit 1"), hook(&format!("cat > {}", mark.display()))],
+        });
+    });
+
+    let (code, text) = scene.create("box");
+
+    assert_eq!(code, 1);
+    assert!(text.contains("error running createRuntime hook #0: /bin/sh: exit status 7"), "{text}");
+    assert!(scene.is_clean());
+    assert!(!Path::new("/sys/fs/cgroup/coracle-cli-test").exists());
+    assert!(!Path::new("/sys/fs/cgroup/memory/coracle-cli-test").exists());
+    let state: Value = serde_json::from_str(&fs::read_to_string(mark).unwrap()).unwrap();
+    assert_eq!((&state["status"], &state["id"]), (&"stopped".into(), &"box".into()));
+}
+
+#[test]
+#[ignore = "needs root"]
+fn a_sandbox_process_keeps_no_folder_busy_and_hooks_start_in_the_bundle() {
+    let marks = tempfile::tempdir().unwrap();
+    let mark = marks.path().join("folders");
+    let script = format!("echo $(pwd) $(readlink /proc/$PPID/cwd) > {}; exit 7", mark.display());
+    let scene = Scene::with_config(|config| {
+        config["hooks"] = serde_json::json!({"createRuntime": [hook(&script)]});
+    });
+
+    assert_eq!(scene.create("box").0, 1);
+
+    let folders = fs::read_to_string(mark).unwrap();
+    assert_eq!(folders, format!("{} /\n", scene.bundle().display()));
+}
+
+#[test]
+#[ignore = "needs root"]
+fn a_sandbox_process_killed_by_a_hook_leaves_nothing_and_runs_the_poststop_hooks() {
+    let marks = tempfile::tempdir().unwrap();
+    let mark = marks.path().join("stopped");
+    let scene = Scene::with_config(|config| {
+        config["linux"]["cgroupsPath"] = "/coracle-cli-killed".into();
+        config["hooks"] = serde_json::json!({
+            "createRuntime": [hook("kill -KILL $PPID")],
+            "poststop": [hook(&format!("cat > {}", mark.display()))],
+        });
+    });
+
+    let (code, text) = scene.create("box");
+
+    assert_eq!(code, 1);
+    assert!(text.contains("sandbox-process process ended (signal 9)"), "{text}");
+    assert!(scene.is_clean());
+    assert!(!Path::new("/sys/fs/cgroup/memory/coracle-cli-killed").exists());
+    assert!(mark.exists());
 }

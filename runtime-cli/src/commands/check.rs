@@ -9,13 +9,9 @@ pub struct Args {}
 /// Returns 0 if containers can run on this host, else 1.
 pub fn run(_args: &Args) -> anyhow::Result<u8> {
     let findings = check::host(&Settings::load()?);
-    for finding in &findings {
-        print!("{finding}");
-    }
     let usable = findings.iter().all(check::Finding::allows_containers);
-    println!(
-        "{}",
-        if usable { "This host can run containers." } else { "This host cannot run containers." }
-    );
+    let found: String = findings.iter().map(ToString::to_string).collect();
+    let can = if usable { "can" } else { "cannot" };
+    super::print(&format!("{found}This host {can} run containers.\n"))?;
     Ok(u8::from(!usable))
 }

@@ -36,7 +36,7 @@ pub fn run(globals: &Globals, args: &Args) -> anyhow::Result<()> {
     }
     let client = Client::connect(&dir)?;
     let mut stats = client.stats()?;
-    print(&state.id, "stats", Some(&stats));
+    print(&state.id, "stats", Some(&stats))?;
     if args.stats {
         return Ok(());
     }
@@ -48,22 +48,22 @@ pub fn run(globals: &Globals, args: &Args) -> anyhow::Result<()> {
         // The events of a container end with it.
         let Ok(newer) = client.stats() else { return Ok(()) };
         if newer.oom_kills > stats.oom_kills {
-            print(&state.id, "oom", None);
+            print(&state.id, "oom", None)?;
         }
         stats = newer;
         if waited >= interval {
             waited = Duration::ZERO;
-            print(&state.id, "stats", Some(&stats));
+            print(&state.id, "stats", Some(&stats))?;
         }
     }
 }
 
-fn print(id: &str, kind: &str, stats: Option<&Stats>) {
+fn print(id: &str, kind: &str, stats: Option<&Stats>) -> anyhow::Result<()> {
     let mut event = Map::from_iter([("type".into(), kind.into()), ("id".into(), id.into())]);
     if let Some(stats) = stats {
         event.insert("data".into(), data(stats));
     }
-    println!("{}", Value::Object(event));
+    super::print(&format!("{}\n", Value::Object(event)))
 }
 
 /// The counters in the shape of runc's `events`.

@@ -85,7 +85,7 @@ fn exec(globals: &Globals, args: &Args) -> anyhow::Result<u8> {
     check(args, &state)?;
     let bundle = Bundle::load(&state.bundle)?;
     let process = match &args.process {
-        Some(path) => bundle::load_process(path)?,
+        Some(path) => with_defaults(bundle::load_process(path)?, &bundle),
         None => from_flags(args, &bundle)?,
     };
     let terminal = process.terminal().unwrap_or(false);
@@ -122,6 +122,22 @@ fn check(args: &Args, state: &State) -> anyhow::Result<()> {
         log::warn!("--preserve-fds has no effect in a virtual machine");
     }
     Ok(())
+}
+
+/// A process object, with what it leaves out as the container's own process has it, as in runc: one
+/// without capabilities is no process without any.
+fn with_defaults(mut process: Process, bundle: &Bundle) -> Process {
+    let Some(own) = bundle.spec.process() else { return process };
+    if process.capabilities().is_none() {
+        process.set_capabilities(own.capabilities().clone());
+    }
+    if process.rlimits().iter().flatten().next().is_none() {
+        process.set_rlimits(own.rlimits().clone());
+    }
+    if process.oom_score_adj().is_none() {
+        process.set_oom_score_adj(own.oom_score_adj());
+    }
+    process
 }
 
 /// The container's own process with what the flags change.
@@ -218,12 +234,42 @@ mod tests {
         args: Args,
     }
 
-    fn process(line: &[&str]) -> anyhow::Result<Process> {
+    fn bundle() -> Bundle {
         let spec = serde_json::from_str(include_str!("spec.json")).unwrap();
-        let bundle = Bundle { path: "/b".into(), rootfs: "/b/rootfs".into(), spec };
+        Bundle { path: "/b".into(), rootfs: "/b/rootfs".into(), spec }
+    }
+
+    fn process(line: &[&str]) -> anyhow::Result<Process> {
         let words = ["exec"].iter().chain(line);
         let line = <Line as clap::Parser>::try_parse_from(words).unwrap();
-        from_flags(&line.args, &bundle)
+        from_flags(&line.args, &bundle())
+    }
+
+    fn described(text: &str) -> Process {
+        with_defaults(serde_json::from_str(text).unwrap(), &bundle())
+    }
+
+    #[test]
+    fn what_a_process_object_leaves_out_is_as_in_the_container() {
+        let process = described(r#"{"user":{"uid":1,"gid":1},"args":["sh"],"cwd":"/"}"#);
+
+        let own = bundle().spec.process().clone().unwrap();
+        assert!(own.capabilities().is_some() && own.rlimits().is_some());
+        assert_eq!(process.capabilities(), own.capabilities());
+        assert_eq!(process.rlimits(), own.rlimits());
+        assert_eq!((process.no_new_privileges(), process.user().uid()), (None, 1));
+    }
+
+    #[test]
+    fn what_a_process_object_says_counts() {
+        let process = described(
+            r#"{"user":{"uid":1,"gid":1},"args":["sh"],"cwd":"/","capabilities":{},
+                "rlimits":[{"type":"RLIMIT_CPU","soft":1,"hard":2}],"oomScoreAdj":5}"#,
+        );
+
+        assert!(process.capabilities().as_ref().unwrap().bounding().is_none());
+        assert_eq!(process.rlimits().as_ref().unwrap().len(), 1);
+        assert_eq!(process.oom_score_adj(), Some(5));
     }
 
     #[test]

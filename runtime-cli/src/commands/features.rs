@@ -1,6 +1,6 @@
 //! `features`: what this runtime implements, as JSON.
 
 pub fn run() -> anyhow::Result<()> {
-    println!("{}", serde_json::to_string_pretty(&coracle::features::features())?);
-    Ok(())
+    let features = serde_json::to_string_pretty(&coracle::features::features())?;
+    super::print(&format!("{features}\n"))
 }

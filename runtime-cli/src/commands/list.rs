@@ -39,14 +39,14 @@ struct Entry {
 
 pub fn run(globals: &Globals, args: &Args) -> anyhow::Result<()> {
     let entries = entries(globals)?;
-    match (args.quiet, args.format.as_str()) {
-        (true, _) => entries.iter().for_each(|entry| println!("{}", entry.id)),
-        (_, "table") => print!("{}", table(&entries)),
+    let text = match (args.quiet, args.format.as_str()) {
+        (true, _) => entries.iter().map(|entry| format!("{}\n", entry.id)).collect(),
+        (_, "table") => table(&entries),
         // An empty list is null in runc's Go; both forms are read the same way.
-        (_, "json") => println!("{}", serde_json::to_string(&entries)?),
+        (_, "json") => format!("{}\n", serde_json::to_string(&entries)?),
         _ => bail!("invalid format option"),
-    }
-    Ok(())
+    };
+    super::print(&text)
 }
 
 fn entries(globals: &Globals) -> anyhow::Result<Vec<Entry>> {

@@ -18,8 +18,10 @@ pub mod state;
 pub mod table;
 pub mod update;
 
+use std::io::Write;
 use std::os::fd::RawFd;
 
+use anyhow::Context;
 use coracle::logging::LogOptions;
 use coracle::state::{
     self as container_state, ContainerDir, ContainerId, State, StateRoot, Status,
@@ -66,6 +68,11 @@ pub struct HiddenArgs {
 #[error("no verb given: see `coracle --help`")]
 pub struct NoVerb;
 
+/// The command line is wrong; what about it.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct Usage(pub String);
+
 /// Why a verb failed, and what this process's exit code has to be.
 pub struct Failure {
     /// The cause, with its sources.
@@ -78,6 +85,12 @@ impl<E: Into<anyhow::Error>> From<E> for Failure {
     fn from(error: E) -> Self {
         Self { error: error.into(), code: crate::FAILURE }
     }
+}
+
+/// Prints a verb's result; an error, and no panic, if there is no room or no reader for it.
+pub fn print(text: &str) -> anyhow::Result<()> {
+    let mut stdout = std::io::stdout().lock();
+    stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()).context("write to stdout")
 }
 
 /// What a verb asks of the status of its container, in runc's words.

@@ -26,17 +26,16 @@ pub fn run(globals: &Globals, args: &Args) -> anyhow::Result<()> {
         // Engines give these pids to the host's ps, which knows the sandbox process only.
         "json" => {
             let pids: Vec<_> = state.pid.filter(|_| state.is_alive()).into_iter().collect();
-            println!("{}", serde_json::to_string(&pids)?);
+            super::print(&format!("{}\n", serde_json::to_string(&pids)?))
         }
         "table" => {
             if state.status != Status::Paused {
                 require_running(&state)?;
             }
-            print!("{}", listing(&Client::connect(&dir)?.processes()?));
+            super::print(&listing(&Client::connect(&dir)?.processes()?))
         }
         _ => bail!("invalid format option"),
     }
-    Ok(())
 }
 
 fn listing(processes: &[ProcessInfo]) -> String {

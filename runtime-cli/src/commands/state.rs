@@ -4,6 +4,5 @@ use super::{Globals, IdArgs};
 
 pub fn run(globals: &Globals, args: &IdArgs) -> anyhow::Result<()> {
     let (_, state) = globals.container(&args.id)?;
-    print!("{}", state.to_oci_json());
-    Ok(())
+    super::print(&state.to_oci_json())
 }

@@ -4,7 +4,7 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, ensure};
-use coracle::sandbox::Client;
+use coracle::sandbox::{self, Client};
 use coracle::state::Status;
 use coracle::{bundle, translate};
 use oci_spec::runtime::{LinuxBlockIo, LinuxCpu, LinuxMemory, LinuxPids, LinuxResources};
@@ -70,24 +70,12 @@ pub fn run(globals: &Globals, args: &Args) -> anyhow::Result<()> {
         Some(path) => read(path)?,
         None => from_flags(args)?,
     };
-    warn_of_host_limits(&resources);
     let files = translate::cgroup_files(&resources)?;
+    sandbox::limit(&state, &resources)?;
     if files.is_empty() {
         return Ok(());
     }
     Ok(Client::connect(&dir)?.update(files)?)
-}
-
-/// The sandbox process sets these in the container's cgroup on the host when it is created.
-fn warn_of_host_limits(resources: &LinuxResources) {
-    let is_set = |text: &Option<String>| text.as_ref().is_some_and(|text| !text.is_empty());
-    if resources.cpu().as_ref().is_some_and(|cpu| is_set(cpu.cpus()) || is_set(cpu.mems())) {
-        log::warn!("cpuset limits of a running container stay as they were when it was created");
-    }
-    let weight = resources.block_io().as_ref().and_then(LinuxBlockIo::weight);
-    if weight.is_some_and(|weight| weight != 0) {
-        log::warn!("block I/O limits of a running container stay as they were");
-    }
 }
 
 fn read(path: &Path) -> anyhow::Result<LinuxResources> {

@@ -37,6 +37,21 @@ pub enum Error {
     Stuck,
 }
 
+/// Who asked the agent, and what to do with the answer.
+#[derive(Debug)]
+pub(super) enum Asker {
+    /// A signal that nobody waits for, or a step of `create`.
+    Nobody,
+    /// The client of this number.
+    Peer(u64),
+    /// The client that starts the container.
+    Start(u64),
+    /// The client that freezes (`true`) or thaws it.
+    Freeze(u64, bool),
+    /// The client that starts a process of this name.
+    Exec(u64, String),
+}
+
 /// Something the agent said; `W` is who waits for a response.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Said<W> {

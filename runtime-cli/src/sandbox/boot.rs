@@ -9,8 +9,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vmm::{Exit, VmHandle};
 
-use super::agent::{self, Agent, Said};
-use super::serve::Asker;
+use super::agent::{self, Agent, Asker, Said};
 use super::signals::Signals;
 
 /// Why the guest did not get as far as a created container.
@@ -88,7 +87,7 @@ pub(super) struct Boot<'a> {
     pub(super) agent: &'a mut Agent<Asker>,
     /// Readable only if the caller of `create` is gone.
     pub(super) caller: &'a UnixStream,
-    pub(super) signals: &'a Signals,
+    pub(super) signals: &'a mut Signals,
     pub(super) timeout_s: u32,
 }
 
@@ -134,16 +133,16 @@ impl Boot<'_> {
     }
 
     /// Waits until there is something to read from, or room to write to, the agent.
-    fn wait(&self, phase: &'static str, deadline: Instant) -> Result<(), Error> {
+    fn wait(&mut self, phase: &'static str, deadline: Instant) -> Result<(), Error> {
         let mut agent_flags = PollFlags::POLLIN;
         agent_flags.set(PollFlags::POLLOUT, self.agent.wants_to_send());
-        let mut fds = [
-            PollFd::new(self.agent.as_fd(), agent_flags),
-            PollFd::new(self.vm.ended(), PollFlags::POLLIN),
-            PollFd::new(self.caller.as_fd(), PollFlags::POLLIN),
-            PollFd::new(self.signals.as_fd(), PollFlags::POLLIN),
-        ];
         loop {
+            let mut fds = [
+                PollFd::new(self.agent.as_fd(), agent_flags),
+                PollFd::new(self.vm.ended(), PollFlags::POLLIN),
+                PollFd::new(self.caller.as_fd(), PollFlags::POLLIN),
+                PollFd::new(self.signals.as_fd(), PollFlags::POLLIN),
+            ];
             let left = deadline.saturating_duration_since(Instant::now());
             let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
             match poll(&mut fds, timeout) {
@@ -163,7 +162,7 @@ impl Boot<'_> {
                     console: self.console(),
                 });
             }
-            if caller || signals {
+            if caller || (signals && self.signals.interrupted()) {
                 return Err(Error::Interrupted { phase });
             }
             if agent {

@@ -1,10 +1,10 @@
 //! The host cgroup of a sandbox: everything the container costs the host is counted there.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use libcgroups::common::{
-    AnyCgroupManager, CgroupConfig, CgroupManager, CgroupSetup, ControllerOpt,
+    AnyCgroupManager, AnyManagerError, CgroupConfig, CgroupManager, CgroupSetup, ControllerOpt,
     create_cgroup_manager, get_cgroup_setup,
 };
 use oci_spec::runtime::LinuxResources;
@@ -25,6 +25,23 @@ pub enum Error {
         /// Why not.
         #[source]
         source: Source,
+    },
+    /// The cgroup that holds everything.
+    #[error(
+        "linux.cgroupsPath {0} is the root of the host's cgroups: name a cgroup of the container's \
+         own, such as /coracle/NAME"
+    )]
+    Root(PathBuf),
+    /// Somebody else's cgroup: removing it with the container would kill them.
+    #[error(
+        "container's cgroup is not empty: {count} process(es) found in {path}: end them, or name \
+         another linux.cgroupsPath"
+    )]
+    InUse {
+        /// `linux.cgroupsPath`.
+        path: PathBuf,
+        /// How many processes are there, and below it.
+        count: usize,
     },
     /// The cgroup cannot be made or entered.
     #[error("enter host cgroup {path}")]
@@ -81,6 +98,7 @@ impl Name {
             // libcgroups talks to systemd on unified hosts only.
             CgroupSetup::Hybrid | CgroupSetup::Legacy => plain_path(&self.path),
         };
+        let cgroup_path = below_root(&cgroup_path)?;
         let config =
             CgroupConfig { cgroup_path, systemd_cgroup: self.systemd, container_name: id.into() };
         create_cgroup_manager(config).map_err(|source| failed(source.into()))
@@ -97,7 +115,25 @@ fn plain_path(path: &Path) -> PathBuf {
     }
 }
 
-/// A cgroup this process is in.
+/// A path without `..`: libcgroups joins it with the root and kills whom it finds there at the end.
+fn below_root(path: &Path) -> Result<PathBuf, Error> {
+    let mut below = PathBuf::from("/");
+    for component in path.components() {
+        match component {
+            Component::Normal(name) => below.push(name),
+            Component::ParentDir => drop(below.pop()),
+            Component::Prefix(_) | Component::RootDir | Component::CurDir => {}
+        }
+    }
+    match below.file_name() {
+        // systemd takes its `slice:prefix:name` as it is.
+        Some(_) if path.is_relative() => Ok(below.strip_prefix("/").unwrap_or(&below).into()),
+        Some(_) => Ok(below),
+        None => Err(Error::Root(path.into())),
+    }
+}
+
+/// A cgroup for this process.
 pub(super) struct Cgroup {
     name: Name,
     manager: AnyCgroupManager,
@@ -105,26 +141,29 @@ pub(super) struct Cgroup {
 }
 
 impl Cgroup {
-    /// Makes the cgroup if need be, enters it with the whole process, and sets its limits.
-    pub(super) fn enter(name: Name, id: &str, resources: &LinuxResources) -> Result<Self, Error> {
+    /// Looks where the cgroup is to be, and that nobody is in it.
+    pub(super) fn find(name: Name, id: &str) -> Result<Self, Error> {
         let cgroup = Self { manager: name.manager(id)?, former: own_cgroups(), name };
-        let path = cgroup.name.path.clone();
-        let entered = cgroup.manager.add_task(nix_of_libcgroups::unistd::Pid::this());
+        // A cgroup that does not exist yet cannot be read.
+        match cgroup.manager.get_all_pids().map(|pids| pids.len()) {
+            Ok(0) | Err(_) => Ok(cgroup),
+            Ok(count) => Err(Error::InUse { path: cgroup.name.path, count }),
+        }
+    }
+
+    /// Makes the cgroup if need be, enters it with the whole process, and sets its limits.
+    pub(super) fn enter(self, resources: &LinuxResources) -> Result<Self, Error> {
+        let path = self.name.path.clone();
+        let entered = self.manager.add_task(nix_of_libcgroups::unistd::Pid::this());
         if let Err(source) = entered {
-            cgroup.leave();
+            self.leave();
             return Err(Error::Enter { path, source: source.into() });
         }
-        let options = ControllerOpt {
-            resources,
-            disable_oom_killer: false,
-            oom_score_adj: None,
-            freezer_state: None,
-        };
-        if let Err(source) = cgroup.manager.apply(&options) {
-            cgroup.leave();
+        if let Err(source) = apply(&self.manager, resources) {
+            self.leave();
             return Err(Error::Limit { path, source: source.into() });
         }
-        Ok(cgroup)
+        Ok(self)
     }
 
     /// Goes back to where the process was, and removes the cgroup.
@@ -142,6 +181,21 @@ impl Cgroup {
             }
         }
     }
+}
+
+/// Changes the limits of a cgroup that exists.
+pub(super) fn limit(name: &Name, id: &str, resources: &LinuxResources) -> Result<(), Error> {
+    apply(&name.manager(id)?, resources)
+        .map_err(|source| Error::Limit { path: name.path.clone(), source: source.into() })
+}
+
+fn apply(manager: &AnyCgroupManager, resources: &LinuxResources) -> Result<(), AnyManagerError> {
+    manager.apply(&ControllerOpt {
+        resources,
+        disable_oom_killer: false,
+        oom_score_adj: None,
+        freezer_state: None,
+    })
 }
 
 /// Kills what is left in a cgroup, and removes it; no error if there is none.
@@ -203,11 +257,64 @@ mod tests {
         let name = Name::of(None, false, "unit-test");
         let before = own_cgroups();
 
-        let cgroup = Cgroup::enter(name.clone(), "unit-test", &LinuxResources::default()).unwrap();
+        let cgroup = Cgroup::find(name.clone(), "unit-test").unwrap();
+        let cgroup = cgroup.enter(&LinuxResources::default()).unwrap();
         assert_ne!(own_cgroups(), before);
         cgroup.leave();
 
         assert_eq!(own_cgroups(), before);
         remove(&name, "unit-test").unwrap();
+    }
+
+    #[test]
+    fn the_root_of_all_cgroups_is_no_container_s() {
+        for path in ["/", "", ".", "/..", "/a/../..", "../.."] {
+            assert!(matches!(below_root(Path::new(path)), Err(Error::Root(_))), "{path}");
+        }
+    }
+
+    #[test]
+    fn a_path_stays_below_the_root() {
+        let below = |path| below_root(Path::new(path)).unwrap();
+
+        assert_eq!(below("/../../a"), Path::new("/a"));
+        assert_eq!(below("/a/./b/../c"), Path::new("/a/c"));
+        assert_eq!(below("a/b"), Path::new("a/b"));
+        assert_eq!(below("user.slice:libpod:c1"), Path::new("user.slice:libpod:c1"));
+    }
+
+    #[test]
+    #[ignore = "needs root"]
+    fn limits_of_a_cgroup_in_use_can_be_changed() {
+        let name = Name::of(None, false, "unit-test-limit");
+        let manager = name.manager("unit-test-limit").unwrap();
+        let mut other = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
+        let pid = i32::try_from(other.id()).unwrap();
+        manager.add_task(nix_of_libcgroups::unistd::Pid::from_raw(pid)).unwrap();
+        let resources = serde_json::from_str(r#"{"cpu":{"cpus":"0"}}"#).unwrap();
+
+        limit(&name, "unit-test-limit", &resources).unwrap();
+
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+        assert!(status.contains("Cpus_allowed_list:\t0\n"), "{status}");
+        remove(&name, "unit-test-limit").unwrap();
+        other.wait().unwrap();
+    }
+
+    #[test]
+    #[ignore = "needs root"]
+    fn a_cgroup_that_somebody_is_in_is_not_taken() {
+        let name = Name::of(None, false, "unit-test-used");
+        let manager = name.manager("unit-test-used").unwrap();
+        let mut other = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
+        let pid = i32::try_from(other.id()).unwrap();
+        manager.add_task(nix_of_libcgroups::unistd::Pid::from_raw(pid)).unwrap();
+
+        let found = Cgroup::find(name.clone(), "unit-test-used").map(drop);
+
+        assert!(matches!(found, Err(Error::InUse { count: 1, .. })), "{found:?}");
+        assert!(other.try_wait().unwrap().is_none());
+        remove(&name, "unit-test-used").unwrap();
+        other.wait().unwrap();
     }
 }

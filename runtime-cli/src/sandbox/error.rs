@@ -84,7 +84,7 @@ pub enum Error {
     /// The poststop hooks that `create` kept cannot be read.
     #[error("read the poststop hooks in the state folder")]
     Poststop(#[source] io::Error),
-    /// The host cgroup cannot be removed.
+    /// The host cgroup cannot be limited or removed.
     #[error(transparent)]
     Cgroup(#[from] super::cgroup::Error),
 }

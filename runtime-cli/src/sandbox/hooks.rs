@@ -1,16 +1,23 @@
 //! OCI hooks that run on the host (config.md, POSIX-platform Hooks).
 
+use std::ffi::CString;
+use std::fs::File;
 use std::io::{self, Read, Seek, Write};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::PathBuf;
-use std::process::{Command, ExitStatus, Stdio};
+use std::process::{Command, ExitStatus};
 use std::time::Duration;
 
+use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::signal::SigSet;
+use nix::unistd::chdir;
 use oci_spec::runtime::Hook;
 
 use super::namespaces::HostNamespaces;
 use super::pidfd::Pidfd;
+use crate::logging::chain;
+use crate::state::{State, Status};
 
 /// How much of a hook's output an error repeats, in bytes.
 const MAX_OUTPUT_BYTES: u64 = 2048;
@@ -59,12 +66,12 @@ pub enum Error {
     },
 }
 
-/// Runs `hooks` one after the other with the OCI state on stdin, in `namespaces` or, without, in
-/// those of this process. The first to fail ends it.
+/// Runs `hooks` one after the other with the OCI state on stdin and the bundle as working directory,
+/// in `namespaces` or, without, in those of this process. The first to fail ends it.
 pub(super) fn run(
     kind: &'static str,
     hooks: &[Hook],
-    state: &str,
+    state: &State,
     namespaces: Option<&HostNamespaces>,
 ) -> Result<(), Error> {
     for (index, hook) in hooks.iter().enumerate() {
@@ -87,27 +94,40 @@ pub(super) fn run(
     Ok(())
 }
 
+/// Runs the hooks of a container's end. One that fails is logged, and the rest goes on (runtime.md,
+/// Lifecycle).
+pub(super) fn run_poststop(hooks: &[Hook], state: &State, namespaces: Option<&HostNamespaces>) {
+    let stopped = State { status: Status::Stopped, ..state.clone() };
+    for hook in hooks {
+        if let Err(error) = run("poststop", std::slice::from_ref(hook), &stopped, namespaces) {
+            log::warn!("{}", chain(&error));
+        }
+    }
+}
+
 /// Runs one hook; its exit status, or `None` if it was killed for taking too long.
 fn run_one(
     hook: &Hook,
-    state: &str,
+    state: &State,
     namespaces: Option<&HostNamespaces>,
 ) -> io::Result<(Option<ExitStatus>, String)> {
     // A file takes any amount of output without a reader, and stays open in nobody's way if the
-    // hook leaves a daemon behind.
-    let mut output = tempfile::tempfile()?;
+    // hook leaves a daemon behind. One of state waits for no reader, whatever its size.
+    let mut output = memory_file()?;
+    let mut input = memory_file()?;
+    input.write_all(state.to_oci_json().as_bytes())?;
+    input.rewind()?;
     let mut command = Command::new(hook.path());
     let arguments = hook.args().as_deref().unwrap_or_default();
     if let Some((name, rest)) = arguments.split_first() {
         command.arg0(name).args(rest);
     }
-    let environment = hook.env().as_deref().unwrap_or_default();
-    command
-        .env_clear()
-        .envs(environment.iter().filter_map(|variable| variable.split_once('=')))
-        .stdin(Stdio::piped())
-        .stdout(output.try_clone()?)
-        .stderr(output.try_clone()?);
+    // Without any it is that of the caller, as in runc and crun.
+    if let Some(environment) = hook.env() {
+        let variables = environment.iter().filter_map(|variable| variable.split_once('='));
+        command.env_clear().envs(variables);
+    }
+    command.stdin(input).stdout(output.try_clone()?).stderr(output.try_clone()?);
     // SAFETY: setting the signal mask is safe between fork and exec.
     unsafe { command.pre_exec(|| Ok(SigSet::empty().thread_set_mask()?)) };
     if let Some(host) = namespaces {
@@ -115,10 +135,13 @@ fn run_one(
         // SAFETY: `enter` makes only setns system calls, which are safe between fork and exec.
         unsafe { command.pre_exec(enter) };
     }
+    let bundle = CString::new(state.bundle.as_os_str().as_bytes())?;
+    // After `delete`'s engine has removed the bundle there is nothing to enter.
+    let enter_bundle = move || chdir(bundle.as_c_str()).or(Ok(()));
+    // SAFETY: chdir is safe between fork and exec, and the path was made before.
+    unsafe { command.pre_exec(enter_bundle) };
     let mut child = command.spawn()?;
     let process = Pidfd::open(i32::try_from(child.id()).expect("a pid is a positive int"))?;
-    // A hook that does not read its stdin is none the worse for it.
-    let _ = child.stdin.take().expect("stdin is piped").write_all(state.as_bytes());
     let in_time = process.wait(timeout(hook))?;
     if !in_time {
         process.kill()?;
@@ -129,6 +152,10 @@ fn run_one(
     output.take(MAX_OUTPUT_BYTES).read_to_end(&mut bytes)?;
     let text = String::from_utf8_lossy(&bytes).trim_end().replace('\n', "; ");
     Ok((in_time.then_some(status), text))
+}
+
+fn memory_file() -> io::Result<File> {
+    Ok(memfd_create(c"hook", MFdFlags::MFD_CLOEXEC)?.into())
 }
 
 fn timeout(hook: &Hook) -> Option<Duration> {
@@ -146,6 +173,8 @@ fn describe(status: ExitStatus) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
 
     fn shell(script: &str, timeout: Option<i64>) -> Vec<Hook> {
@@ -156,16 +185,47 @@ mod tests {
         vec![serde_json::from_value(hook).unwrap()]
     }
 
+    fn state() -> State {
+        State::of_test(Path::new("/usr"))
+    }
+
     #[test]
     fn a_hook_reads_the_state_and_sees_only_its_environment() {
-        let script = r#"test "$(cat)" = state && test "$NAME" = value && test -z "$HOME""#;
+        let script = r#"grep -q '"id": "box"' && test "$NAME" = value && test -z "$HOME""#;
 
-        run("prestart", &shell(script, None), "state", None).unwrap();
+        run("prestart", &shell(script, None), &state(), None).unwrap();
+    }
+
+    #[test]
+    fn a_hook_without_environment_has_that_of_the_caller() {
+        let script = format!("test \"$CARGO_PKG_NAME\" = {}", env!("CARGO_PKG_NAME"));
+        let hook = serde_json::json!({"path": "/bin/sh", "args": ["sh", "-c", script]});
+
+        run("prestart", &[serde_json::from_value(hook).unwrap()], &state(), None).unwrap();
+    }
+
+    #[test]
+    fn a_hook_starts_in_the_bundle_and_does_not_need_it() {
+        let gone = State::of_test(Path::new("/nonexistent/bundle"));
+
+        run("poststop", &shell(r#"test "$(pwd)" = /usr"#, None), &state(), None).unwrap();
+        run("poststop", &shell("true", None), &gone, None).unwrap();
+    }
+
+    #[test]
+    fn a_large_state_that_is_not_read_does_not_stop_the_clock() {
+        let mut large = state();
+        large.annotations.insert("a".into(), "x".repeat(1 << 20));
+
+        let error = run("prestart", &shell("exec sleep 5", Some(1)), &large, None).unwrap_err();
+
+        assert!(matches!(error, Error::TimedOut { .. }), "{error}");
     }
 
     #[test]
     fn a_hook_that_fails_says_what_it_printed() {
-        let error = run("prestart", &shell("echo why >&2; exit 3", None), "", None).unwrap_err();
+        let error =
+            run("prestart", &shell("echo why >&2; exit 3", None), &state(), None).unwrap_err();
 
         assert_eq!(
             error.to_string(),
@@ -175,7 +235,8 @@ mod tests {
 
     #[test]
     fn a_hook_past_its_timeout_is_killed() {
-        let error = run("poststop", &shell("exec sleep 1000", Some(1)), "", None).unwrap_err();
+        let error =
+            run("poststop", &shell("exec sleep 1000", Some(1)), &state(), None).unwrap_err();
 
         assert!(matches!(error, Error::TimedOut { timeout_s: 1, .. }), "{error}");
     }
@@ -185,7 +246,7 @@ mod tests {
         let hook = serde_json::json!({"path": "/nonexistent/hook"});
         let hooks = [serde_json::from_value(hook).unwrap()];
 
-        let error = run("createRuntime", &hooks, "", None).unwrap_err();
+        let error = run("createRuntime", &hooks, &state(), None).unwrap_err();
 
         assert!(error.to_string().contains("/nonexistent/hook"), "{error}");
     }
@@ -195,11 +256,11 @@ mod tests {
         let _signals = super::super::signals::Signals::collect().unwrap();
 
         let script = "grep -q 'SigBlk:.0000000000000000' /proc/self/status";
-        run("prestart", &shell(script, None), "", None).unwrap();
+        run("prestart", &shell(script, None), &state(), None).unwrap();
     }
 
     #[test]
     fn a_hook_may_ignore_its_stdin() {
-        run("prestart", &shell("exec <&-", None), &"x".repeat(1 << 20), None).unwrap();
+        run("prestart", &shell("exec <&-", None), &state(), None).unwrap();
     }
 }

@@ -104,6 +104,8 @@ impl Launched {
 /// meant for it.
 fn detach(socket: RawFd) -> io::Result<()> {
     nix::unistd::setsid()?;
+    // A container must not keep a file system busy because its engine was there.
+    nix::unistd::chdir(c"/")?;
     SigSet::empty().thread_set_mask()?;
     // SAFETY: close_range with CLOEXEC only sets flags of this process's own descriptors.
     let done = unsafe {

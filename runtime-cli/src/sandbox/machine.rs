@@ -1,15 +1,17 @@
 //! How large a virtual machine a container gets, and what its host cgroup may use (pure).
 
+use std::collections::HashMap;
 use std::path::Path;
 
 use agent_protocol::SHARE_TAG;
-use oci_spec::runtime::{LinuxMemory, LinuxResources};
+use oci_spec::runtime::{LinuxCpu, LinuxMemory, LinuxResources};
 use vmm::{
     BootConfig, ConsoleConfig, ConsoleOutput, MemoryConfig, NetConfig, ShareConfig, VmConfig,
     VsockConfig,
 };
 
 use crate::settings::{MAX_VCPUS, MIN_MEMORY_MIB, Settings};
+use crate::translate;
 
 /// What a guest needs beside the memory its container may use: kernel, page structures, agent.
 pub(super) const GUEST_OVERHEAD_MIB: u32 = 64;
@@ -85,14 +87,41 @@ fn cpu_limit(resources: &LinuxResources) -> Option<u8> {
 /// on the container's processes, so the host's must leave room for guest kernel and VMM, and must
 /// not count host threads or host device nodes against the container.
 pub(super) fn host_resources(resources: &LinuxResources, size: Size) -> LinuxResources {
-    let mut host = LinuxResources::default();
-    host.set_cpu(resources.cpu().clone());
-    host.set_block_io(resources.block_io().clone());
-    host.set_network(resources.network().clone());
+    let mut host = host_changes(resources);
     if let (Some(memory), Some(limit)) = (resources.memory(), memory_limit(resources)) {
         host.set_memory(Some(host_memory(memory, limit, size)));
     }
     host
+}
+
+/// What of `resources` can be changed on the host while the sandbox runs: all but its memory, as a
+/// virtual machine has what it was created with.
+pub(super) fn host_changes(resources: &LinuxResources) -> LinuxResources {
+    let mut host = LinuxResources::default();
+    host.set_cpu(
+        resources.cpu().as_ref().map(what_is_set).filter(|cpu| *cpu != LinuxCpu::default()),
+    );
+    host.set_block_io(resources.block_io().clone());
+    host.set_network(resources.network().clone());
+    let unified = resources.unified().iter().flatten();
+    let of_host = unified.filter(|(name, _)| translate::is_host_file(name));
+    let of_host: HashMap<_, _> =
+        of_host.map(|(name, value)| (name.clone(), value.clone())).collect();
+    host.set_unified(Some(of_host).filter(|files| !files.is_empty()));
+    host
+}
+
+/// Engines write zero and the empty string for what they do not set; the kernel refuses both.
+fn what_is_set(cpu: &LinuxCpu) -> LinuxCpu {
+    let mut set = cpu.clone();
+    set.set_shares(cpu.shares().filter(|shares| *shares != 0))
+        .set_quota(cpu.quota().filter(|quota| *quota != 0))
+        .set_period(cpu.period().filter(|period| *period != 0))
+        .set_realtime_runtime(cpu.realtime_runtime().filter(|runtime| *runtime != 0))
+        .set_realtime_period(cpu.realtime_period().filter(|period| *period != 0))
+        .set_cpus(cpu.cpus().clone().filter(|cpus| !cpus.is_empty()))
+        .set_mems(cpu.mems().clone().filter(|nodes| !nodes.is_empty()));
+    set
 }
 
 fn host_memory(memory: &LinuxMemory, limit: u64, size: Size) -> LinuxMemory {
@@ -103,7 +132,8 @@ fn host_memory(memory: &LinuxMemory, limit: u64, size: Size) -> LinuxMemory {
     let raised = |value: i64| if value > 0 { value.saturating_add(added) } else { value };
     let mut host = LinuxMemory::default();
     host.set_limit(Some(total));
-    host.set_swap(memory.swap().map(raised));
+    // Zero is not set, and would be less than the limit.
+    host.set_swap(memory.swap().filter(|swap| *swap != 0).map(raised));
     host.set_reservation(memory.reservation().map(raised));
     host.set_swappiness(memory.swappiness());
     host
@@ -187,6 +217,43 @@ mod tests {
         let memory = host.memory().unwrap();
         assert_eq!(memory.limit(), Some((64 + 64 + 32) << 20));
         assert_eq!(memory.swap(), Some((128 + 64 + 32) << 20));
+    }
+
+    #[test]
+    fn a_swap_limit_of_zero_is_none() {
+        let limited = resources(r#"{"memory":{"limit":67108864,"swap":0}}"#);
+
+        assert_eq!(host_resources(&limited, HOST).memory().unwrap().swap(), None);
+    }
+
+    #[test]
+    fn zero_and_nothing_are_no_limits() {
+        let unset = resources(
+            r#"{"cpu":{"shares":0,"quota":0,"period":0,"realtimeRuntime":0,"realtimePeriod":0,
+                       "cpus":"","mems":""}}"#,
+        );
+
+        assert_eq!(host_resources(&unset, HOST), LinuxResources::default());
+    }
+
+    #[test]
+    fn unified_keys_of_the_host_s_own_resources_are_for_the_host() {
+        let limited =
+            resources(r#"{"unified":{"cpuset.cpus":"0","io.weight":"9","pids.max":"1"}}"#);
+
+        let host = host_resources(&limited, HOST);
+
+        let unified = host.unified().as_ref().unwrap();
+        assert_eq!(unified.len(), 2);
+        assert_eq!((&unified["cpuset.cpus"][..], &unified["io.weight"][..]), ("0", "9"));
+    }
+
+    #[test]
+    fn the_memory_of_a_running_machine_stays_as_it_is() {
+        let changed = host_changes(&resources(r#"{"memory":{"limit":1},"cpu":{"quota":5}}"#));
+
+        assert!(changed.memory().is_none());
+        assert_eq!(changed.cpu().as_ref().unwrap().quota(), Some(5));
     }
 
     #[test]

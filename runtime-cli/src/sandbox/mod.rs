@@ -39,6 +39,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use oci_spec::runtime::LinuxResources;
 use serde::{Deserialize, Serialize};
 
 pub use client::Client;
@@ -48,7 +49,7 @@ pub use exec::{ExecOptions, ExecOutcome, exec};
 use crate::bundle::Bundle;
 use crate::logging::{LogOptions, chain};
 use crate::settings::Settings;
-use crate::state::{ContainerDir, State, Status};
+use crate::state::{self, ContainerDir, State};
 use launch::Launched;
 use pidfd::Pidfd;
 
@@ -86,18 +87,15 @@ pub struct CreateOptions {
 /// process, a child of this one. On failure nothing is left, the folder included.
 pub fn create(dir: &ContainerDir, bundle: &Bundle, options: &CreateOptions) -> Result<i32, Error> {
     let created = created(dir, bundle, options);
-    if created.is_err() {
-        // The process has taken everything back, unless it was killed on the way.
-        let id = dir.id().as_str();
-        let linux = bundle.spec.linux().as_ref();
-        let path = linux.and_then(|linux| linux.cgroups_path().as_deref());
-        let name = cgroup::Name::of(path, options.systemd_cgroup, id);
-        if dir.path().exists() {
-            if let Err(error) = cgroup::remove(&name, id) {
-                log::warn!("{}", chain(&error));
-            }
-            folder::remove(dir);
+    if created.is_err() && dir.path().exists() {
+        // The process has taken everything back, unless it was killed on the way. Only what it has
+        // noted down is its own.
+        let destroyed = dir.load().map_err(Error::from).and_then(|state| destroy(dir, &state));
+        match destroyed {
+            Ok(()) | Err(Error::State(state::Error::Missing(_))) => {}
+            Err(error) => log::warn!("{}", chain(&error)),
         }
+        folder::remove(dir);
     }
     created
 }
@@ -106,6 +104,8 @@ fn created(dir: &ContainerDir, bundle: &Bundle, options: &CreateOptions) -> Resu
     let mut options = options.clone();
     options.console_socket = options.console_socket.as_deref().map(absolute);
     options.log.path = options.log.path.as_deref().map(absolute);
+    options.settings.kernel = absolute(&options.settings.kernel);
+    options.settings.initrd = absolute(&options.settings.initrd);
     let pid_file = options.pid_file.take();
     let order = process::Order {
         root: dir.path().parent().map(absolute).unwrap_or_default(),
@@ -154,14 +154,20 @@ pub fn destroy(dir: &ContainerDir, state: &State) -> Result<(), Error> {
         cgroup::remove(&name, &state.id)?;
     }
     let poststop = folder::poststop(dir).map_err(Error::Poststop)?;
-    let stopped = State { status: Status::Stopped, ..state.clone() }.to_oci_json();
-    // runtime.md, Lifecycle: a poststop hook that fails is logged, and the rest goes on.
-    for hook in poststop {
-        if let Err(error) = hooks::run("poststop", &[hook], &stopped, None) {
-            log::warn!("{}", chain(&error));
-        }
-    }
+    hooks::run_poststop(&poststop, state, None);
     Ok(())
+}
+
+/// Changes what the host grants the sandbox of a container. Its memory stays what it was.
+pub fn limit(state: &State, resources: &LinuxResources) -> Result<(), Error> {
+    let changes = machine::host_changes(resources);
+    match &state.cgroup_path {
+        Some(path) if changes != LinuxResources::default() => {
+            let name = cgroup::Name { path: path.clone(), systemd: state.systemd_cgroup };
+            Ok(cgroup::limit(&name, &state.id, &changes)?)
+        }
+        _ => Ok(()),
+    }
 }
 
 /// A path that still means the same in a process with another working directory.

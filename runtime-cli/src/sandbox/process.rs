@@ -7,6 +7,7 @@ use std::io;
 use std::os::fd::RawFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::rc::Rc;
 
 use agent_protocol::{CONTROL_PORT, Container, INIT_PROCESS, Request, Sandbox};
 use oci_spec::runtime::{Hook, Hooks, LinuxResources};
@@ -14,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use vmm::vsock::HostStream;
 use vmm::{VmHandle, Vmm};
 
-use super::agent::Agent;
+use super::agent::{Agent, Asker};
 use super::boot::{self, Boot};
 use super::cgroup::{self, Cgroup};
 use super::launch::Starter;
@@ -92,16 +93,28 @@ enum Error {
 struct Outliving {
     cgroup: Option<Cgroup>,
     network: Network,
+    hooks: Option<Poststop>,
+}
+
+/// Hooks that undo what those of `create` did, once one of these may have run.
+struct Poststop {
+    hooks: Vec<Hook>,
+    state: State,
+    host: Rc<HostNamespaces>,
 }
 
 impl Outliving {
-    /// Takes everything back, the state folder last: with it goes the container's name.
+    /// Takes everything back, the state folder last: with it goes the container's name. Then, as
+    /// after every other end (runtime.md, Lifecycle), the poststop hooks run.
     fn take_back(self, dir: &ContainerDir) {
         self.network.part();
         if let Some(cgroup) = self.cgroup {
             cgroup.leave();
         }
         folder::remove(dir);
+        if let Some(Poststop { hooks, state, host }) = self.hooks {
+            hooks::run_poststop(&hooks, &state, Some(&host));
+        }
     }
 }
 
@@ -162,7 +175,7 @@ fn create(
     let bundle = Bundle::load(&order.bundle)?;
     let settings = options.settings.clone().with_annotations(&bundle.annotations())?;
     let netns = Netns::of(&bundle.spec)?;
-    let signals = Signals::collect().map_err(Error::Signals)?;
+    let mut signals = Signals::collect().map_err(Error::Signals)?;
     let stdio = Stdio::take(bundle.terminal(), options.console_socket.as_deref())?;
     stdio::let_go()?;
     let resources = resources(&bundle);
@@ -170,12 +183,14 @@ fn create(
 
     let name = cgroup_name(&bundle, options, &order.id);
     let limits = machine::host_resources(&resources, size);
-    outliving.cgroup = Some(Cgroup::enter(name.clone(), &order.id, &limits)?);
-    set_oom_score(&bundle);
-    let host = HostNamespaces::leave(&netns)?;
+    let cgroup = Cgroup::find(name.clone(), &order.id)?;
+    // From here on `delete` finds what a killed process leaves behind.
     let state = creating(&bundle, &order.id, &name, &netns);
     dir.save(&state)?;
-    folder::keep_poststop(dir, &hook_list(&bundle, Hooks::poststop)).map_err(Error::Poststop)?;
+    outliving.cgroup = Some(cgroup.enter(&limits)?);
+    set_oom_score(&bundle);
+    let host = Rc::new(HostNamespaces::leave(&netns)?);
+    outliving.hooks = Some(keep_poststop(&bundle, dir, &state, &host)?);
     run_hooks(&bundle, &state, &host)?;
 
     outliving.network = Network::read()?;
@@ -196,7 +211,7 @@ fn create(
         neighbours: network.neighbours.clone(),
     };
     let timeout_s = settings.boot_timeout_s;
-    let mut boot = Boot { vm: &vm, agent: &mut agent, caller, signals: &signals, timeout_s };
+    let mut boot = Boot { vm: &vm, agent: &mut agent, caller, signals: &mut signals, timeout_s };
     boot.ready()?;
     boot.ask("set up the guest", &Request::ConfigureSandbox(guest))?;
     let (init, console) = connect_stdio(&vm, &order.id, stdio)?;
@@ -255,17 +270,28 @@ fn hook_list(bundle: &Bundle, which: impl Fn(&Hooks) -> &Option<Vec<Hook>>) -> V
     bundle.spec.hooks().as_ref().and_then(|hooks| which(hooks).clone()).unwrap_or_default()
 }
 
+/// Keeps the poststop hooks in the state folder for `delete`, and here for a `create` that fails.
+fn keep_poststop(
+    bundle: &Bundle,
+    dir: &ContainerDir,
+    state: &State,
+    host: &Rc<HostNamespaces>,
+) -> Result<Poststop, Error> {
+    let hooks = hook_list(bundle, Hooks::poststop);
+    folder::keep_poststop(dir, &hooks).map_err(Error::Poststop)?;
+    Ok(Poststop { hooks, state: state.clone(), host: Rc::clone(host) })
+}
+
 /// Runs the hooks of `create` (config.md, POSIX-platform Hooks): the first two kinds on the host,
 /// the third where the container's side of the host is.
 fn run_hooks(bundle: &Bundle, state: &State, host: &HostNamespaces) -> Result<(), Error> {
-    let state = state.to_oci_json();
     // Deprecated, and what Docker sets up its networks with.
     let prestart = hook_list(bundle, Hooks::prestart);
-    hooks::run("prestart", &prestart, &state, Some(host))?;
+    hooks::run("prestart", &prestart, state, Some(host))?;
     let create_runtime = hook_list(bundle, Hooks::create_runtime);
-    hooks::run("createRuntime", &create_runtime, &state, Some(host))?;
+    hooks::run("createRuntime", &create_runtime, state, Some(host))?;
     let create_container = hook_list(bundle, Hooks::create_container);
-    hooks::run("createContainer", &create_container, &state, None)?;
+    hooks::run("createContainer", &create_container, state, None)?;
     Ok(())
 }
 
@@ -290,7 +316,7 @@ fn container(
 }
 
 /// Starts the guest, whose agent will connect to what this returns.
-fn start(vm: Vmm) -> Result<(VmHandle, Agent<super::serve::Asker>), Error> {
+fn start(vm: Vmm) -> Result<(VmHandle, Agent<Asker>), Error> {
     let connected = || {
         let (ours, theirs) = UnixStream::pair()?;
         theirs.set_nonblocking(true)?;

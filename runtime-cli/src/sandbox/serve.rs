@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use agent_protocol::{
@@ -13,7 +14,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use oci_spec::runtime::Hook;
 use vmm::VmHandle;
 
-use super::agent::{self, Agent, Said};
+use super::agent::{self, Agent, Asker, Said};
 use super::boot;
 use super::console::Console;
 use super::control::{Answer, Peer, Request};
@@ -39,21 +40,6 @@ const EXEC_OUTPUT_TIMEOUT: Duration = Duration::from_millis(500);
 /// How long a guest whose agent ended may take to end.
 const GUEST_END_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Who asked the agent, and what to do with the answer.
-#[derive(Debug)]
-pub(super) enum Asker {
-    /// A signal that nobody waits for, or a step of `create`.
-    Nobody,
-    /// The client of this number.
-    Peer(u64),
-    /// The client that starts the container.
-    Start(u64),
-    /// The client that freezes (`true`) or thaws it.
-    Freeze(u64, bool),
-    /// The client that starts a process of this name.
-    Exec(u64, String),
-}
-
 /// What `create` made.
 pub(super) struct Parts {
     pub(super) vm: VmHandle,
@@ -63,7 +49,7 @@ pub(super) struct Parts {
     pub(super) console: Option<Console>,
     pub(super) init: Running,
     pub(super) state: State,
-    pub(super) host: HostNamespaces,
+    pub(super) host: Rc<HostNamespaces>,
     pub(super) poststart: Vec<Hook>,
 }
 
@@ -81,6 +67,7 @@ pub(super) struct Serving<'a> {
     /// The exit code, once nothing more is to be done.
     code: Option<u8>,
     out_of_memory_told: bool,
+    program_started: bool,
 }
 
 /// What an event came from.
@@ -106,11 +93,14 @@ impl<'a> Serving<'a> {
             agent_deadline: None,
             code: None,
             out_of_memory_told: false,
+            program_started: false,
         }
     }
 
     /// Serves until the container is over; the exit code of this process.
     pub(super) fn run(mut self) -> u8 {
+        // What came while the guest booted woke nobody up.
+        self.serve(&Source::Signals);
         loop {
             self.settle();
             if let Some(code) = self.code {
@@ -253,7 +243,7 @@ impl<'a> Serving<'a> {
             Asker::Start(peer) => self.started(peer, &answer),
             Asker::Freeze(peer, frozen) => {
                 if done {
-                    self.save(if frozen { Status::Paused } else { Status::Running });
+                    self.save(Status::of_live(frozen, self.program_started));
                 }
                 self.answer(peer, &answer);
             }
@@ -279,13 +269,14 @@ impl<'a> Serving<'a> {
             self.code = Some(code);
             return;
         }
+        self.program_started = true;
         if self.parts.init.exit.is_none() {
             self.save(Status::Running);
         }
-        let state = self.parts.state.to_oci_json();
+        let state = &self.parts.state;
         let hooks = std::mem::take(&mut self.parts.poststart);
         // runtime.md, Lifecycle: a poststart hook that fails is logged, and the container goes on.
-        if let Err(error) = hooks::run("poststart", &hooks, &state, Some(&self.parts.host)) {
+        if let Err(error) = hooks::run("poststart", &hooks, state, Some(&self.parts.host)) {
             log::warn!("{}", chain(&error));
         }
         self.answer(peer, answer);

@@ -67,11 +67,16 @@ pub fn cgroup_files(resources: &LinuxResources) -> Result<Vec<(String, String)>,
         if name.contains('/') || name.is_empty() {
             return Err(Error::UnifiedName(name));
         }
-        if !HOST_CONTROLLERS.iter().any(|prefix| name.starts_with(prefix)) {
+        if !is_host_file(&name) {
             write(&name, value);
         }
     }
     Ok(files)
+}
+
+/// Whether a key of the unified map is about the host's resources.
+pub fn is_host_file(name: &str) -> bool {
+    HOST_CONTROLLERS.iter().any(|prefix| name.starts_with(prefix)) && !name.contains('/')
 }
 
 /// cgroup v2 limits swap alone, where the OCI limit is for memory and swap together.

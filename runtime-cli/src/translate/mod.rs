@@ -25,7 +25,7 @@ use crate::bundle::Bundle;
 use crate::state::ContainerId;
 
 pub use capabilities::{NAMES as CAPABILITIES, mask_of as capability_mask};
-pub use cgroup::{Error as CgroupError, cgroup_files};
+pub use cgroup::{Error as CgroupError, cgroup_files, is_host_file};
 pub use mounts::OPTIONS as MOUNT_OPTIONS;
 pub use process::{Error as ProcessError, process};
 pub use seccomp::Error as SeccompError;
@@ -127,7 +127,7 @@ pub fn container(
         readonly_paths: linux.readonly_paths().clone().unwrap_or_default(),
         sysctl: sorted(linux.sysctl().iter().flatten()),
         cgroup: Cgroup { files: resources.map(cgroup_files).transpose()?.unwrap_or_default() },
-        start_hooks: start_hooks(spec.hooks().as_ref())?,
+        start_hooks: start_hooks(spec.hooks().as_ref(), process)?,
         state,
         process: self::process(process, linux.seccomp().as_ref())?,
     })
@@ -184,12 +184,14 @@ fn refuse_unsupported(linux: &oci::Linux) -> Result<(), Error> {
     }
 }
 
-fn start_hooks(hooks: Option<&oci::Hooks>) -> Result<Vec<Hook>, Error> {
+fn start_hooks(hooks: Option<&oci::Hooks>, process: &oci::Process) -> Result<Vec<Hook>, Error> {
     let hooks = hooks.and_then(|hooks| hooks.start_container().as_deref()).unwrap_or_default();
-    hooks.iter().map(start_hook).collect()
+    hooks.iter().map(|hook| start_hook(hook, process)).collect()
 }
 
-fn start_hook(hook: &oci::Hook) -> Result<Hook, Error> {
+/// A hook inside the container; without an environment it has that of the container's process, as
+/// in runc.
+fn start_hook(hook: &oci::Hook, process: &oci::Process) -> Result<Hook, Error> {
     let timeout_s = hook
         .timeout()
         .map(|timeout| {
@@ -205,7 +207,7 @@ fn start_hook(hook: &oci::Hook) -> Result<Hook, Error> {
     Ok(Hook {
         path: text(hook.path(), "hooks.startContainer.path")?,
         args: hook.args().clone().unwrap_or_default(),
-        env: hook.env().clone().unwrap_or_default(),
+        env: hook.env().as_ref().or(process.env().as_ref()).cloned().unwrap_or_default(),
         timeout_s,
     })
 }

@@ -90,7 +90,7 @@ fn hooks_inside_the_container_are_handed_over() {
     let container = changed(|spec| {
         spec["hooks"] = serde_json::json!({
             "prestart": [{"path": "/host"}],
-            "startContainer": [{"path": "/bin/x", "args": ["x"], "timeout": 3}],
+            "startContainer": [{"path": "/bin/x", "args": ["x"], "env": [], "timeout": 3}],
         });
     })
     .unwrap();
@@ -98,6 +98,16 @@ fn hooks_inside_the_container_are_handed_over() {
     let expected =
         Hook { path: "/bin/x".into(), args: vec!["x".into()], env: vec![], timeout_s: Some(3) };
     assert_eq!(container.start_hooks, [expected]);
+}
+
+#[test]
+fn a_hook_in_the_container_has_the_environment_of_its_process() {
+    let container = changed(|spec| {
+        spec["process"]["env"] = serde_json::json!(["ONE=two"]);
+        spec["hooks"] = serde_json::json!({"startContainer": [{"path": "/x"}]});
+    });
+
+    assert_eq!(container.unwrap().start_hooks[0].env, ["ONE=two"]);
 }
 
 #[test]
