@@ -15,7 +15,7 @@ use crate::event_loop::EventLoop;
 use crate::handle::VmHandle;
 use crate::memory::GuestRam;
 use crate::metrics::{Counter, now_ns};
-use crate::peripherals;
+use crate::peripherals::{self, Ends};
 use crate::placement::{Placed, Placement};
 use crate::vcpu::Vcpu;
 use crate::vsock;
@@ -26,7 +26,7 @@ pub struct Vmm {
     vcpus: Vec<VcpuFd>,
     placed: Placed,
     console: ConsoleLog,
-    vsock: Option<vsock::Host>,
+    ends: Ends,
     started_ns: u64,
     built_ns: u64,
     vm: VmFd,
@@ -55,7 +55,7 @@ impl Vmm {
         let control = Control::new(config.vcpus)
             .map(Arc::new)
             .map_err(|source| Error::Start { what: "the machine's control", source })?;
-        let vsock = peripherals::place_all(&config, &console, &mut placement)?;
+        let ends = peripherals::place_all(&config, &console, &mut placement)?;
         let placed = placement.finish();
 
         let entry = Host::load(ram.memory(), &mut boot)
@@ -68,13 +68,13 @@ impl Vmm {
                 .map_err(step("set a vCPU's registers"))?;
         }
         let built_ns = now_ns();
-        Ok(Vmm { control, vcpus, placed, console, vsock, started_ns, built_ns, vm, ram })
+        Ok(Vmm { control, vcpus, placed, console, ends, started_ns, built_ns, vm, ram })
     }
 
     /// The host's end of the socket device, if the VM has one: streams may be connected and
     /// listeners opened before the guest runs.
     pub fn vsock(&self) -> Option<&vsock::Host> {
-        self.vsock.as_ref()
+        self.ends.vsock.as_ref()
     }
 
     /// Starts the machine's threads, and with them the guest.
@@ -84,7 +84,7 @@ impl Vmm {
             control: self.control,
             vcpus: Vec::with_capacity(self.vcpus.len()),
             console: self.console,
-            vsock: self.vsock,
+            ends: self.ends,
             counters: Vec::with_capacity(self.vcpus.len()),
             started_ns: self.started_ns,
             built_ns: self.built_ns,

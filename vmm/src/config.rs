@@ -58,6 +58,9 @@ pub struct VmConfig {
     /// Whether the guest gets an entropy device.
     #[serde(default = "yes")]
     pub rng: bool,
+    /// The memory balloon, if there is one.
+    #[serde(default)]
+    pub balloon: Option<BalloonConfig>,
 }
 
 /// Guest RAM.
@@ -157,6 +160,27 @@ pub struct VsockConfig {
     pub cid: u32,
 }
 
+/// The memory balloon: how memory the guest does not need comes back to the host.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BalloonConfig {
+    /// How much of its memory the guest shall hand to the host at once, in MiB, less than it has.
+    #[serde(default)]
+    pub target_mib: u32,
+    /// Whether the guest may take memory back before it kills a process for want of it.
+    #[serde(default)]
+    pub deflate_on_oom: bool,
+    /// Whether every large piece of memory that the guest frees comes back without anyone asking.
+    #[serde(default)]
+    pub free_page_reporting: bool,
+    /// Whether the host can ask for all memory that is free at the moment.
+    #[serde(default)]
+    pub free_page_hinting: bool,
+    /// Whether the guest tells how it uses its memory when it is asked.
+    #[serde(default)]
+    pub statistics: bool,
+}
+
 /// A field whose value cannot be, and the rule it breaks.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{field}: {rule}")]
@@ -180,6 +204,7 @@ impl VmConfig {
             shares: Vec::new(),
             vsock: None,
             rng: yes(),
+            balloon: None,
         }
     }
 
@@ -191,6 +216,9 @@ impl VmConfig {
         validate_disks(&self.disks)?;
         validate_nets(&self.nets)?;
         validate_shares(&self.shares)?;
+        if let Some(balloon) = &self.balloon {
+            in_range("balloon.target_mib", balloon.target_mib, 0, self.memory.size_mib - 1)?;
+        }
         match &self.vsock {
             // All ones means "any" (VMADDR_CID_ANY).
             Some(vsock) => in_range("vsock.cid", vsock.cid, MIN_GUEST_CID, u32::MAX - 1),
@@ -419,6 +447,15 @@ mod tests {
         let error = config.validate().unwrap_err();
 
         assert_eq!(error.to_string(), "shares[0].tag: must have 1 to 36 bytes, not 37");
+    }
+
+    #[test]
+    fn a_balloon_as_large_as_the_memory_is_refused() {
+        let error = refused(
+            r#"{"boot": {"kernel": "/k"}, "memory": {"size_mib": 64},
+                "balloon": {"target_mib": 64}}"#,
+        );
+        assert_eq!(error, "balloon.target_mib: must be 0 to 63, not 64");
     }
 
     #[test]

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
 use arch::VmFd;
+use devices::virtio::balloon::Host as BalloonHost;
 use devices::virtio::vsock::Host as VsockHost;
 
 use crate::console::ConsoleLog;
@@ -12,6 +13,7 @@ use crate::control::{Control, Exit};
 use crate::event_loop::EventLoop;
 use crate::memory::GuestRam;
 use crate::metrics::{Counter, Metrics};
+use crate::peripherals::Ends;
 
 /// A running virtual machine; dropping it stops the guest and joins every thread.
 ///
@@ -20,7 +22,7 @@ pub struct VmHandle {
     pub(crate) control: Arc<Control>,
     pub(crate) vcpus: Vec<JoinHandle<()>>,
     pub(crate) console: ConsoleLog,
-    pub(crate) vsock: Option<VsockHost>,
+    pub(crate) ends: Ends,
     pub(crate) counters: Vec<Arc<Mutex<Counter>>>,
     pub(crate) started_ns: u64,
     pub(crate) built_ns: u64,
@@ -69,7 +71,21 @@ impl VmHandle {
 
     /// The host's end of the socket device, if the VM has one.
     pub fn vsock(&self) -> Option<&VsockHost> {
-        self.vsock.as_ref()
+        self.ends.vsock.as_ref()
+    }
+
+    /// The host's end of the memory balloon, if the VM has one.
+    pub fn balloon(&self) -> Option<&BalloonHost> {
+        self.ends.balloon.as_ref()
+    }
+
+    /// Tells the guest how large the terminal of its console is, in characters; 0 is unknown. A
+    /// serial port has no way to tell it.
+    pub fn resize_console(&self, columns: u16, rows: u16) {
+        if let Some(console) = &self.ends.console {
+            let mut console = console.lock().expect("no device panics while it holds its lock");
+            console.resize(columns, rows);
+        }
     }
 
     /// What the VM did so far.

@@ -28,14 +28,19 @@ mod vcpu;
 
 pub use builder::Vmm;
 pub use config::{
-    BootConfig, ConfigError, ConsoleConfig, ConsoleOutput, DiskConfig, MemoryConfig, NetConfig,
-    ShareConfig, VmConfig, VsockConfig,
+    BalloonConfig, BootConfig, ConfigError, ConsoleConfig, ConsoleOutput, DiskConfig, MemoryConfig,
+    NetConfig, ShareConfig, VmConfig, VsockConfig,
 };
 pub use control::Exit;
 pub use error::Error;
 pub use footprint::{give_back_startup_memory, use_one_heap};
 pub use handle::VmHandle;
 pub use metrics::{ExitCounts, Metrics};
+
+/// The host's end of the guest's memory balloon.
+pub mod balloon {
+    pub use devices::virtio::balloon::{Host, Statistics};
+}
 
 /// The host's end of the guest's sockets.
 pub mod vsock {

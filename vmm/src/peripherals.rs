@@ -7,6 +7,7 @@ use arch::machine::PlatformDevice;
 use arch::{Arch, Host};
 use devices::serial::Serial;
 use devices::virtio::VirtioDevice;
+use devices::virtio::balloon::{Balloon, Host as BalloonHost, Offer};
 use devices::virtio::block::{Block, Disk};
 use devices::virtio::console::Console;
 use devices::virtio::fs::{Fs, Server};
@@ -14,13 +15,25 @@ use devices::virtio::net::{Net, Tap};
 use devices::virtio::rng::Rng;
 use devices::virtio::vsock::{Host as VsockHost, Vsock};
 
-use crate::config::{ConsoleConfig, ConsoleOutput, DiskConfig, NetConfig, ShareConfig, VmConfig};
+use crate::config::{
+    BalloonConfig, ConsoleConfig, ConsoleOutput, DiskConfig, NetConfig, ShareConfig, VmConfig,
+};
 use crate::console::{self, ConsoleLog};
 use crate::error::Error;
 use crate::placement::{Loop, Placement, PlacementError};
 
 /// Registers of a 16550, in bytes.
 const SERIAL_PORTS: u64 = 8;
+
+/// The host's ends of devices that have one.
+pub struct Ends {
+    /// Of the console, unless it is a serial port.
+    pub console: Option<Arc<Mutex<Console>>>,
+    /// Of the socket device.
+    pub vsock: Option<VsockHost>,
+    /// Of the balloon.
+    pub balloon: Option<BalloonHost>,
+}
 
 /// Opens where the guest's console goes.
 pub fn open_console(config: &ConsoleConfig) -> Result<ConsoleLog, Error> {
@@ -33,17 +46,17 @@ pub fn open_console(config: &ConsoleConfig) -> Result<ConsoleLog, Error> {
 }
 
 /// Places all devices in a fixed order, so that a configuration always gives the same machine.
-/// Returns the host's end of the socket device.
 pub fn place_all(
     config: &VmConfig,
     log: &ConsoleLog,
     placement: &mut Placement<'_>,
-) -> Result<Option<VsockHost>, Error> {
+) -> Result<Ends, Error> {
     if config.console.serial {
         place_serial(log, placement)?;
     }
     let input = if config.console.serial { None } else { console::input(&config.console.output) };
-    place("console", Console::new(input, Box::new(log.clone())), Loop::Vmm, placement)?;
+    let console = Console::new(input, Box::new(log.clone()));
+    let console = place("console", console, Loop::Vmm, placement)?;
     if config.rng {
         let source = File::open("/dev/urandom").map_err(device("rng"))?;
         place("rng", Rng::new(source), Loop::Vmm, placement)?;
@@ -57,7 +70,10 @@ pub fn place_all(
     config.disks.iter().try_for_each(|disk| place_disk(disk, placement))?;
     config.shares.iter().try_for_each(|share| place_share(share, placement))?;
     config.nets.iter().try_for_each(|net| place_net(net, placement))?;
-    Ok(host)
+    let balloon =
+        config.balloon.as_ref().map(|balloon| place_balloon(balloon, placement)).transpose()?;
+    let console = Some(console).filter(|_| !config.console.serial);
+    Ok(Ends { console, vsock: host, balloon })
 }
 
 /// The serial port is there only for who asks for it: each character on it is an exit.
@@ -75,29 +91,49 @@ fn place_serial(log: &ConsoleLog, placement: &mut Placement<'_>) -> Result<(), E
 fn place_disk(config: &DiskConfig, placement: &mut Placement<'_>) -> Result<(), Error> {
     let name = format!("disk {}", config.id);
     let disk = Disk::open(&config.path, config.read_only).map_err(device(&name))?;
-    place(&name, Block::new(disk, config.read_only, &config.id), Loop::Io, placement)
+    place(&name, Block::new(disk, config.read_only, &config.id), Loop::Io, placement)?;
+    Ok(())
 }
 
 fn place_share(config: &ShareConfig, placement: &mut Placement<'_>) -> Result<(), Error> {
     let name = format!("share {}", config.tag);
     let server = Server::open(&config.path, config.read_only).map_err(device(&name))?;
-    place(&name, Fs::new(&config.tag, server), Loop::Io, placement)
+    place(&name, Fs::new(&config.tag, server), Loop::Io, placement)?;
+    Ok(())
 }
 
 fn place_net(config: &NetConfig, placement: &mut Placement<'_>) -> Result<(), Error> {
     let name = format!("net {}", config.tap);
     let tap = Tap::open(&config.tap).map_err(device(&name))?;
     let mac = config.mac_bytes().expect("validate() checked the address");
-    place(&name, Net::new(tap, mac), Loop::Vmm, placement)
+    place(&name, Net::new(tap, mac), Loop::Vmm, placement)?;
+    Ok(())
 }
 
-fn place(
+fn place_balloon(
+    config: &BalloonConfig,
+    placement: &mut Placement<'_>,
+) -> Result<BalloonHost, Error> {
+    let offer = Offer {
+        deflate_on_oom: config.deflate_on_oom,
+        statistics: config.statistics,
+        free_page_hint: config.free_page_hinting,
+        page_reporting: config.free_page_reporting,
+    };
+    let balloon = Balloon::new(offer, config.target_mib);
+    place("balloon", balloon, Loop::Vmm, placement).map(BalloonHost::of)
+}
+
+/// Places `device` and returns it as the threads share it.
+fn place<D: VirtioDevice + 'static>(
     name: &str,
-    device: impl VirtioDevice + 'static,
+    device: D,
     served_by: Loop,
     placement: &mut Placement<'_>,
-) -> Result<(), Error> {
-    placement.place(name, Arc::new(Mutex::new(device)), served_by).map_err(error_at(name))
+) -> Result<Arc<Mutex<D>>, Error> {
+    let device = Arc::new(Mutex::new(device));
+    placement.place(name, device.clone(), served_by).map_err(error_at(name))?;
+    Ok(device)
 }
 
 /// Names the device that could not be placed.

@@ -118,10 +118,13 @@ impl<'a> Placement<'a> {
             .map_err(PlacementError::Eventfd)?;
 
         let mut kicks = Vec::with_capacity(transport.kicks().len());
+        let notify = IoEventAddress::Mmio(window.start() + QUEUE_NOTIFY);
         for (queue, kick) in (0u32..).zip(transport.kicks()) {
-            self.vm
-                .register_ioevent(kick, &IoEventAddress::Mmio(window.start() + QUEUE_NOTIFY), queue)
-                .map_err(|source| PlacementError::Connect { what: "queue notification", source })?;
+            if !transport.serves_at_once(queue as usize) {
+                self.vm.register_ioevent(kick, &notify, queue).map_err(|source| {
+                    PlacementError::Connect { what: "queue notification", source }
+                })?;
+            }
             kicks.push(kick.try_clone().map_err(PlacementError::Eventfd)?);
         }
         let subscriber = Box::new(Subscriber::new(name.to_owned(), kicks, device));

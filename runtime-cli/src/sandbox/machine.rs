@@ -6,8 +6,8 @@ use std::path::Path;
 use agent_protocol::SHARE_TAG;
 use oci_spec::runtime::{LinuxCpu, LinuxMemory, LinuxResources};
 use vmm::{
-    BootConfig, ConsoleConfig, ConsoleOutput, MemoryConfig, NetConfig, ShareConfig, VmConfig,
-    VsockConfig,
+    BalloonConfig, BootConfig, ConsoleConfig, ConsoleOutput, MemoryConfig, NetConfig, ShareConfig,
+    VmConfig, VsockConfig,
 };
 
 use crate::settings::{MAX_VCPUS, MIN_MEMORY_MIB, Settings};
@@ -166,6 +166,7 @@ pub(super) fn config(
         shares: vec![ShareConfig { tag: SHARE_TAG.into(), path: share.into(), read_only: false }],
         vsock: Some(VsockConfig { cid: GUEST_CID }),
         rng: true,
+        balloon: Some(BalloonConfig { free_page_reporting: true, ..BalloonConfig::default() }),
     }
 }
 
