@@ -8,6 +8,7 @@ pub mod console;
 pub mod fs;
 pub mod mmio;
 pub mod net;
+pub mod pmem;
 pub mod queue;
 pub mod rng;
 pub mod subscriber;
