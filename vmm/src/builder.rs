@@ -17,6 +17,7 @@ use crate::memory::GuestRam;
 use crate::metrics::{Counter, now_ns};
 use crate::peripherals::{self, Ends};
 use crate::placement::{Placed, Placement};
+use crate::pmem;
 use crate::vcpu::Vcpu;
 use crate::vsock;
 
@@ -44,18 +45,19 @@ impl Vmm {
         let vm = create_vm(&kvm)?;
 
         let map = Host::memory_map(u64::from(config.memory.size_mib) << 20);
-        let ram = GuestRam::allocate(&map, &config.memory)?;
+        let mut ram = GuestRam::allocate(&map, &config.memory)?;
         ram.register(&vm)?;
+        let files = pmem::map_all(&config.pmem, &map.extension_window, &mut ram, &vm)?;
         Host::before_vcpus(&kvm, &vm).map_err(step("prepare the machine for vCPUs"))?;
 
         let console = peripherals::open_console(&config.console)?;
         let mut placement =
-            Placement::new(&vm, ram.memory(), &map.device_window, &Host::device_gsis())
+            Placement::new(&vm, ram.device_memory(), &map.device_window, &Host::device_gsis())
                 .map_err(|source| Error::Place { name: "(any)".to_owned(), source })?;
         let control = Control::new(config.vcpus)
             .map(Arc::new)
             .map_err(|source| Error::Start { what: "the machine's control", source })?;
-        let ends = peripherals::place_all(&config, &console, &mut placement)?;
+        let ends = peripherals::place_all(&config, &console, &files, &mut placement)?;
         let placed = placement.finish();
 
         let entry = Host::load(ram.memory(), &mut boot)
@@ -130,7 +132,8 @@ fn open_boot_files(boot: &BootConfig) -> Result<BootFiles, Error> {
     })
 }
 
-fn open_file(what: &'static str, path: &Path) -> Result<File, Error> {
+/// Opens a regular file for reading.
+pub fn open_file(what: &'static str, path: &Path) -> Result<File, Error> {
     let open = |source| Error::Open { what, path: path.to_owned(), source };
     let metadata = std::fs::metadata(path).map_err(open)?;
     // Opening a FIFO would wait for a writer, for ever.

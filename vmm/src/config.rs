@@ -18,7 +18,8 @@ pub const MAX_MEMORY_MIB: u32 = 1 << 20;
 /// Longest name of a network interface, in bytes: IFNAMSIZ less the terminating zero.
 const MAX_TAP_BYTES: usize = 15;
 
-/// Longest disk id, in bytes (virtio 1.2, section 5.2.6: the serial number of a block device).
+/// Longest id of a disk or a mapped file, in bytes (virtio 1.2, section 5.2.6: the serial number of
+/// a block device).
 const MAX_DISK_ID_BYTES: usize = 20;
 
 /// Longest file system tag, in bytes (virtio 1.2, section 5.11.4).
@@ -49,6 +50,9 @@ pub struct VmConfig {
     /// Network interfaces, in the order the guest names them.
     #[serde(default)]
     pub nets: Vec<NetConfig>,
+    /// Files mapped into the guest's memory, in the order the guest names them.
+    #[serde(default)]
+    pub pmem: Vec<PmemConfig>,
     /// Host directories the guest can mount.
     #[serde(default)]
     pub shares: Vec<ShareConfig>,
@@ -128,6 +132,22 @@ pub struct DiskConfig {
     pub read_only: bool,
 }
 
+/// A file mapped into the guest's memory, which the guest sees as a disk of whole 2 MiB, `/dev/pmem0`
+/// and so on, and can mount with DAX: no copy of a page is made. Machines with the same file share
+/// its pages. For each GiB the guest needs 16 MiB of its own memory.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PmemConfig {
+    /// What log lines call it.
+    pub id: String,
+    /// The file, which must not become shorter while the guest runs.
+    pub path: PathBuf,
+    /// Whether the guest may only read it. What a guest writes that may do so is the guest's alone
+    /// and ends with it: the file stays as it is.
+    #[serde(default)]
+    pub read_only: bool,
+}
+
 /// A network interface.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -201,6 +221,7 @@ impl VmConfig {
             console: ConsoleConfig::default(),
             disks: Vec::new(),
             nets: Vec::new(),
+            pmem: Vec::new(),
             shares: Vec::new(),
             vsock: None,
             rng: yes(),
@@ -215,6 +236,7 @@ impl VmConfig {
         self.boot.validate()?;
         validate_disks(&self.disks)?;
         validate_nets(&self.nets)?;
+        validate_pmem(&self.pmem)?;
         validate_shares(&self.shares)?;
         if let Some(balloon) = &self.balloon {
             in_range("balloon.target_mib", balloon.target_mib, 0, self.memory.size_mib - 1)?;
@@ -276,6 +298,16 @@ fn validate_disks(disks: &[DiskConfig]) -> Result<(), ConfigError> {
         let field = |name: &str| format!("disks[{index}].{name}");
         name_of(&field("id"), &disk.id, MAX_DISK_ID_BYTES, &mut seen)?;
         not_empty(&field("path"), &disk.path)?;
+    }
+    Ok(())
+}
+
+fn validate_pmem(files: &[PmemConfig]) -> Result<(), ConfigError> {
+    let mut seen = BTreeSet::new();
+    for (index, file) in files.iter().enumerate() {
+        let field = |name: &str| format!("pmem[{index}].{name}");
+        name_of(&field("id"), &file.id, MAX_DISK_ID_BYTES, &mut seen)?;
+        not_empty(&field("path"), &file.path)?;
     }
     Ok(())
 }

@@ -24,12 +24,13 @@ mod memory;
 mod metrics;
 mod peripherals;
 mod placement;
+mod pmem;
 mod vcpu;
 
 pub use builder::Vmm;
 pub use config::{
     BalloonConfig, BootConfig, ConfigError, ConsoleConfig, ConsoleOutput, DiskConfig, MemoryConfig,
-    NetConfig, ShareConfig, VmConfig, VsockConfig,
+    NetConfig, PmemConfig, ShareConfig, VmConfig, VsockConfig,
 };
 pub use control::Exit;
 pub use error::Error;

@@ -2,10 +2,11 @@
 
 use std::io;
 use std::ptr;
+use std::sync::Arc;
 
 use arch::VmFd;
 use arch::machine::MemoryMap;
-use kvm_bindings::kvm_userspace_memory_region;
+use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
 use vm_memory::{
     Address, GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
     MmapRegion,
@@ -15,7 +16,7 @@ use crate::config::MemoryConfig;
 
 /// Size of a huge page, in bytes: guest and host addresses agree modulo this, or KVM could map RAM
 /// only in small pages, at 512 times the faults.
-const HUGE_PAGE: usize = 2 << 20;
+pub const HUGE_PAGE: usize = 2 << 20;
 
 const PROTECTION: i32 = libc::PROT_READ | libc::PROT_WRITE;
 
@@ -54,6 +55,8 @@ pub enum MemoryError {
 /// The guest's RAM. Dropping it gives the memory back.
 pub struct GuestRam {
     memory: GuestMemoryMmap,
+    /// RAM and what extends it.
+    with_extensions: GuestMemoryMmap,
 }
 
 impl GuestRam {
@@ -65,32 +68,58 @@ impl GuestRam {
             .map(|&(base, bytes)| allocate_region(base, bytes, config))
             .collect::<Result<Vec<_>, _>>()?;
         let memory = GuestMemoryMmap::from_regions(regions).map_err(MemoryError::Layout)?;
-        Ok(GuestRam { memory })
+        Ok(GuestRam { with_extensions: memory.clone(), memory })
     }
 
-    /// The memory as devices and loaders use it.
+    /// The memory the guest starts with, as loaders use it.
     pub fn memory(&self) -> &GuestMemoryMmap {
         &self.memory
     }
 
-    /// Makes each region a memory slot of `vm`.
-    pub fn register(&self, vm: &VmFd) -> Result<(), MemoryError> {
-        for (slot, region) in (0..).zip(self.memory.iter()) {
-            let base = region.start_addr().raw_value();
-            let description = kvm_userspace_memory_region {
-                slot,
-                flags: 0,
-                guest_phys_addr: base,
-                memory_size: region.len(),
-                userspace_addr: region.as_ptr().addr() as u64,
-            };
-            // SAFETY: the region is mapped for the rest of the process (see `Drop`), and no other
-            // slot overlaps it: vm-memory refuses overlapping regions.
-            unsafe { vm.set_user_memory_region(description) }
-                .map_err(|source| MemoryError::Slot { base, source })?;
-        }
+    /// All memory in which a driver may place rings and buffers.
+    pub fn device_memory(&self) -> &GuestMemoryMmap {
+        &self.with_extensions
+    }
+
+    /// Adds the mapping `(start, bytes)` as further guest memory at `base`. It must be private and
+    /// readable and writable for the rest of the process; a guest for which it is `read_only` may
+    /// only make devices write to it.
+    pub fn extend(
+        &mut self,
+        vm: &VmFd,
+        base: GuestAddress,
+        (start, bytes): (*mut u8, u64),
+        read_only: bool,
+    ) -> Result<(), MemoryError> {
+        let bytes = usize::try_from(bytes).expect("it is mapped in a 64-bit address space");
+        let region = describe(base, start, bytes)?;
+        let slot = u32::try_from(self.with_extensions.num_regions()).expect("a handful");
+        set_slot(vm, slot, if read_only { KVM_MEM_READONLY } else { 0 }, &region)?;
+        self.with_extensions =
+            self.with_extensions.insert_region(Arc::new(region)).map_err(MemoryError::Layout)?;
         Ok(())
     }
+
+    /// Makes each region a memory slot of `vm`.
+    pub fn register(&self, vm: &VmFd) -> Result<(), MemoryError> {
+        (0..).zip(self.memory.iter()).try_for_each(|(slot, region)| set_slot(vm, slot, 0, region))
+    }
+}
+
+/// Makes `region` memory slot number `slot` of `vm`.
+fn set_slot(vm: &VmFd, slot: u32, flags: u32, region: &GuestRegionMmap) -> Result<(), MemoryError> {
+    let base = region.start_addr().raw_value();
+    let description = kvm_userspace_memory_region {
+        slot,
+        flags,
+        guest_phys_addr: base,
+        memory_size: region.len(),
+        userspace_addr: region.as_ptr().addr() as u64,
+    };
+    // SAFETY: the region is mapped for the rest of the process: `GuestRam` never unmaps one. KVM
+    // itself refuses slots that overlap.
+    unsafe { vm.set_user_memory_region(description) }
+        .map_err(|source| MemoryError::Slot { base, source })
 }
 
 impl Drop for GuestRam {
@@ -110,11 +139,7 @@ fn allocate_region(
 ) -> Result<GuestRegionMmap, MemoryError> {
     let bytes = usize::try_from(bytes).expect("a region fits a 64-bit address space");
     let start = map_aligned(bytes).map_err(|source| MemoryError::Map { bytes, source })?;
-    // SAFETY: `map_aligned` mapped `bytes` bytes from `start` on with these very flags, and nobody
-    // ever unmaps them.
-    let mapping = unsafe { MmapRegion::build_raw(start, bytes, PROTECTION, FLAGS) }
-        .map_err(MemoryError::Region)?;
-    let region = GuestRegionMmap::new(mapping, base).expect("a region ends below 2^64");
+    let region = describe(base, start, bytes)?;
     // A core dump is for our bugs; the guest's secrets do not belong in it.
     advise(&region, libc::MADV_DONTDUMP);
     if config.mergeable {
@@ -123,8 +148,21 @@ fn allocate_region(
     Ok(region)
 }
 
+/// The mapping of `bytes` bytes from `start` on as guest memory at `base`.
+fn describe(
+    base: GuestAddress,
+    start: *mut u8,
+    bytes: usize,
+) -> Result<GuestRegionMmap, MemoryError> {
+    // SAFETY: all callers mapped `bytes` bytes from `start` on, readable, writable and private, and
+    // nobody ever unmaps them.
+    let mapping = unsafe { MmapRegion::build_raw(start, bytes, PROTECTION, FLAGS) }
+        .map_err(MemoryError::Region)?;
+    Ok(GuestRegionMmap::new(mapping, base).expect("a region ends below 2^64"))
+}
+
 /// Maps `bytes` bytes at a multiple of [`HUGE_PAGE`].
-fn map_aligned(bytes: usize) -> io::Result<*mut u8> {
+pub fn map_aligned(bytes: usize) -> io::Result<*mut u8> {
     let padded = bytes.checked_add(HUGE_PAGE).ok_or(io::ErrorKind::OutOfMemory)?;
     // SAFETY: a new mapping at an address of the kernel's choice touches no existing one.
     let mapped = unsafe { libc::mmap(ptr::null_mut(), padded, PROTECTION, FLAGS, -1, 0) };

@@ -12,6 +12,7 @@ use devices::virtio::block::{Block, Disk};
 use devices::virtio::console::Console;
 use devices::virtio::fs::{Fs, Server};
 use devices::virtio::net::{Net, Tap};
+use devices::virtio::pmem::Pmem;
 use devices::virtio::rng::Rng;
 use devices::virtio::vsock::{Host as VsockHost, Vsock};
 
@@ -21,6 +22,7 @@ use crate::config::{
 use crate::console::{self, ConsoleLog};
 use crate::error::Error;
 use crate::placement::{Loop, Placement, PlacementError};
+use crate::pmem::MappedFile;
 
 /// Registers of a 16550, in bytes.
 const SERIAL_PORTS: u64 = 8;
@@ -49,6 +51,7 @@ pub fn open_console(config: &ConsoleConfig) -> Result<ConsoleLog, Error> {
 pub fn place_all(
     config: &VmConfig,
     log: &ConsoleLog,
+    files: &[MappedFile],
     placement: &mut Placement<'_>,
 ) -> Result<Ends, Error> {
     if config.console.serial {
@@ -70,6 +73,9 @@ pub fn place_all(
     config.disks.iter().try_for_each(|disk| place_disk(disk, placement))?;
     config.shares.iter().try_for_each(|share| place_share(share, placement))?;
     config.nets.iter().try_for_each(|net| place_net(net, placement))?;
+    for file in files {
+        place(&file.name, Pmem::new(file.start.0, file.bytes), Loop::Vmm, placement)?;
+    }
     let balloon =
         config.balloon.as_ref().map(|balloon| place_balloon(balloon, placement)).transpose()?;
     let console = Some(console).filter(|_| !config.console.serial);

@@ -2,6 +2,7 @@
 
 mod guest;
 mod memory;
+mod pmem;
 
 use std::fs;
 use std::io::Write;

@@ -163,6 +163,7 @@ pub(super) fn config(
         console: ConsoleConfig { serial: settings.debug_console, output },
         disks: Vec::new(),
         nets,
+        pmem: Vec::new(),
         shares: vec![ShareConfig { tag: SHARE_TAG.into(), path: share.into(), read_only: false }],
         vsock: Some(VsockConfig { cid: GUEST_CID }),
         rng: true,
