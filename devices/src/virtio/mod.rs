@@ -6,6 +6,7 @@ pub mod buffers;
 pub mod complaints;
 pub mod console;
 pub mod fs;
+pub mod mem;
 pub mod mmio;
 pub mod net;
 pub mod pmem;

@@ -3,7 +3,7 @@
 //! There are three ways: the host asks for an amount (*inflate*), the guest tells of every large
 //! piece it frees (*page reporting*), or the host asks once for all that is free (*hinting*).
 
-mod discard;
+pub(super) mod discard;
 mod host;
 mod statistics;
 #[cfg(test)]
