@@ -21,6 +21,11 @@ use crate::pmem;
 use crate::vcpu::Vcpu;
 use crate::vsock;
 
+/// What a kernel is told whose memory can grow: to use what is plugged in without being told to, and
+/// for pages that can move, as long as they are at most three quarters of all memory, so that it can
+/// be unplugged again.
+const PLUG_CMDLINE: &str = "memhp_default_state=online memory_hotplug.online_policy=auto-movable";
+
 /// A virtual machine that is complete but not running.
 pub struct Vmm {
     control: Arc<Control>,
@@ -44,9 +49,10 @@ impl Vmm {
         let kvm = open_kvm()?;
         let vm = create_vm(&kvm)?;
 
-        let map = Host::memory_map(u64::from(config.memory.size_mib) << 20);
+        let mut map = Host::memory_map(u64::from(config.memory.size_mib) << 20);
         let mut ram = GuestRam::allocate(&map, &config.memory)?;
         ram.register(&vm)?;
+        let pluggable = ram.add_pluggable(&vm, &mut map.extension_window, &config.memory)?;
         let files = pmem::map_all(&config.pmem, &map.extension_window, &mut ram, &vm)?;
         Host::before_vcpus(&kvm, &vm).map_err(step("prepare the machine for vCPUs"))?;
 
@@ -57,7 +63,7 @@ impl Vmm {
         let control = Control::new(config.vcpus)
             .map(Arc::new)
             .map_err(|source| Error::Start { what: "the machine's control", source })?;
-        let ends = peripherals::place_all(&config, &console, &files, &mut placement)?;
+        let ends = peripherals::place_all(&config, &console, &files, pluggable, &mut placement)?;
         let placed = placement.finish();
 
         let entry = Host::load(ram.memory(), &mut boot)
@@ -201,6 +207,9 @@ fn cmdline(config: &VmConfig, devices: &[MmioDevice]) -> String {
     // Each character on a UART is an exit, so only who asks for it gets the early messages.
     let console = if config.console.serial { "console=ttyS0" } else { "console=hvc0 quiet" };
     let mut words = vec![Host::DEFAULT_CMDLINE.to_owned(), console.to_owned()];
+    if config.memory.pluggable_mib != 0 {
+        words.push(PLUG_CMDLINE.to_owned());
+    }
     words.extend(devices.iter().filter_map(Host::cmdline_device));
     words.extend(Some(config.boot.cmdline.trim().to_owned()).filter(|own| !own.is_empty()));
     words.join(" ")
@@ -253,6 +262,14 @@ mod tests {
         let cmdline = cmdline(&config, &[]);
 
         assert_eq!(cmdline, format!("{} console=hvc0 quiet loglevel=7", Host::DEFAULT_CMDLINE));
+    }
+
+    #[test]
+    fn a_kernel_that_can_grow_is_told_to_use_what_it_gets() {
+        let mut config = VmConfig::new("/k".into());
+        config.memory.pluggable_mib = 128;
+
+        assert!(cmdline(&config, &[]).contains(" memhp_default_state=online "));
     }
 
     #[test]

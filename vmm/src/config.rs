@@ -15,6 +15,9 @@ pub const MIN_MEMORY_MIB: u32 = 16;
 /// Most RAM, in MiB (1 TiB): far below the 46 physical address bits of the smallest processors.
 pub const MAX_MEMORY_MIB: u32 = 1 << 20;
 
+/// Size of what is plugged in at once, in MiB.
+const BLOCK_MIB: u32 = 2;
+
 /// Longest name of a network interface, in bytes: IFNAMSIZ less the terminating zero.
 const MAX_TAP_BYTES: usize = 15;
 
@@ -73,6 +76,11 @@ pub struct VmConfig {
 pub struct MemoryConfig {
     /// Size in MiB, [`MIN_MEMORY_MIB`] to [`MAX_MEMORY_MIB`].
     pub size_mib: u32,
+    /// How much memory more can be plugged in while the guest runs, in MiB, a multiple of 2; 0 leaves
+    /// the device away. Linux uses it in pieces of 128 MiB. None of it is plugged at the start. An
+    /// honest guest keeps to what is plugged; what a hostile one may take is this.
+    #[serde(default)]
+    pub pluggable_mib: u32,
     /// Whether the host may merge equal pages of different guests (KSM).
     #[serde(default)]
     pub mergeable: bool,
@@ -233,6 +241,10 @@ impl VmConfig {
     pub fn validate(&self) -> Result<(), ConfigError> {
         in_range("vcpus", self.vcpus, 1, MAX_VCPUS)?;
         in_range("memory.size_mib", self.memory.size_mib, MIN_MEMORY_MIB, MAX_MEMORY_MIB)?;
+        in_range("memory.pluggable_mib", self.memory.pluggable_mib, 0, MAX_MEMORY_MIB)?;
+        if self.memory.pluggable_mib % BLOCK_MIB != 0 {
+            return refuse("memory.pluggable_mib", "must be a multiple of 2");
+        }
         self.boot.validate()?;
         validate_disks(&self.disks)?;
         validate_nets(&self.nets)?;
@@ -280,7 +292,7 @@ impl NetConfig {
 
 impl Default for MemoryConfig {
     fn default() -> Self {
-        MemoryConfig { size_mib: 256, mergeable: false }
+        MemoryConfig { size_mib: 256, pluggable_mib: 0, mergeable: false }
     }
 }
 
@@ -434,6 +446,14 @@ mod tests {
     fn too_little_memory_is_refused() {
         let error = refused(r#"{"memory": {"size_mib": 1}, "boot": {"kernel": "/k"}}"#);
         assert_eq!(error, "memory.size_mib: must be 16 to 1048576, not 1");
+    }
+
+    #[test]
+    fn half_a_block_of_memory_is_refused() {
+        let error = refused(
+            r#"{"memory": {"size_mib": 64, "pluggable_mib": 3}, "boot": {"kernel": "/k"}}"#,
+        );
+        assert_eq!(error, "memory.pluggable_mib: must be a multiple of 2");
     }
 
     #[test]

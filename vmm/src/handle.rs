@@ -6,6 +6,7 @@ use std::thread::JoinHandle;
 
 use arch::VmFd;
 use devices::virtio::balloon::Host as BalloonHost;
+use devices::virtio::mem::Host as MemHost;
 use devices::virtio::vsock::Host as VsockHost;
 
 use crate::console::ConsoleLog;
@@ -77,6 +78,11 @@ impl VmHandle {
     /// The host's end of the memory balloon, if the VM has one.
     pub fn balloon(&self) -> Option<&BalloonHost> {
         self.ends.balloon.as_ref()
+    }
+
+    /// The host's end of the memory that can be plugged in, if the VM has any.
+    pub fn pluggable_memory(&self) -> Option<&MemHost> {
+        self.ends.pluggable.as_ref()
     }
 
     /// Tells the guest how large the terminal of its console is, in characters; 0 is unknown. A

@@ -43,6 +43,11 @@ pub mod balloon {
     pub use devices::virtio::balloon::{Host, Statistics};
 }
 
+/// The host's end of the memory that can be plugged into the guest.
+pub mod mem {
+    pub use devices::virtio::mem::{Host, RequestError};
+}
+
 /// The host's end of the guest's sockets.
 pub mod vsock {
     pub use devices::virtio::vsock::{Host, HostStream};

@@ -1,6 +1,7 @@
 //! Guest RAM: host memory that suits the guest's page tables, and the KVM slots that show it.
 
 use std::io;
+use std::ops::Range;
 use std::ptr;
 use std::sync::Arc;
 
@@ -18,6 +19,8 @@ use crate::config::MemoryConfig;
 /// only in small pages, at 512 times the faults.
 pub const HUGE_PAGE: usize = 2 << 20;
 
+const GIB: u64 = 1 << 30;
+
 const PROTECTION: i32 = libc::PROT_READ | libc::PROT_WRITE;
 
 /// Not reserved: a guest's RAM is a limit, not a need, and the host may promise more than it has.
@@ -34,6 +37,12 @@ pub enum MemoryError {
         /// What mmap(2) said.
         #[source]
         source: io::Error,
+    },
+    /// The architecture's address space has no room behind RAM.
+    #[error("find {bytes} bytes of guest addresses for more memory (lower memory.pluggable_mib)")]
+    NoAddresses {
+        /// Size of what finds no place.
+        bytes: u64,
     },
     /// The architecture's memory map is not one vm-memory accepts.
     #[error("lay out guest RAM")]
@@ -81,18 +90,36 @@ impl GuestRam {
         &self.with_extensions
     }
 
-    /// Adds the mapping `(start, bytes)` as further guest memory at `base`. It must be private and
-    /// readable and writable for the rest of the process; a guest for which it is `read_only` may
-    /// only make devices write to it.
+    /// Maps the memory that can be plugged in later at the start of `window`, and takes its addresses
+    /// out of there, in whole GiB. Nothing of it becomes resident before it is touched. Returns where
+    /// it is, if there is any.
+    pub fn add_pluggable(
+        &mut self,
+        vm: &VmFd,
+        window: &mut Range<u64>,
+        config: &MemoryConfig,
+    ) -> Result<Option<Range<u64>>, MemoryError> {
+        let bytes = u64::from(config.pluggable_mib) << 20;
+        if bytes == 0 {
+            return Ok(None);
+        }
+        let start = window.start;
+        window.start = start.saturating_add(bytes.next_multiple_of(GIB));
+        if window.start > window.end {
+            return Err(MemoryError::NoAddresses { bytes });
+        }
+        self.extend(vm, allocate_region(GuestAddress(start), bytes, config)?, false)?;
+        Ok(Some(start..start + bytes))
+    }
+
+    /// Adds `region` as further guest memory; a guest for which it is `read_only` may only make
+    /// devices write to it.
     pub fn extend(
         &mut self,
         vm: &VmFd,
-        base: GuestAddress,
-        (start, bytes): (*mut u8, u64),
+        region: GuestRegionMmap,
         read_only: bool,
     ) -> Result<(), MemoryError> {
-        let bytes = usize::try_from(bytes).expect("it is mapped in a 64-bit address space");
-        let region = describe(base, start, bytes)?;
         let slot = u32::try_from(self.with_extensions.num_regions()).expect("a handful");
         set_slot(vm, slot, if read_only { KVM_MEM_READONLY } else { 0 }, &region)?;
         self.with_extensions =
@@ -148,8 +175,9 @@ fn allocate_region(
     Ok(region)
 }
 
-/// The mapping of `bytes` bytes from `start` on as guest memory at `base`.
-fn describe(
+/// The mapping of `bytes` bytes from `start` on as guest memory at `base`. It must be private, and
+/// readable and writable for the rest of the process.
+pub fn describe(
     base: GuestAddress,
     start: *mut u8,
     bytes: usize,

@@ -1,6 +1,7 @@
 //! Opens and places every device the configuration asks for.
 
 use std::fs::File;
+use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
 use arch::machine::PlatformDevice;
@@ -11,6 +12,7 @@ use devices::virtio::balloon::{Balloon, Host as BalloonHost, Offer};
 use devices::virtio::block::{Block, Disk};
 use devices::virtio::console::Console;
 use devices::virtio::fs::{Fs, Server};
+use devices::virtio::mem::{Host as MemHost, Mem};
 use devices::virtio::net::{Net, Tap};
 use devices::virtio::pmem::Pmem;
 use devices::virtio::rng::Rng;
@@ -35,6 +37,8 @@ pub struct Ends {
     pub vsock: Option<VsockHost>,
     /// Of the balloon.
     pub balloon: Option<BalloonHost>,
+    /// Of the memory that can be plugged in.
+    pub pluggable: Option<MemHost>,
 }
 
 /// Opens where the guest's console goes.
@@ -52,6 +56,7 @@ pub fn place_all(
     config: &VmConfig,
     log: &ConsoleLog,
     files: &[MappedFile],
+    pluggable: Option<Range<u64>>,
     placement: &mut Placement<'_>,
 ) -> Result<Ends, Error> {
     if config.console.serial {
@@ -78,8 +83,9 @@ pub fn place_all(
     }
     let balloon =
         config.balloon.as_ref().map(|balloon| place_balloon(balloon, placement)).transpose()?;
+    let pluggable = pluggable.map(|region| place_mem(&region, placement)).transpose()?;
     let console = Some(console).filter(|_| !config.console.serial);
-    Ok(Ends { console, vsock: host, balloon })
+    Ok(Ends { console, vsock: host, balloon, pluggable })
 }
 
 /// The serial port is there only for who asks for it: each character on it is an exit.
@@ -114,6 +120,12 @@ fn place_net(config: &NetConfig, placement: &mut Placement<'_>) -> Result<(), Er
     let mac = config.mac_bytes().expect("validate() checked the address");
     place(&name, Net::new(tap, mac), Loop::Vmm, placement)?;
     Ok(())
+}
+
+fn place_mem(region: &Range<u64>, placement: &mut Placement<'_>) -> Result<MemHost, Error> {
+    let bytes = region.end - region.start;
+    let mem = Mem::new(placement.memory().clone(), region.start, bytes);
+    place("mem", mem, Loop::Vmm, placement).map(MemHost::of)
 }
 
 fn place_balloon(

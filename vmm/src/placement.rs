@@ -101,6 +101,11 @@ impl<'a> Placement<'a> {
         })
     }
 
+    /// The memory in which drivers place rings and buffers.
+    pub fn memory(&self) -> &GuestMemoryMmap {
+        self.memory
+    }
+
     /// Places a virtio device called `name` in log lines.
     pub fn place(
         &mut self,

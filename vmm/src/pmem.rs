@@ -102,7 +102,8 @@ fn map(
         .map_err(|source| PmemError::Full { bytes, source })?
         .start();
     let host = map_file(file, file_bytes, bytes).map_err(PmemError::Map)?;
-    ram.extend(vm, GuestAddress(start), (host, bytes), read_only)?;
+    let length = usize::try_from(bytes).expect("it is mapped");
+    ram.extend(vm, memory::describe(GuestAddress(start), host, length)?, read_only)?;
     Ok((GuestAddress(start), bytes))
 }
 

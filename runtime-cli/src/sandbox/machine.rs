@@ -154,7 +154,7 @@ pub(super) fn config(
     };
     VmConfig {
         vcpus: size.vcpus,
-        memory: MemoryConfig { size_mib: size.memory_mib, mergeable: false },
+        memory: MemoryConfig { size_mib: size.memory_mib, ..MemoryConfig::default() },
         boot: BootConfig {
             kernel: settings.kernel.clone(),
             initrd: Some(settings.initrd.clone()),

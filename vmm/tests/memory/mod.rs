@@ -139,6 +139,64 @@ fn a_guest_without_memory_takes_it_back_from_the_balloon() {
     assert!(ended.output.contains("102400 file"), "{ended:?}");
 }
 
+/// What the guest says its memory is, in MiB, each second.
+const SAY_TOTAL: &str = "echo 1 > /proc/sys/kernel/printk
+     while true; do echo TOTAL $(($(grep MemTotal /proc/meminfo | tr -dc 0-9) / 1024)) MiB; sleep 1
+     done";
+
+/// What the guest last said its memory is, in MiB.
+fn total_mib(vm: &VmHandle) -> u64 {
+    let tail = vm.console_tail();
+    let last = tail.rsplit("TOTAL ").find_map(|rest| rest.split_once(" MiB")?.0.parse().ok());
+    last.unwrap_or(0)
+}
+
+#[test]
+#[ignore = "needs KVM that boots Linux"]
+fn a_guest_grows_and_shrinks() {
+    let mut guest = Guest::new(SAY_TOTAL);
+    guest.config.memory.size_mib = RAM_MIB;
+    guest.config.memory.pluggable_mib = 512;
+    let vm = guest.start();
+    let memory = vm.pluggable_memory().unwrap();
+    await_word(&vm, "TOTAL");
+    let before = total_mib(&vm);
+
+    memory.request_mib(384).unwrap();
+    await_state(&vm, "the guest is large", || total_mib(&vm) >= before + 350);
+    assert_eq!(memory.plugged_mib(), 384);
+    memory.request_mib(0).unwrap();
+
+    await_state(&vm, "the guest is small", || total_mib(&vm) <= before + 10);
+    assert_eq!(memory.plugged_mib(), 0);
+}
+
+#[test]
+#[ignore = "needs KVM that boots Linux"]
+fn plugged_memory_holds_what_the_rest_does_not() {
+    let script = format!(
+        "mkdir /fill; mount -t tmpfs -o size=500m fill /fill
+         until grep -q 'MemTotal: *[5-9].....' /proc/meminfo; do sleep 1; done
+         dd if=/dev/zero of=/fill/file bs=1M count=400 2>/dev/null; ls -s /fill; echo SURVIVED
+         rm /fill/file; {SAY_TOTAL}"
+    );
+    let mut guest = Guest::new(&script);
+    guest.config.memory.size_mib = RAM_MIB;
+    guest.config.memory.pluggable_mib = 512;
+    let vm = guest.start();
+    let memory = vm.pluggable_memory().unwrap();
+
+    memory.request_mib(512).unwrap();
+    await_word(&vm, "SURVIVED");
+    let full = resident_mib();
+    memory.request_mib(0).unwrap();
+    await_state(&vm, "memory comes back", || memory.plugged_mib() == 0);
+
+    assert!(vm.console_tail().contains("409600 file"), "{}", vm.console_tail());
+    assert!(full >= 400, "{full} MiB are resident");
+    assert!(resident_mib() <= u64::from(RAM_MIB), "{} MiB are resident", resident_mib());
+}
+
 #[test]
 #[ignore = "needs KVM that boots Linux"]
 fn the_guest_tells_how_it_uses_its_memory() {
