@@ -73,7 +73,8 @@ fn a_missing_program_fails_at_create_and_leaves_nothing() {
 
     let expected = "exec: \"nosuch\": executable file not found in $PATH";
     assert_eq!(host.refusal(missing), expected);
-    assert_eq!(host.refusal(absent), "exec: \"/no/such\": no such file or directory");
+    let expected = "exec: \"/no/such\": stat /no/such: no such file or directory";
+    assert_eq!(host.refusal(absent), expected);
     assert_eq!(host.refusal(plain), "exec: \"/bin/plain\": permission denied");
     assert!(host.cgroup_names().is_empty());
     assert_eq!(shell(&mut host, "echo still here").0, "still here\n");
