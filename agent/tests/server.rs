@@ -374,6 +374,43 @@ fn processes_are_listed_paused_and_killed_together() {
 
 #[test]
 #[ignore = "needs root"]
+fn a_stream_waits_while_many_processes_are_asked_for() {
+    let mut host = Host::start();
+    let container = host.container(&["sleep", "1000"]);
+    host.create(&container);
+    host.start_box();
+    let mut first = host.stream("box", "first", StdioStream::Stdout);
+    let others = (0..400).map(|number| format!("other {number}"));
+
+    let _others: Vec<_> =
+        others.map(|name| host.stream("box", &name, StdioStream::Stdout)).collect();
+    let mut last = host.stream("box", "last", StdioStream::Stdout);
+    host.exec("first", process(&["echo", "here"]));
+    host.exec("last", process(&["echo", "here"]));
+
+    assert_eq!(read_until(&mut first, "here\n"), "here\n");
+    assert_eq!(read_until(&mut last, "here\n"), "here\n");
+}
+
+#[test]
+#[ignore = "needs root"]
+fn streams_that_nobody_claims_do_not_keep_others_out() {
+    let mut host = Host::start();
+    let container = host.container(&["sleep", "1000"]);
+    host.create(&container);
+    host.start_box();
+
+    for number in 0..2000 {
+        host.stream("box", &format!("absent {number}"), StdioStream::Stdout);
+    }
+    let mut stdout = host.stream("box", "tool", StdioStream::Stdout);
+    host.exec("tool", process(&["echo", "here"]));
+
+    assert_eq!(read_until(&mut stdout, "here\n"), "here\n");
+}
+
+#[test]
+#[ignore = "needs root"]
 fn more_terminals_are_open_than_the_agent_was_allowed() {
     let mut host = Host::start();
     let container = host.container(&["sleep", "1000"]);
