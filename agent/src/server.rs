@@ -208,7 +208,11 @@ impl Server {
             Request::CreateContainer(container) => return self.create(&container),
             Request::StartContainer { container } => return self.start(&container),
             Request::Exec { container, name, process } => {
-                return self.exec(&container, &name, &process);
+                let answer = self.exec(&container, &name, &process);
+                if answer.is_err() {
+                    self.drop_streams(&container, &name);
+                }
+                return answer;
             }
             Request::Signal { container, process, signal, all } => {
                 self.signal(&container, &process, signal, all)
@@ -231,6 +235,14 @@ impl Server {
             }
         };
         done.map(|()| Some(Response::Done))
+    }
+
+    /// Drops the streams of a process that will not come, with those that came along with its request.
+    fn drop_streams(&mut self, container: &str, name: &str) {
+        self.accept();
+        self.greet();
+        let is_its = |hello: &StreamHello| hello.container == container && hello.process == name;
+        self.unclaimed.retain(|(hello, _)| !is_its(hello));
     }
 
     pub(crate) fn container(&mut self, id: &str) -> Result<&mut Container, Failed> {

@@ -411,6 +411,20 @@ fn streams_that_nobody_claims_do_not_keep_others_out() {
 
 #[test]
 #[ignore = "needs root"]
+fn the_streams_of_a_refused_process_are_closed() {
+    let mut host = Host::start();
+    let container = host.container(&["sleep", "1000"]);
+    host.create(&container);
+    let mut stdout = host.stream("box", "early", StdioStream::Stdout);
+
+    let answer = host.ask(&exec("early", process(&["true"])));
+
+    assert!(matches!(answer, Response::Failed(_)), "{answer:?}");
+    assert_eq!(stdout.read(&mut [0]).unwrap(), 0);
+}
+
+#[test]
+#[ignore = "needs root"]
 fn more_terminals_are_open_than_the_agent_was_allowed() {
     let mut host = Host::start();
     let container = host.container(&["sleep", "1000"]);
