@@ -365,7 +365,7 @@ pub struct State {
     pub rootfs: PathBuf,
     /// When the container was created (RFC 3339, with nanoseconds, UTC).
     pub created: String,
-    /// Name of the user who owns the state folder; empty in runc's `state`, so it is here.
+    /// Empty, as in runc's `state`: `list` names whoever owns the state folder.
     pub owner: String,
     /// Annotations of the bundle.
     pub annotations: BTreeMap<String, String>,

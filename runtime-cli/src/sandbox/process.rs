@@ -248,7 +248,6 @@ fn set_oom_score(bundle: &Bundle) {
 
 fn creating(bundle: &Bundle, id: &str, cgroup: &cgroup::Name, netns: &Netns) -> State {
     let pid = nix::unistd::getpid().as_raw();
-    let owner = nix::unistd::User::from_uid(nix::unistd::geteuid()).ok().flatten();
     State {
         oci_version: bundle.spec.version().clone(),
         id: id.into(),
@@ -258,7 +257,7 @@ fn creating(bundle: &Bundle, id: &str, cgroup: &cgroup::Name, netns: &Netns) -> 
         bundle: bundle.path.clone(),
         rootfs: bundle.rootfs.clone(),
         created: state::timestamp(),
-        owner: owner.map(|user| user.name).unwrap_or_default(),
+        owner: String::new(),
         annotations: bundle.annotations(),
         cgroup_path: Some(cgroup.path.clone()),
         systemd_cgroup: cgroup.systemd,
