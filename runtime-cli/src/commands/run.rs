@@ -88,18 +88,26 @@ fn wait(client: &Client, signals: &SigSet, pid: Pid) -> anyhow::Result<u8> {
         if let Some(code) = exit_code(pid)? {
             return Ok(code);
         }
-        match signals.wait()? {
-            Signal::SIGCHLD => {}
-            Signal::SIGWINCH => resize(client),
-            Signal::SIGPIPE | Signal::SIGURG => {}
+        match next_signal(signals)? {
+            libc::SIGCHLD => {}
+            libc::SIGWINCH => resize(client),
+            libc::SIGPIPE | libc::SIGURG => {}
             signal => {
                 // The container may end at any time; then there is nobody to signal.
-                if let Err(error) = client.signal(INIT_PROCESS, signal as i32, false) {
-                    log::debug!("pass on {signal}: {error}");
+                if let Err(error) = client.signal(INIT_PROCESS, signal, false) {
+                    log::debug!("pass on signal {signal}: {error}");
                 }
             }
         }
     }
+}
+
+/// The number of the next signal: the real-time ones have no name in nix's `Signal`.
+fn next_signal(signals: &SigSet) -> nix::Result<i32> {
+    let mut number = 0;
+    // SAFETY: the set is valid for the call, which writes one int to `number`.
+    let error = unsafe { libc::sigwait(signals.as_ref(), &raw mut number) };
+    if error == 0 { Ok(number) } else { Err(Errno::from_raw(error)) }
 }
 
 fn exit_code(pid: Pid) -> nix::Result<Option<u8>> {
@@ -123,5 +131,21 @@ fn resize(client: &Client) {
     let size = WindowSize { rows: size.ws_row, columns: size.ws_col };
     if let Err(error) = client.resize(INIT_PROCESS, size) {
         log::debug!("resize terminal: {error}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_real_time_signal_is_waited_for_like_any_other() {
+        let signals = block_signals().unwrap();
+        let number = libc::SIGRTMIN() + 3;
+
+        // SAFETY: the signal is blocked in this thread, the only one it is sent to.
+        assert_eq!(unsafe { libc::raise(number) }, 0);
+
+        assert_eq!(next_signal(&signals), Ok(number));
     }
 }
