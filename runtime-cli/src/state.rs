@@ -5,7 +5,7 @@ use std::fmt;
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
@@ -241,13 +241,25 @@ impl ContainerDir {
         self.dir.as_fd()
     }
 
-    /// Waits until no other process holds the lock of this folder, then holds it.
+    /// Waits until no other process holds the lock of this folder, then holds it. The container is
+    /// missing if another one removed it meanwhile, even if its id is in use again.
     pub fn lock(&self) -> Result<Lock, Error> {
-        let dir = File::open(&self.path)
-            .map_err(|source| Error::OpenDir { path: self.path.clone(), source })?;
-        Flock::lock(dir, FlockArg::LockExclusive)
-            .map(|flock| Lock { _flock: flock })
-            .map_err(|(_, source)| Error::Lock { path: self.path.clone(), source })
+        let failed = |source| Error::OpenDir { path: self.path.clone(), source };
+        // An open file description of its own: locks of this one would not exclude each other.
+        let dir = match File::open(&self.path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Err(Error::Missing(self.id.clone()));
+            }
+            other => other.map_err(failed)?,
+        };
+        let lock = Flock::lock(dir, FlockArg::LockExclusive)
+            .map_err(|(_, source)| Error::Lock { path: self.path.clone(), source })?;
+        let identity = |metadata: &fs::Metadata| (metadata.dev(), metadata.ino());
+        let ours = self.dir.metadata().map_err(failed)?;
+        match fs::metadata(&self.path) {
+            Ok(named) if identity(&named) == identity(&ours) => Ok(Lock { _flock: lock }),
+            _ => Err(Error::Missing(self.id.clone())),
+        }
     }
 
     /// Replaces `state.json`: a reader sees the old or the new one, never a part.
@@ -604,6 +616,21 @@ mod tests {
     fn a_container_resumed_before_its_start_can_still_be_started() {
         assert_eq!(Status::of_live(true, false), Status::Paused);
         assert_eq!(Status::of_live(false, false), Status::Created);
+    }
+
+    #[test]
+    fn a_folder_that_was_removed_cannot_be_locked_though_its_id_is_in_use_again() {
+        let root = tempfile::tempdir().unwrap();
+        let root = StateRoot::new(root.path());
+        root.create(&id("box")).unwrap();
+        let late = root.open(&id("box")).unwrap();
+
+        root.open(&id("box")).unwrap().remove().unwrap();
+        assert!(matches!(late.lock(), Err(Error::Missing(_))));
+        let other = root.create(&id("box")).unwrap();
+
+        assert!(matches!(late.lock(), Err(Error::Missing(_))));
+        assert!(other.lock().is_ok());
     }
 
     #[test]
