@@ -84,7 +84,7 @@ pub enum Error {
     #[error("root.path must not be empty: name the root file system's folder")]
     NoRootPath,
     /// The root file system is not there.
-    #[error("invalid rootfs: stat {path}")]
+    #[error("invalid rootfs: root.path in config.json must name a folder that exists: stat {path}")]
     Rootfs {
         /// Where it should be.
         path: PathBuf,
@@ -355,7 +355,7 @@ mod tests {
     fn a_missing_root_file_system_is_named() {
         let error = refusal_of(|spec| spec["root"]["path"] = "nope".into());
 
-        assert!(error.starts_with("invalid rootfs: stat /"), "{error}");
+        assert!(error.starts_with("invalid rootfs: root.path in config.json"), "{error}");
         assert!(error.contains("/nope: No such file or directory"), "{error}");
     }
 

@@ -41,7 +41,10 @@ pub enum Error {
     #[error("container does not exist")]
     Missing(ContainerId),
     /// The state folder cannot be made.
-    #[error("create state folder {path}")]
+    #[error(
+        "create state folder {path}: make room in or allow writing to its file system, or choose \
+         another --root"
+    )]
     CreateDir {
         /// The folder.
         path: PathBuf,
@@ -588,6 +591,16 @@ mod tests {
         assert!(!attempt());
         drop(lock);
         assert!(attempt());
+    }
+
+    #[test]
+    fn a_folder_that_cannot_be_made_says_what_to_do() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+
+        let error = StateRoot::new(file.path().join("root")).create(&id("box")).unwrap_err();
+
+        let text = crate::logging::chain(&error);
+        assert!(text.contains("choose another --root: Not a directory"), "{text}");
     }
 
     #[test]

@@ -271,7 +271,7 @@ fn a_missing_root_file_system_is_named() {
     let (code, text) = scene.create("box");
 
     assert_eq!(code, 1);
-    assert!(text.contains("invalid rootfs: stat "), "{text}");
+    assert!(text.contains("root.path in config.json must name a folder that exists"), "{text}");
     assert!(text.contains("/nope: No such file or directory"), "{text}");
 }
 

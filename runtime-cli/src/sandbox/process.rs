@@ -82,9 +82,9 @@ enum Error {
     Streams(#[source] io::Error),
     #[error(transparent)]
     Boot(#[from] boot::Error),
-    #[error("listen in the state folder")]
+    #[error("listen in the state folder: is there room on its file system?")]
     Listen(#[source] io::Error),
-    #[error("keep the poststop hooks in the state folder")]
+    #[error("keep the poststop hooks in the state folder: is there room on its file system?")]
     Poststop(#[source] io::Error),
 }
 
