@@ -449,6 +449,24 @@ fn check_names_what_is_missing_and_what_to_do() {
     assert!(text.ends_with("This host cannot run containers.\n"), "{text}");
 }
 
+#[test]
+fn check_does_not_take_a_file_for_a_kernel() {
+    let scene = Scene::new();
+    let settings = scene.folder.path().join("settings.json");
+    fs::write(&settings, format!(r#"{{"kernel": {0:?}, "initrd": {0:?}}}"#, settings)).unwrap();
+
+    let output = Command::new(env!("CARGO_BIN_EXE_coracle"))
+        .arg("check")
+        .env("CORACLE_CONFIG", &settings)
+        .output()
+        .unwrap();
+
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    assert!(text.contains("FAIL  "), "{text}");
+    assert!(text.ends_with("This host cannot run containers.\n"), "{text}");
+}
+
 /// A hook that runs `script` with the shell.
 fn hook(script: &str) -> Value {
     serde_json::json!({"path": "/bin/sh", "args": ["sh", "-c", script]})

@@ -25,6 +25,7 @@ mod namespaces;
 mod netlink;
 mod network;
 mod pidfd;
+mod probe;
 mod process;
 mod serve;
 mod share;
@@ -45,6 +46,7 @@ use serde::{Deserialize, Serialize};
 pub use client::Client;
 pub use error::Error;
 pub use exec::{ExecOptions, ExecOutcome, exec};
+pub use probe::boot;
 
 use crate::bundle::Bundle;
 use crate::logging::{LogOptions, chain};

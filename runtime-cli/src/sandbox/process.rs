@@ -201,7 +201,8 @@ fn create(
     let config = machine::config(&settings, size, tree.path(), network.devices(), dir.path());
     let vm = Vmm::new(config)?;
     network.join()?;
-    let (vm, mut agent) = start(vm)?;
+    let (vm, mut agent) = listen(vm).map_err(Error::Connect)?;
+    let vm = vm.start()?;
 
     let guest = Sandbox {
         hostname: bundle.spec.hostname().clone(),
@@ -212,7 +213,7 @@ fn create(
     };
     let timeout_s = settings.boot_timeout_s;
     let mut boot = Boot { vm: &vm, agent: &mut agent, caller, signals: &mut signals, timeout_s };
-    boot.ready()?;
+    log::info!("guest is up: {}", boot.ready()?);
     boot.ask("set up the guest", &Request::ConfigureSandbox(guest))?;
     let (init, console) = connect_stdio(&vm, &order.id, stdio)?;
     boot.ask("create the container in the guest", &Request::CreateContainer(container))?;
@@ -314,19 +315,15 @@ fn container(
     Ok(Box::new(container))
 }
 
-/// Starts the guest, whose agent will connect to what this returns.
-fn start(vm: Vmm) -> Result<(VmHandle, Agent<Asker>), Error> {
-    let connected = || {
-        let (ours, theirs) = UnixStream::pair()?;
-        theirs.set_nonblocking(true)?;
-        let input = Some(theirs.try_clone()?.into());
-        let stream = HostStream { input, output: Some(theirs.into()), on_close: None };
-        let host = vm.vsock().ok_or(io::ErrorKind::NotConnected)?;
-        host.listen(CONTROL_PORT, stream)?;
-        Agent::new(ours)
-    };
-    let agent = connected().map_err(Error::Connect)?;
-    Ok((vm.start()?, agent))
+/// Waits for the agent of a guest that is yet to be started: it connects to what this returns.
+pub(super) fn listen(vm: Vmm) -> io::Result<(Vmm, Agent<Asker>)> {
+    let (ours, theirs) = UnixStream::pair()?;
+    theirs.set_nonblocking(true)?;
+    let input = Some(theirs.try_clone()?.into());
+    let stream = HostStream { input, output: Some(theirs.into()), on_close: None };
+    let host = vm.vsock().ok_or(io::ErrorKind::NotConnected)?;
+    host.listen(CONTROL_PORT, stream)?;
+    Ok((vm, Agent::new(ours)?))
 }
 
 fn connect_stdio(
