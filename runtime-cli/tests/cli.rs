@@ -382,6 +382,32 @@ fn an_unknown_signal_is_refused_in_the_words_of_runc() {
 }
 
 #[test]
+fn signal_0_asks_whether_the_container_runs() {
+    let scene = Scene::new();
+    scene.leave_stopped("gone");
+    scene.leave_stopped("here");
+    let pid = i32::try_from(std::process::id()).unwrap();
+    let path = scene.root().join("here/state.json");
+    let mut state: Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
+    state["pid"] = pid.into();
+    state["pid_start_time"] = coracle::state::process_start_time(pid).into();
+    fs::write(&path, state.to_string()).unwrap();
+
+    let (code, text) = failure(&scene.coracle(&["kill", "gone", "0"]));
+
+    assert_eq!(code, 1);
+    assert!(text.contains("container not running"), "{text}");
+    stdout(&scene.coracle(&["kill", "here", "0"]));
+}
+
+#[test]
+fn a_missing_container_is_told_before_an_unknown_signal() {
+    let (_, text) = failure(&Scene::new().coracle(&["kill", "nosuch", "FOO"]));
+
+    assert!(text.contains("container does not exist"), "{text}");
+}
+
+#[test]
 fn deleting_by_force_succeeds_without_a_container() {
     stdout(&Scene::new().coracle(&["delete", "--force", "nosuch"]));
 }
