@@ -58,6 +58,18 @@ impl Scene {
         fs::read_dir(self.root()).map_or(true, |entries| entries.count() == 0)
     }
 
+    /// Leaves the state of a container whose process is this one.
+    fn leave_alive(&self, id: &str, status: &str) {
+        self.leave_stopped(id);
+        let path = self.root().join(id).join("state.json");
+        let mut state: Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
+        let pid = i32::try_from(std::process::id()).unwrap();
+        state["pid"] = pid.into();
+        state["pid_start_time"] = coracle::state::process_start_time(pid).into();
+        state["status"] = status.into();
+        fs::write(&path, state.to_string()).unwrap();
+    }
+
     /// Leaves the state of a container whose process is gone.
     fn leave_stopped(&self, id: &str) {
         let folder = self.root().join(id);
@@ -355,6 +367,17 @@ fn exec_that_fails_has_code_255() {
 }
 
 #[test]
+fn exec_in_a_paused_container_says_what_to_do() {
+    let scene = Scene::with_config(|_| {});
+    scene.leave_alive("box", "paused");
+
+    let (code, text) = failure(&scene.coracle(&["exec", "box", "ls"]));
+
+    assert_eq!(code, 255);
+    assert!(text.contains("paused container (use --ignore-paused to override)"), "{text}");
+}
+
+#[test]
 fn a_stopped_container_is_told_from_a_running_one() {
     let scene = Scene::with_config(|_| {});
     scene.leave_stopped("box");
@@ -385,13 +408,7 @@ fn an_unknown_signal_is_refused_in_the_words_of_runc() {
 fn signal_0_asks_whether_the_container_runs() {
     let scene = Scene::new();
     scene.leave_stopped("gone");
-    scene.leave_stopped("here");
-    let pid = i32::try_from(std::process::id()).unwrap();
-    let path = scene.root().join("here/state.json");
-    let mut state: Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
-    state["pid"] = pid.into();
-    state["pid_start_time"] = coracle::state::process_start_time(pid).into();
-    fs::write(&path, state.to_string()).unwrap();
+    scene.leave_alive("here", "running");
 
     let (code, text) = failure(&scene.coracle(&["kill", "gone", "0"]));
 
