@@ -11,7 +11,7 @@ use crate::console::ConsoleLog;
 use crate::control::{Control, Exit};
 use crate::event_loop::EventLoop;
 use crate::memory::GuestRam;
-use crate::metrics::{Counter, Metrics};
+use crate::metrics::{Counter, Metrics, Record};
 
 /// A running virtual machine; dropping it stops the guest and joins every thread.
 ///
@@ -22,8 +22,7 @@ pub struct VmHandle {
     pub(crate) console: ConsoleLog,
     pub(crate) vsock: Option<VsockHost>,
     pub(crate) counters: Vec<Arc<Mutex<Counter>>>,
-    pub(crate) started_ns: u64,
-    pub(crate) built_ns: u64,
+    pub(crate) record: Record,
     /// Stopped before guest RAM goes: devices work on it.
     pub(crate) loops: Vec<EventLoop>,
     /// Closed after the vCPU threads are gone, and before guest RAM goes.
@@ -74,12 +73,8 @@ impl VmHandle {
 
     /// What the VM did so far.
     pub fn metrics(&self) -> Metrics {
-        let mut metrics = Metrics {
-            started_ns: self.started_ns,
-            built_ns: self.built_ns,
-            first_entry_ns: self.control.first_entry_ns(),
-            ..Metrics::default()
-        };
+        let first_entry_ns = self.control.first_entry_ns();
+        let mut metrics = Metrics { first_entry_ns, ..self.record.metrics() };
         for counter in &self.counters {
             counter.lock().expect("nothing panics while it counts").add_to(&mut metrics.exits);
         }

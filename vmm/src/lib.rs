@@ -35,7 +35,7 @@ pub use control::Exit;
 pub use error::Error;
 pub use footprint::{give_back_startup_memory, use_one_heap};
 pub use handle::VmHandle;
-pub use metrics::{ExitCounts, Metrics};
+pub use metrics::{DeviceCounts, ExitCounts, Metrics};
 
 /// The host's end of the guest's sockets.
 pub mod vsock {
