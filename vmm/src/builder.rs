@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex};
 use arch::machine::{BootFiles, Entry, Machine, MmioDevice};
 use arch::{Arch, Host, Kvm, VcpuFd, VmFd};
 
+use crate::check::check_memory;
 use crate::config::{BootConfig, VmConfig};
 use crate::console::ConsoleLog;
 use crate::control::Control;
@@ -39,6 +40,7 @@ impl Vmm {
     pub fn new(config: VmConfig) -> Result<Vmm, Error> {
         let mut record = Record { started_ns: now_ns(), ..Record::default() };
         config.validate()?;
+        check_memory(&config.memory)?;
         let mut boot = open_boot_files(&config.boot)?;
         let kvm = open_kvm()?;
         let vm = create_vm(&kvm)?;
@@ -131,14 +133,14 @@ fn step(step: &'static str) -> impl FnOnce(arch::ArchError) -> Error {
     move |source| Error::Arch { step, source }
 }
 
-fn open_boot_files(boot: &BootConfig) -> Result<BootFiles, Error> {
+pub(crate) fn open_boot_files(boot: &BootConfig) -> Result<BootFiles, Error> {
     Ok(BootFiles {
-        kernel: open_file("kernel", &boot.kernel)?,
-        initrd: boot.initrd.as_deref().map(|path| open_file("initrd", path)).transpose()?,
+        kernel: open_boot_file("kernel", &boot.kernel)?,
+        initrd: boot.initrd.as_deref().map(|path| open_boot_file("initrd", path)).transpose()?,
     })
 }
 
-fn open_file(what: &'static str, path: &Path) -> Result<File, Error> {
+pub(crate) fn open_boot_file(what: &'static str, path: &Path) -> Result<File, Error> {
     let open = |source| Error::Open { what, path: path.to_owned(), source };
     let metadata = std::fs::metadata(path).map_err(open)?;
     // Opening a FIFO would wait for a writer, for ever.

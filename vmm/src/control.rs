@@ -137,6 +137,11 @@ impl Control {
         self.ended.write(1).expect("an eventfd takes a 1");
     }
 
+    /// Whether the VM has ended.
+    pub fn has_ended(&self) -> bool {
+        self.lock().outcome.is_some()
+    }
+
     /// Blocks until the VM has ended, and says how.
     pub fn outcome(&self) -> Exit {
         let mut group = self.lock();

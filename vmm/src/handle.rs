@@ -51,6 +51,11 @@ impl VmHandle {
         self.control.ended()
     }
 
+    /// Whether the VM has ended.
+    pub fn has_ended(&self) -> bool {
+        self.control.has_ended()
+    }
+
     /// Blocks until the VM has ended and says how.
     pub fn outcome(&self) -> Exit {
         self.control.outcome()
