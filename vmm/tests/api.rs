@@ -206,6 +206,17 @@ fn sockets_go_with_a_program_that_a_signal_ends() {
 }
 
 #[test]
+fn the_documented_configuration_is_one() {
+    let text = include_str!("../API.md");
+    let example = text.split("```json").nth(1).and_then(|rest| rest.split("```").next()).unwrap();
+
+    let config: vmm::VmConfig = vmm::from_json(example).unwrap();
+
+    assert_eq!(config.validate(), Ok(()));
+    assert_eq!(config.disks.len() + config.nets.len() + config.shares.len(), 3);
+}
+
+#[test]
 fn a_check_names_every_fault_and_needs_no_kvm() {
     let output = Command::new(env!("CARGO_BIN_EXE_coracle-vmm"))
         .args(["--check", "--kernel=/nowhere/k", "--disk=id=a,path=/nowhere/d"])
