@@ -3,6 +3,7 @@
 use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use arch::VmFd;
 use devices::virtio::vsock::Host as VsockHost;
@@ -34,6 +35,12 @@ impl VmHandle {
     /// Stops the guest's processors; returns once none of them runs. Devices go on.
     pub fn pause(&self) {
         self.control.pause();
+    }
+
+    /// Like [`VmHandle::pause`], but gives up after `patience` and lets the guest go on: a processor may
+    /// wait for whoever reads the guest's output. Returns whether the guest is paused.
+    pub fn pause_within(&self, patience: Duration) -> bool {
+        self.control.pause_within(patience)
     }
 
     /// Lets a paused guest go on.

@@ -32,6 +32,7 @@ impl Program {
             .arg(folder.path().join("api"))
             .args(arguments)
             .stdin(Stdio::null())
+            .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();
@@ -183,6 +184,19 @@ fn metrics_come_as_prometheus_text() {
     ] {
         assert!(text.contains(line), "{line} is not in {text}");
     }
+    assert_eq!(program.become_state("stopped"), 204);
+    assert_eq!(program.ended().status.code(), Some(5));
+}
+
+#[test]
+#[ignore = "needs /dev/kvm"]
+fn a_guest_whose_output_nobody_reads_is_not_paused_but_stopped() {
+    let program = Program::start(&[print_for_ever(b'x')], &["--console"]);
+    program.wait_for_writes_beyond(0x1_0000);
+
+    assert_eq!(program.become_state("paused"), 503);
+    assert_eq!(program.get("/v1/vm")["state"], "running");
+
     assert_eq!(program.become_state("stopped"), 204);
     assert_eq!(program.ended().status.code(), Some(5));
 }

@@ -59,7 +59,8 @@ fn change_state(machine: &mut Machine, body: &[u8]) -> Response {
     };
     match machine.become_state(wanted) {
         Ok(()) => Response::done(),
-        Err(Error::State(error)) => Response::failure(409, "state", &error.to_string()),
-        Err(Error::Start(reason)) => Response::failure(500, "state", &reason),
+        Err(error @ Error::State(_)) => Response::failure(409, "state", &error.to_string()),
+        Err(error @ Error::Start(_)) => Response::failure(500, "state", &error.to_string()),
+        Err(error @ Error::Busy) => Response::failure(503, "state", &error.to_string()),
     }
 }

@@ -3,12 +3,16 @@
 use std::fmt::{self, Display, Formatter};
 use std::mem;
 use std::os::fd::BorrowedFd;
+use std::time::Duration;
 
 use log::error;
 use serde::{Deserialize, Serialize};
 use vmm::{Exit, Metrics, VmConfig, VmHandle, Vmm};
 
 use crate::terminal::RawTerminal;
+
+/// How long a pause may keep the signals and the other clients waiting.
+const PATIENCE: Duration = Duration::from_secs(2);
 
 /// What a machine is doing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -72,6 +76,9 @@ pub enum Error {
     /// It could not be started for this reason, and is gone.
     #[error("{0}")]
     Start(String),
+    /// It runs on.
+    #[error("the guest does not stop: a processor of it waits for whoever reads its console")]
+    Busy,
 }
 
 impl Machine {
@@ -102,8 +109,8 @@ impl Machine {
         let from = self.state();
         match (from, to) {
             (State::Created, State::Running) => self.start()?,
-            (State::Running, State::Paused) => self.set_paused(true),
-            (State::Paused, State::Running) => self.set_paused(false),
+            (State::Running, State::Paused) => self.pause()?,
+            (State::Paused, State::Running) => self.resume(),
             (_, State::Stopped) => self.stop(),
             _ if from == to => {}
             _ => return Err(WrongState { from, to }.into()),
@@ -153,14 +160,20 @@ impl Machine {
         Ok(())
     }
 
-    fn set_paused(&mut self, pause: bool) {
+    fn pause(&mut self) -> Result<(), Error> {
         if let Stage::Started { vm, is_paused, .. } = &mut self.stage {
-            if pause {
-                vm.pause();
-            } else {
-                vm.resume();
+            *is_paused = vm.pause_within(PATIENCE);
+            if !*is_paused {
+                return Err(Error::Busy);
             }
-            *is_paused = pause;
+        }
+        Ok(())
+    }
+
+    fn resume(&mut self) {
+        if let Stage::Started { vm, is_paused, .. } = &mut self.stage {
+            vm.resume();
+            *is_paused = false;
         }
     }
 
