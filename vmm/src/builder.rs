@@ -1,12 +1,14 @@
 //! From a configuration to a machine whose guest can run: the boot, top to bottom.
 
 use std::fs::File;
+use std::mem;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use arch::machine::{BootFiles, Entry, Machine, MmioDevice};
 use arch::{Arch, Host, Kvm, VcpuFd, VmFd};
 
+use crate::check::check_memory;
 use crate::config::{BootConfig, VmConfig};
 use crate::console::ConsoleLog;
 use crate::control::Control;
@@ -14,7 +16,7 @@ use crate::error::Error;
 use crate::event_loop::EventLoop;
 use crate::handle::VmHandle;
 use crate::memory::GuestRam;
-use crate::metrics::{Counter, now_ns};
+use crate::metrics::{Counter, Metrics, Record, now_ns};
 use crate::peripherals;
 use crate::placement::{Placed, Placement};
 use crate::vcpu::Vcpu;
@@ -27,8 +29,7 @@ pub struct Vmm {
     placed: Placed,
     console: ConsoleLog,
     vsock: Option<vsock::Host>,
-    started_ns: u64,
-    built_ns: u64,
+    record: Record,
     vm: VmFd,
     ram: GuestRam,
 }
@@ -37,8 +38,9 @@ impl Vmm {
     /// Opens and builds everything `config` names. The guest does not run yet.
     #[expect(clippy::needless_pass_by_value, reason = "one configuration makes one machine")]
     pub fn new(config: VmConfig) -> Result<Vmm, Error> {
-        let started_ns = now_ns();
+        let mut record = Record { started_ns: now_ns(), ..Record::default() };
         config.validate()?;
+        check_memory(&config.memory)?;
         let mut boot = open_boot_files(&config.boot)?;
         let kvm = open_kvm()?;
         let vm = create_vm(&kvm)?;
@@ -47,6 +49,7 @@ impl Vmm {
         let ram = GuestRam::allocate(&map, &config.memory)?;
         ram.register(&vm)?;
         Host::before_vcpus(&kvm, &vm).map_err(step("prepare the machine for vCPUs"))?;
+        record.machine_ns = now_ns();
 
         let console = peripherals::open_console(&config.console)?;
         let mut placement =
@@ -56,10 +59,12 @@ impl Vmm {
             .map(Arc::new)
             .map_err(|source| Error::Start { what: "the machine's control", source })?;
         let vsock = peripherals::place_all(&config, &console, &mut placement)?;
-        let placed = placement.finish();
+        let mut placed = placement.finish();
+        record.devices_ns = now_ns();
 
         let entry = Host::load(ram.memory(), &mut boot)
             .map_err(|source| Error::LoadKernel { path: config.boot.kernel.clone(), source })?;
+        record.loaded_ns = now_ns();
         let vcpus = create_vcpus(&vm, config.vcpus)?;
         Host::after_vcpus(&vm, config.vcpus).map_err(step("finish the interrupt controller"))?;
         describe(&config, &ram, entry, &placed.devices)?;
@@ -67,14 +72,20 @@ impl Vmm {
             Host::reset_vcpu(&kvm, vcpu, index, config.vcpus, &entry)
                 .map_err(step("set a vCPU's registers"))?;
         }
-        let built_ns = now_ns();
-        Ok(Vmm { control, vcpus, placed, console, vsock, started_ns, built_ns, vm, ram })
+        record.built_ns = now_ns();
+        record.activities = mem::take(&mut placed.activities);
+        Ok(Vmm { control, vcpus, placed, console, vsock, record, vm, ram })
     }
 
     /// The host's end of the socket device, if the VM has one: streams may be connected and
     /// listeners opened before the guest runs.
     pub fn vsock(&self) -> Option<&vsock::Host> {
         self.vsock.as_ref()
+    }
+
+    /// What it cost so far.
+    pub fn metrics(&self) -> Metrics {
+        self.record.metrics()
     }
 
     /// Starts the machine's threads, and with them the guest.
@@ -86,8 +97,7 @@ impl Vmm {
             console: self.console,
             vsock: self.vsock,
             counters: Vec::with_capacity(self.vcpus.len()),
-            started_ns: self.started_ns,
-            built_ns: self.built_ns,
+            record: self.record,
             loops: Vec::with_capacity(2),
             _vm: self.vm,
             _ram: self.ram,
@@ -123,14 +133,14 @@ fn step(step: &'static str) -> impl FnOnce(arch::ArchError) -> Error {
     move |source| Error::Arch { step, source }
 }
 
-fn open_boot_files(boot: &BootConfig) -> Result<BootFiles, Error> {
+pub(crate) fn open_boot_files(boot: &BootConfig) -> Result<BootFiles, Error> {
     Ok(BootFiles {
-        kernel: open_file("kernel", &boot.kernel)?,
-        initrd: boot.initrd.as_deref().map(|path| open_file("initrd", path)).transpose()?,
+        kernel: open_boot_file("kernel", &boot.kernel)?,
+        initrd: boot.initrd.as_deref().map(|path| open_boot_file("initrd", path)).transpose()?,
     })
 }
 
-fn open_file(what: &'static str, path: &Path) -> Result<File, Error> {
+pub(crate) fn open_boot_file(what: &'static str, path: &Path) -> Result<File, Error> {
     let open = |source| Error::Open { what, path: path.to_owned(), source };
     let metadata = std::fs::metadata(path).map_err(open)?;
     // Opening a FIFO would wait for a writer, for ever.

@@ -25,6 +25,9 @@ const MAX_DISK_ID_BYTES: usize = 20;
 /// Longest file system tag, in bytes (virtio 1.2, section 5.11.4).
 const MAX_TAG_BYTES: usize = 36;
 
+/// Longest path of the guest's unix socket, in bytes: what unix(7) allows, less `_` and a port.
+const MAX_VSOCK_SOCKET_BYTES: usize = 107 - 11;
+
 /// First context identifier a guest may have; 0 to 2 name hypervisor, loopback and host
 /// (virtio 1.2, section 5.10.4).
 const MIN_GUEST_CID: u32 = 3;
@@ -156,6 +159,11 @@ pub struct VsockConfig {
     /// The guest's context identifier, at least 3. It needs to be unique only within this VM: no
     /// kernel of the host takes part.
     pub cid: u32,
+    /// A unix socket to be made here, through which processes of the host reach the guest: they say
+    /// `CONNECT <port>\n` and read `OK <host port>\n`. Connections of the guest to port P of the
+    /// host go to the unix socket `<socket>_<P>`. At most 96 bytes.
+    #[serde(default)]
+    pub socket: Option<PathBuf>,
 }
 
 /// A field whose value cannot be, and the rule it breaks.
@@ -193,8 +201,7 @@ impl VmConfig {
         validate_nets(&self.nets)?;
         validate_shares(&self.shares)?;
         match &self.vsock {
-            // All ones means "any" (VMADDR_CID_ANY).
-            Some(vsock) => in_range("vsock.cid", vsock.cid, MIN_GUEST_CID, u32::MAX - 1),
+            Some(vsock) => vsock.validate(),
             None => Ok(()),
         }
     }
@@ -208,6 +215,21 @@ impl BootConfig {
         }
         if self.cmdline.bytes().any(|byte| byte < b' ' || byte == 0x7f) {
             return refuse("boot.cmdline", "must be one line without control characters");
+        }
+        Ok(())
+    }
+}
+
+impl VsockConfig {
+    fn validate(&self) -> Result<(), ConfigError> {
+        // All ones means "any" (VMADDR_CID_ANY).
+        in_range("vsock.cid", self.cid, MIN_GUEST_CID, u32::MAX - 1)?;
+        let Some(socket) = &self.socket else { return Ok(()) };
+        not_empty("vsock.socket", socket)?;
+        let bytes = socket.as_os_str().len();
+        if bytes > MAX_VSOCK_SOCKET_BYTES {
+            let rule = format!("must have at most {MAX_VSOCK_SOCKET_BYTES} bytes, not {bytes}");
+            return refuse("vsock.socket", &rule);
         }
         Ok(())
     }
@@ -358,7 +380,7 @@ mod tests {
     fn a_configuration_survives_being_written_and_read() {
         let mut config = VmConfig::new("/k".into());
         config.console.output = ConsoleOutput::File("/log".into());
-        config.vsock = Some(VsockConfig { cid: 3 });
+        config.vsock = Some(VsockConfig { cid: 3, socket: Some("/vsock".into()) });
 
         let json = serde_json::to_string(&config).unwrap();
 
@@ -420,6 +442,17 @@ mod tests {
         let error = config.validate().unwrap_err();
 
         assert_eq!(error.to_string(), "shares[0].tag: must have 1 to 36 bytes, not 37");
+    }
+
+    #[test]
+    fn a_socket_path_without_room_for_a_port_is_refused() {
+        let mut config = VmConfig::new("/k".into());
+        let socket = Some(format!("/{}", "s".repeat(96)).into());
+        config.vsock = Some(VsockConfig { cid: 3, socket });
+
+        let error = config.validate().unwrap_err();
+
+        assert_eq!(error.to_string(), "vsock.socket: must have at most 96 bytes, not 97");
     }
 
     #[test]

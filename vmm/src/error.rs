@@ -53,6 +53,17 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    /// A unix socket cannot be made.
+    #[error("{field}: listen on {path:?} (it must not exist yet)")]
+    Listen {
+        /// The field of the configuration that names it.
+        field: &'static str,
+        /// Where it should be.
+        path: PathBuf,
+        /// Why it cannot be made.
+        #[source]
+        source: io::Error,
+    },
     /// A kernel or initrd is something else than a file.
     #[error("{what} {path:?} is {found}, not a file")]
     NotAFile {

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use arch::machine::PlatformDevice;
 use arch::{Arch, Host};
+use devices::listener::Listener;
 use devices::serial::Serial;
 use devices::virtio::VirtioDevice;
 use devices::virtio::block::{Block, Disk};
@@ -14,7 +15,9 @@ use devices::virtio::net::{Net, Tap};
 use devices::virtio::rng::Rng;
 use devices::virtio::vsock::{Host as VsockHost, Vsock};
 
-use crate::config::{ConsoleConfig, ConsoleOutput, DiskConfig, NetConfig, ShareConfig, VmConfig};
+use crate::config::{
+    ConsoleConfig, ConsoleOutput, DiskConfig, NetConfig, ShareConfig, VmConfig, VsockConfig,
+};
 use crate::console::{self, ConsoleLog};
 use crate::error::Error;
 use crate::placement::{Loop, Placement, PlacementError};
@@ -50,9 +53,7 @@ pub fn place_all(
     }
     let mut host = None;
     if let Some(vsock) = &config.vsock {
-        let (vsock, handle) = Vsock::new(vsock.cid).map_err(device("vsock"))?;
-        place("vsock", vsock, Loop::Vmm, placement)?;
-        host = Some(handle);
+        host = Some(place_vsock(vsock, placement)?);
     }
     config.disks.iter().try_for_each(|disk| place_disk(disk, placement))?;
     config.shares.iter().try_for_each(|share| place_share(share, placement))?;
@@ -82,6 +83,23 @@ fn place_share(config: &ShareConfig, placement: &mut Placement<'_>) -> Result<()
     let name = format!("share {}", config.tag);
     let server = Server::open(&config.path, config.read_only).map_err(device(&name))?;
     place(&name, Fs::new(&config.tag, server), Loop::Io, placement)
+}
+
+fn place_vsock(config: &VsockConfig, placement: &mut Placement<'_>) -> Result<VsockHost, Error> {
+    let vsock = match &config.socket {
+        Some(path) => {
+            let socket = Listener::bind(path).map_err(|source| Error::Listen {
+                field: "vsock.socket",
+                path: path.clone(),
+                source,
+            })?;
+            Vsock::with_socket(config.cid, socket)
+        }
+        None => Vsock::new(config.cid),
+    };
+    let (vsock, handle) = vsock.map_err(device("vsock"))?;
+    place("vsock", vsock, Loop::Vmm, placement)?;
+    Ok(handle)
 }
 
 fn place_net(config: &NetConfig, placement: &mut Placement<'_>) -> Result<(), Error> {

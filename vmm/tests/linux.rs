@@ -137,7 +137,7 @@ fn a_read_only_share_stays_as_it_is() {
 #[ignore = "needs KVM that boots Linux"]
 fn the_guest_has_a_socket_device() {
     let mut guest = Guest::new("ls -l /sys/bus/virtio/drivers/vmw_vsock_virtio_transport/");
-    guest.config.vsock = Some(VsockConfig { cid: 3 });
+    guest.config.vsock = Some(VsockConfig { cid: 3, socket: None });
 
     let ended = guest.run();
 

@@ -1,5 +1,6 @@
 //! What a virtio device is, independent of the transport that shows it to the guest.
 
+pub mod activity;
 pub mod block;
 pub mod buffers;
 pub mod complaints;

@@ -9,6 +9,7 @@ use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::activity::Activity;
 use crate::interrupt::Interrupt;
 
 /// Chains served in one go. A driver can offer chains as fast as they are served, so this is what
@@ -51,22 +52,25 @@ pub struct VirtQueue {
     memory: GuestMemoryMmap,
     interrupt: Arc<dyn Interrupt>,
     kicks: Arc<[EventFd]>,
+    activity: Arc<Activity>,
     /// Where the used ring ended when the driver was last told, or was found not to care.
     notified: u16,
 }
 
 impl VirtQueue {
-    /// Wraps queue number `index` of a device. `kicks` holds the eventfds of all its queues.
+    /// Wraps queue number `index` of a device. `kicks` holds the eventfds of all its queues, and
+    /// `activity` counts their chains.
     pub fn new(
         index: u16,
         queue: Queue,
         memory: GuestMemoryMmap,
         interrupt: Arc<dyn Interrupt>,
         kicks: Arc<[EventFd]>,
+        activity: Arc<Activity>,
     ) -> Self {
         assert!(usize::from(index) < kicks.len(), "every queue has its kick eventfd");
         let notified = queue.next_used();
-        VirtQueue { index, queue, memory, interrupt, kicks, notified }
+        VirtQueue { index, queue, memory, interrupt, kicks, activity, notified }
     }
 
     /// The guest's memory.
@@ -96,6 +100,7 @@ impl VirtQueue {
     /// the next [`VirtQueue::notify`].
     pub fn complete(&mut self, chains: &[(u16, u32)]) -> Result<(), QueueError> {
         let outcome = self.complete_all(chains);
+        self.activity.add_chains(chains.len() as u64);
         self.checked(outcome)
     }
 
@@ -116,7 +121,7 @@ impl VirtQueue {
         serve: &mut dyn FnMut(Chain<'_>, &GuestMemoryMmap) -> Verdict,
     ) -> Result<(), virtio_queue::Error> {
         let mut left = BUDGET;
-        let mut used = false;
+        let mut used = 0;
         let VirtQueue { queue, memory, .. } = self;
         let finished = 'ring: loop {
             queue.disable_notification(memory)?;
@@ -129,7 +134,7 @@ impl VirtQueue {
                 match serve(chain, memory) {
                     Verdict::Used(written) => {
                         queue.add_used(memory, head, written)?;
-                        used = true;
+                        used += 1;
                     }
                     Verdict::Hold => {}
                     Verdict::Keep => {
@@ -154,7 +159,11 @@ impl VirtQueue {
             self.kick();
         }
         // Chains that were only held are notified of when they are complete.
-        if used { self.notify_driver() } else { Ok(()) }
+        if used == 0 {
+            return Ok(());
+        }
+        self.activity.add_chains(used);
+        self.notify_driver()
     }
 
     /// `Queue::add_used` shows each entry to the driver at once. So the entries before the last are
@@ -296,6 +305,21 @@ mod tests {
     }
 
     #[test]
+    fn chains_are_counted_when_they_are_given_back() {
+        let memory = memory();
+        let driver = Driver::new(&memory);
+        let mut queue = only_queue(&driver);
+        (0..3).for_each(|_| _ = driver.offer(0, &[], &[8]));
+        let mut verdicts = [Verdict::Used(0), Verdict::Hold, Verdict::Keep].into_iter();
+
+        queue.drain(|_, _| verdicts.next().unwrap()).unwrap();
+        assert_eq!(driver.activity().chains, 1);
+        queue.complete(&[(1, 8)]).unwrap();
+
+        assert_eq!(driver.activity().chains, 2);
+    }
+
+    #[test]
     fn completing_a_head_outside_the_table_breaks_the_queue() {
         let memory = memory();
         let driver = Driver::new(&memory);
@@ -397,7 +421,7 @@ mod tests {
         let interrupt = driver.activation().interrupt;
         let queue = Queue::new(64).unwrap();
 
-        let mut queue = VirtQueue::new(0, queue, memory.clone(), interrupt, kicks);
+        let mut queue = VirtQueue::new(0, queue, memory.clone(), interrupt, kicks, Arc::default());
 
         queue.drain(|_, _| Verdict::Used(0)).unwrap();
     }

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::activity::Activity;
 use super::complaints::Complaints;
 use super::{Backend, VirtioDevice};
 
@@ -17,15 +18,21 @@ pub struct Subscriber {
     kicks: Vec<EventFd>,
     backends: Vec<Backend>,
     device: Arc<Mutex<dyn VirtioDevice>>,
+    activity: Arc<Activity>,
     complaints: Complaints,
 }
 
 impl Subscriber {
     /// `name` is what log lines call the device; `kicks` holds one eventfd per queue, to which KVM
-    /// writes when the driver kicks that queue.
-    pub fn new(name: String, kicks: Vec<EventFd>, device: Arc<Mutex<dyn VirtioDevice>>) -> Self {
+    /// writes when the driver kicks that queue, and `activity` counts these kicks.
+    pub fn new(
+        name: String,
+        kicks: Vec<EventFd>,
+        device: Arc<Mutex<dyn VirtioDevice>>,
+        activity: Arc<Activity>,
+    ) -> Self {
         let backends = device.lock().expect("fresh lock").backends();
-        Subscriber { kicks, backends, device, complaints: Complaints::of(name) }
+        Subscriber { kicks, backends, device, activity, complaints: Complaints::of(name) }
     }
 }
 
@@ -47,7 +54,10 @@ impl MutEventSubscriber for Subscriber {
         let mut device = self.device.lock().expect("no device panics while it holds its lock");
         let outcome = match events.data().checked_sub(FIRST_BACKEND) {
             Some(index) => device.backend_ready(index as usize, events.event_set()),
-            None => device.queue_ready(events.data() as usize),
+            None => {
+                self.activity.add_kick();
+                device.queue_ready(events.data() as usize)
+            }
         };
         if let Err(error) = outcome {
             // The queue has already told the driver that the device needs a reset.
@@ -94,10 +104,18 @@ mod tests {
     }
 
     fn watched(device: &Arc<Mutex<Sink>>) -> (EventManager<Subscriber>, EventFd) {
+        counted(device, Arc::default())
+    }
+
+    fn counted(
+        device: &Arc<Mutex<Sink>>,
+        activity: Arc<Activity>,
+    ) -> (EventManager<Subscriber>, EventFd) {
         let kick = EventFd::new(EFD_NONBLOCK).unwrap();
         let kicks = vec![kick.try_clone().unwrap()];
         let mut manager = EventManager::new().unwrap();
-        manager.add_subscriber(Subscriber::new("sink".to_owned(), kicks, device.clone()));
+        let subscriber = Subscriber::new("sink".to_owned(), kicks, device.clone(), activity);
+        manager.add_subscriber(subscriber);
         (manager, kick)
     }
 
@@ -115,6 +133,20 @@ mod tests {
             manager.run_with_timeout(1000).unwrap();
             assert_eq!(driver.used().len(), chains);
         }
+    }
+
+    #[test]
+    fn kicks_are_counted() {
+        let device = Arc::new(Mutex::new(Sink::default()));
+        let activity = Arc::new(Activity::default());
+        let (mut manager, kick) = counted(&device, activity.clone());
+
+        for _ in 0..3 {
+            kick.write(1).unwrap();
+            manager.run_with_timeout(1000).unwrap();
+        }
+
+        assert_eq!(activity.counts().kicks, 3);
     }
 
     #[test]
