@@ -18,6 +18,9 @@ pub const MAX_MEMORY_MIB: u32 = 1 << 20;
 /// Longest name of a network interface, in bytes: IFNAMSIZ less the terminating zero.
 const MAX_TAP_BYTES: usize = 15;
 
+/// Most queue pairs of a network interface.
+pub const MAX_QUEUE_PAIRS: u16 = 16;
+
 /// Longest disk id, in bytes (virtio 1.2, section 5.2.6: the serial number of a block device).
 const MAX_DISK_ID_BYTES: usize = 20;
 
@@ -129,10 +132,17 @@ pub struct DiskConfig {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NetConfig {
-    /// Name of the host's tap interface in this process's network namespace; made if it is not there.
+    /// Name of the host's tap interface in this process's network namespace.
     pub tap: String,
+    /// Whether the tap is made if it is not there, to vanish with the VM. Else that is an error.
+    #[serde(default)]
+    pub create: bool,
     /// The guest's hardware address, as `02:00:00:00:00:01`.
     pub mac: String,
+    /// Number of queue pairs, 1 to [`MAX_QUEUE_PAIRS`]; a guest uses at most one a vCPU. A tap that
+    /// is not made here must have been made with `multi_queue` if there are several.
+    #[serde(default = "one_pair")]
+    pub queue_pairs: u16,
 }
 
 /// A host directory the guest can mount.
@@ -213,6 +223,11 @@ impl BootConfig {
 }
 
 impl NetConfig {
+    /// An interface of one queue pair on the existing `tap`, with the hardware address `mac`.
+    pub fn new(tap: impl Into<String>, mac: impl Into<String>) -> Self {
+        NetConfig { tap: tap.into(), create: false, mac: mac.into(), queue_pairs: one_pair() }
+    }
+
     /// The hardware address as bytes; `None` unless it is six hexadecimal bytes with colons between
     /// and names one station.
     pub fn mac_bytes(&self) -> Option<[u8; 6]> {
@@ -238,6 +253,10 @@ fn one() -> u8 {
     1
 }
 
+fn one_pair() -> u16 {
+    1
+}
+
 fn yes() -> bool {
     true
 }
@@ -256,6 +275,7 @@ fn validate_nets(nets: &[NetConfig]) -> Result<(), ConfigError> {
     let mut seen = BTreeSet::new();
     for (index, net) in nets.iter().enumerate() {
         name_of(&format!("nets[{index}].tap"), &net.tap, MAX_TAP_BYTES, &mut seen)?;
+        in_range(&format!("nets[{index}].queue_pairs"), net.queue_pairs, 1, MAX_QUEUE_PAIRS)?;
         if net.mac_bytes().is_none() {
             return refuse(
                 &format!("nets[{index}].mac"),
@@ -400,8 +420,26 @@ mod tests {
     }
 
     #[test]
+    fn a_network_interface_without_a_queue_is_refused() {
+        let error = refused(
+            r#"{"boot": {"kernel": "/k"},
+                "nets": [{"tap": "t", "mac": "02:00:00:00:00:01", "queue_pairs": 0}]}"#,
+        );
+        assert_eq!(error, "nets[0].queue_pairs: must be 1 to 16, not 0");
+    }
+
+    #[test]
+    fn a_tap_is_one_that_exists_unless_said_otherwise() {
+        let config = parse(
+            r#"{"boot": {"kernel": "/k"}, "nets": [{"tap": "t", "mac": "02:00:00:00:00:01"}]}"#,
+        );
+        assert_eq!(config.nets, [NetConfig::new("t", "02:00:00:00:00:01")]);
+        assert!(!config.nets[0].create);
+    }
+
+    #[test]
     fn a_hardware_address_is_six_bytes() {
-        let mac = |text: &str| NetConfig { tap: "t".into(), mac: text.into() }.mac_bytes();
+        let mac = |text: &str| NetConfig::new("t", text).mac_bytes();
 
         assert_eq!(mac("02:00:00:ab:CD:ef"), Some([2, 0, 0, 0xab, 0xcd, 0xef]));
         assert_eq!(mac("02:00:00:ab:cd"), None);

@@ -10,17 +10,22 @@ use devices::virtio::VirtioDevice;
 use devices::virtio::block::{Block, Disk};
 use devices::virtio::console::Console;
 use devices::virtio::fs::{Fs, Server};
-use devices::virtio::net::{Net, Tap};
+use devices::virtio::net::{MAX_PAIRS, Missing, Net, Tap, TapError};
 use devices::virtio::rng::Rng;
 use devices::virtio::vsock::{Host as VsockHost, Vsock};
 
-use crate::config::{ConsoleConfig, ConsoleOutput, DiskConfig, NetConfig, ShareConfig, VmConfig};
+use crate::config::{
+    ConfigError, ConsoleConfig, ConsoleOutput, DiskConfig, MAX_QUEUE_PAIRS, NetConfig, ShareConfig,
+    VmConfig,
+};
 use crate::console::{self, ConsoleLog};
 use crate::error::Error;
 use crate::placement::{Loop, Placement, PlacementError};
 
 /// Registers of a 16550, in bytes.
 const SERIAL_PORTS: u64 = 8;
+
+const _: () = assert!(MAX_QUEUE_PAIRS as usize == MAX_PAIRS, "what is allowed can be made");
 
 /// Opens where the guest's console goes.
 pub fn open_console(config: &ConsoleConfig) -> Result<ConsoleLog, Error> {
@@ -56,7 +61,7 @@ pub fn place_all(
     }
     config.disks.iter().try_for_each(|disk| place_disk(disk, placement))?;
     config.shares.iter().try_for_each(|share| place_share(share, placement))?;
-    config.nets.iter().try_for_each(|net| place_net(net, placement))?;
+    (0..).zip(&config.nets).try_for_each(|(index, net)| place_net(index, net, placement))?;
     Ok(host)
 }
 
@@ -84,11 +89,29 @@ fn place_share(config: &ShareConfig, placement: &mut Placement<'_>) -> Result<()
     place(&name, Fs::new(&config.tag, server), Loop::Io, placement)
 }
 
-fn place_net(config: &NetConfig, placement: &mut Placement<'_>) -> Result<(), Error> {
+fn place_net(index: usize, config: &NetConfig, placement: &mut Placement<'_>) -> Result<(), Error> {
     let name = format!("net {}", config.tap);
-    let tap = Tap::open(&config.tap).map_err(device(&name))?;
+    let taps = open_taps(config).map_err(|error| match error {
+        TapError::Missing(tap) => Error::Config(ConfigError {
+            field: format!("nets[{index}].tap"),
+            rule: format!(
+                "must name a tap of this network namespace, and {tap:?} is none (make it with `ip \
+                 tuntap`, or set nets[{index}].create)"
+            ),
+        }),
+        error => device(&name)(error),
+    })?;
     let mac = config.mac_bytes().expect("validate() checked the address");
-    place(&name, Net::new(tap, mac), Loop::Vmm, placement)
+    place(&name, Net::new(taps, mac), Loop::Vmm, placement)
+}
+
+/// The tap of `config`, once for each of its queue pairs.
+fn open_taps(config: &NetConfig) -> Result<Vec<Tap>, TapError> {
+    let missing = if config.create { Missing::Create } else { Missing::Refuse };
+    match config.queue_pairs {
+        1 => Tap::open(&config.tap, missing).map(|tap| vec![tap]),
+        several => Tap::open_queues(&config.tap, several.into(), missing),
+    }
 }
 
 fn place(

@@ -152,16 +152,51 @@ fn the_guest_reaches_the_host_over_its_network_interface() {
         "ip link set eth0 up; ip address add 192.168.231.2/24 dev eth0
          cat /sys/class/net/eth0/address; ping -c 2 192.168.231.1",
     );
-    guest.config.nets = vec![NetConfig { tap: "vmmtest0".into(), mac: "02:00:00:00:12:34".into() }];
+    guest.config.nets = vec![new_tap("vmmtest0")];
 
     let vm = guest.start();
-    for arguments in ["address add 192.168.231.1/24 dev vmmtest0", "link set vmmtest0 up"] {
-        assert!(Command::new("ip").args(arguments.split(' ')).status().unwrap().success());
-    }
+    give_address("vmmtest0", "192.168.231.1/24");
     let ended = wait(vm);
 
     assert!(ended.output.contains("02:00:00:00:12:34"), "{ended:?}");
     assert!(ended.output.contains(" 0% packet loss"), "{ended:?}");
+}
+
+#[test]
+#[ignore = "needs KVM that boots Linux"]
+fn two_processors_use_a_queue_pair_each() {
+    // Linux gives each processor the transmit queue of its own pair.
+    let mut guest = Guest::new(
+        "ip link set eth0 up; ip address add 192.168.232.2/24 dev eth0
+         for pair in 0 1; do
+           echo pair $pair is of processors $(cat /sys/class/net/eth0/queues/tx-$pair/xps_cpus)
+         done
+         for processors in 1 2; do taskset $processors ping -c 3 192.168.232.1; done
+         dmesg | grep 'queue pairs'",
+    );
+    guest.config.vcpus = 2;
+    guest.config.nets = vec![NetConfig { queue_pairs: 2, ..new_tap("vmmtest1") }];
+
+    let vm = guest.start();
+    give_address("vmmtest1", "192.168.232.1/24");
+    let ended = wait(vm);
+
+    assert!(ended.output.contains("pair 0 is of processors 1"), "{ended:?}");
+    assert!(ended.output.contains("pair 1 is of processors 2"), "{ended:?}");
+    assert_eq!(ended.output.matches(" 0% packet loss").count(), 2, "{ended:?}");
+    assert!(!ended.output.contains("Fail to set num of queue pairs"), "{ended:?}");
+}
+
+/// An interface on a tap that is made with the VM.
+fn new_tap(name: &str) -> NetConfig {
+    NetConfig { create: true, ..NetConfig::new(name, "02:00:00:00:12:34") }
+}
+
+fn give_address(tap: &str, address: &str) {
+    let arguments = format!("address add {address} dev {tap}");
+    for arguments in [arguments, format!("link set {tap} up")] {
+        assert!(Command::new("ip").args(arguments.split(' ')).status().unwrap().success());
+    }
 }
 
 #[test]

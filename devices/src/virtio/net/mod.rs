@@ -1,9 +1,11 @@
 //! Network device (virtio 1.2, section 5.1): Ethernet frames between the guest and a tap.
 
+mod control;
 mod receive;
 mod tap;
 #[cfg(test)]
 mod tests;
+mod transmit;
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -11,17 +13,19 @@ use std::os::fd::AsRawFd;
 use event_manager::EventSet;
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::{
-    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_TSO4,
-    VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_GUEST_UFO, VIRTIO_NET_F_HOST_ECN, VIRTIO_NET_F_HOST_TSO4,
-    VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_HOST_UFO, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF,
-    VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS, VIRTIO_NET_S_LINK_UP,
+    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN,
+    VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_GUEST_UFO,
+    VIRTIO_NET_F_HOST_ECN, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_HOST_UFO,
+    VIRTIO_NET_F_MAC, VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU,
+    VIRTIO_NET_F_STATUS, VIRTIO_NET_S_LINK_UP,
 };
 
+use self::control::{Command, Control};
 use self::receive::{Receive, Room};
-pub use self::tap::{Link, Tap, TapError};
-use super::buffers::Buffers;
+pub use self::tap::{Link, Missing, Tap, TapError};
+use self::transmit::Transmit;
 use super::complaints::Complaints;
-use super::queue::{QueueError, Verdict, VirtQueue};
+use super::queue::{QueueError, VirtQueue};
 use super::{ActivateError, Activation, Backend, DeviceTraits, VirtioDevice, copy_config};
 
 /// Bytes of the header in front of each frame (virtio 1.2, section 5.1.6: `virtio_net_hdr`).
@@ -36,10 +40,15 @@ const MAX_FRAME_BYTES: usize = HEADER_BYTES + ETHERNET_BYTES + u16::MAX as usize
 /// Shortest frame with its header.
 const MIN_FRAME_BYTES: usize = HEADER_BYTES + 14;
 
-/// Queue numbers (virtio 1.2, section 5.1.2).
-const RECEIVE: usize = 0;
+/// Most queue pairs of one device; more kick eventfds than that cost more than they bring.
+pub const MAX_PAIRS: usize = 16;
+
 /// Large enough to hold several of the largest frames in a driver's usual page fractions.
 const QUEUE_SIZE: u16 = 256;
+
+/// The queues of the largest device: of each pair first the receive queue, then the transmit queue,
+/// and behind them all the control queue (virtio 1.2, section 5.1.2).
+const QUEUE_SIZES: [u16; 2 * MAX_PAIRS + 1] = [QUEUE_SIZE; 2 * MAX_PAIRS + 1];
 
 /// What is left to the device to do with a frame of the guest; the tap passes it on.
 const TRANSMIT_FEATURES: u64 = 1 << VIRTIO_NET_F_CSUM
@@ -60,31 +69,42 @@ const RECEIVE_OFFLOADS: [(u32, libc::c_uint); 5] = [
 /// Bytes of the configuration space up to and with `mtu` (virtio 1.2, section 5.1.4).
 const CONFIG_BYTES: usize = 12;
 
-/// A network device on a [`Tap`].
+/// A network device on a [`Tap`], of which each queue pair has a queue of its own.
 pub struct Net<L> {
-    link: L,
+    /// One of each pair.
+    links: Vec<L>,
+    /// How many of them, from the first on, get frames: those of the pairs the driver uses.
+    attached: usize,
     config: [u8; CONFIG_BYTES],
     complaints: Complaints,
     active: Option<Active>,
 }
 
 struct Active {
+    pairs: Vec<Pair>,
+    control: Option<Control>,
+    /// Number of the control queue.
+    control_index: usize,
+}
+
+struct Pair {
     receive: Receive,
-    transmit: VirtQueue,
-    buffers: Buffers,
-    /// Whether a frame of the guest waits for the link to take it.
-    blocked: bool,
+    transmit: Transmit,
 }
 
 impl<L: Link> Net<L> {
-    /// Creates an idle device with the Ethernet address `mac`.
-    pub fn new(link: L, mac: [u8; 6]) -> Self {
+    /// Creates an idle device with the Ethernet address `mac` and a queue pair for each of `links`,
+    /// of which there are 1 to [`MAX_PAIRS`], all attached.
+    pub fn new(links: Vec<L>, mac: [u8; 6]) -> Self {
+        assert!((1..=MAX_PAIRS).contains(&links.len()), "a device has 1 to MAX_PAIRS links");
+        let pairs = u16::try_from(links.len()).expect("MAX_PAIRS is small");
         let mut config = [0; CONFIG_BYTES];
         config[0..6].copy_from_slice(&mac);
         config[6..8].copy_from_slice(&VIRTIO_NET_S_LINK_UP.to_le_bytes()[..2]);
-        config[8..10].copy_from_slice(&1u16.to_le_bytes());
-        config[10..12].copy_from_slice(&link.mtu().unwrap_or(0).to_le_bytes());
-        Net { link, config, complaints: Complaints::of("net"), active: None }
+        config[8..10].copy_from_slice(&pairs.to_le_bytes());
+        config[10..12].copy_from_slice(&links[0].mtu().unwrap_or(0).to_le_bytes());
+        let (attached, complaints) = (links.len(), Complaints::of("net"));
+        Net { links, attached, config, complaints, active: None }
     }
 
     /// The room a frame may need under these features.
@@ -93,44 +113,85 @@ impl<L: Link> Net<L> {
             return Room::Chain;
         }
         // Without a segmentation offload no frame is larger than the link's.
-        let mtu = match self.link.mtu() {
+        let mtu = match self.links[0].mtu() {
             Some(mtu) if offloads(features) & !libc::TUN_F_CSUM == 0 => mtu,
             _ => u16::MAX,
         };
         Room::Bytes(HEADER_BYTES + ETHERNET_BYTES + usize::from(mtu))
     }
 
-    fn receive(&mut self) -> Result<(), QueueError> {
-        let Some(active) = &mut self.active else { return Ok(()) };
-        active.receive.run(self.link.as_fd(), &mut self.complaints)
-    }
-
-    /// Moves the guest's frames to the link, until one of them has no more of it.
-    fn transmit(&mut self) -> Result<(), QueueError> {
-        let Net { link, complaints, active, .. } = self;
-        let Some(Active { transmit, buffers, blocked, .. }) = active else { return Ok(()) };
-        *blocked = false;
-        transmit.drain(|chain, _| {
-            buffers.clear();
-            if let Err(error) = buffers.add(chain.readable()) {
-                complaints.add(&error);
-                return Verdict::Used(0);
+    /// Serves the control queue.
+    fn control(&mut self) -> Result<(), QueueError> {
+        let Net { links, attached, complaints, active, .. } = self;
+        let Some(Active { pairs, control: Some(control), .. }) = active else { return Ok(()) };
+        control.run(complaints, |Command::UsePairs(count), complaints| {
+            let count = usize::from(count);
+            if !(1..=pairs.len()).contains(&count) {
+                complaints.add(&format_args!("{count} queue pairs, of {}", pairs.len()));
+                return false;
             }
-            if !(MIN_FRAME_BYTES..=MAX_FRAME_BYTES).contains(&buffers.bytes()) {
-                complaints.add(&format_args!("a frame of {} bytes dropped", buffers.bytes()));
-                return Verdict::Used(0);
+            let before = *attached;
+            if let Err(error) = use_pairs(links, attached, count) {
+                complaints.add(&format_args!("use {count} queue pairs: {error}"));
+                // Those that were in use before can be used again.
+                let _ = use_pairs(links, attached, before);
+                return false;
             }
-            match buffers.write_to(link.as_fd()) {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    *blocked = true;
-                    return Verdict::Keep;
-                }
-                Err(error) => complaints.add(&format_args!("frame dropped: {error}")),
-                Ok(_) => {}
+            // The driver may have kicked them before they were in use.
+            for pair in pairs.get(before..count).into_iter().flatten() {
+                pair.receive.kick();
+                pair.transmit.kick();
             }
-            Verdict::Used(0)
+            true
         })
     }
+
+    fn receive(&mut self, pair: usize) -> Result<(), QueueError> {
+        let Net { links, attached, complaints, active, .. } = self;
+        let pairs = active.iter_mut().flat_map(|active| &mut active.pairs);
+        let Some((pair, link)) = pairs.zip(links).take(*attached).nth(pair) else { return Ok(()) };
+        pair.receive.run(link.as_fd(), complaints)
+    }
+
+    fn transmit(&mut self, pair: usize) -> Result<(), QueueError> {
+        let Net { links, attached, complaints, active, .. } = self;
+        let pairs = active.iter_mut().flat_map(|active| &mut active.pairs);
+        let Some((pair, link)) = pairs.zip(links).take(*attached).nth(pair) else { return Ok(()) };
+        pair.transmit.run(link.as_fd(), complaints)
+    }
+}
+
+/// Attaches the first `count` of `links`, of which the first `attached` are, and no other. Where it
+/// fails, `attached` says how far it came.
+fn use_pairs<L: Link>(links: &[L], attached: &mut usize, count: usize) -> io::Result<()> {
+    while *attached < count {
+        links[*attached].set_attached(true)?;
+        *attached += 1;
+    }
+    while *attached > count {
+        links[*attached - 1].set_attached(false)?;
+        *attached -= 1;
+    }
+    Ok(())
+}
+
+/// The pairs and the control queue, if there is one, that `queues` are under `features`.
+fn split(
+    mut queues: Vec<VirtQueue>,
+    features: u64,
+    room: Room,
+) -> (Vec<Pair>, Option<Control>, usize) {
+    let several = features & 1 << VIRTIO_NET_F_MQ != 0;
+    // To a driver that knows of one pair only, the control queue follows that (section 5.1.2).
+    let count = if several { queues.len() / 2 } else { 1 };
+    let control = (features & 1 << VIRTIO_NET_F_CTRL_VQ != 0 && queues.len() > 2 * count)
+        .then(|| Control::new(queues.swap_remove(2 * count)));
+    let mut queues = queues.into_iter();
+    let pair = || {
+        let (receive, transmit) = (queues.next()?, queues.next()?);
+        Some(Pair { receive: Receive::new(receive, room), transmit: Transmit::new(transmit) })
+    };
+    (std::iter::from_fn(pair).take(count).collect(), control, 2 * count)
 }
 
 /// What the link may leave to a driver that negotiated `features`.
@@ -142,7 +203,10 @@ fn offloads(features: u64) -> libc::c_uint {
 impl<L: Link> VirtioDevice for Net<L> {
     fn traits(&self) -> DeviceTraits {
         let receive = RECEIVE_OFFLOADS.iter().fold(0, |bits, (feature, _)| bits | 1 << feature);
-        let mtu = u64::from(self.link.mtu().is_some()) << VIRTIO_NET_F_MTU;
+        let mtu = u64::from(self.links[0].mtu().is_some()) << VIRTIO_NET_F_MTU;
+        let several = self.links.len() > 1;
+        let control =
+            u64::from(several) << VIRTIO_NET_F_MQ | u64::from(several) << VIRTIO_NET_F_CTRL_VQ;
         DeviceTraits {
             device_type: VIRTIO_ID_NET,
             features: 1 << VIRTIO_NET_F_MAC
@@ -150,8 +214,9 @@ impl<L: Link> VirtioDevice for Net<L> {
                 | 1 << VIRTIO_NET_F_MRG_RXBUF
                 | TRANSMIT_FEATURES
                 | receive
-                | mtu,
-            queue_sizes: &[QUEUE_SIZE, QUEUE_SIZE],
+                | mtu
+                | control,
+            queue_sizes: &QUEUE_SIZES[..2 * self.links.len() + usize::from(several)],
         }
     }
 
@@ -161,14 +226,16 @@ impl<L: Link> VirtioDevice for Net<L> {
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         let features = activation.features;
-        let [receive, transmit] = activation.into_queues()?;
-        self.link.set_offloads(offloads(features)).map_err(ActivateError::Backend)?;
-        self.active = Some(Active {
-            receive: Receive::new(receive, self.room(features)),
-            buffers: Buffers::new(transmit.memory().clone()),
-            transmit,
-            blocked: false,
-        });
+        let expected = self.traits().queue_sizes.len();
+        let actual = activation.queues.len();
+        if actual != expected {
+            return Err(ActivateError::QueueCount { expected, actual });
+        }
+        self.links[0].set_offloads(offloads(features)).map_err(ActivateError::Backend)?;
+        use_pairs(&self.links, &mut self.attached, 1).map_err(ActivateError::Backend)?;
+        let (pairs, control, control_index) =
+            split(activation.queues, features, self.room(features));
+        self.active = Some(Active { pairs, control, control_index });
         Ok(())
     }
 
@@ -177,19 +244,24 @@ impl<L: Link> VirtioDevice for Net<L> {
     }
 
     fn queue_ready(&mut self, index: usize) -> Result<(), QueueError> {
-        if index == RECEIVE { self.receive() } else { self.transmit() }
+        let Some(active) = &self.active else { return Ok(()) };
+        if index == active.control_index {
+            return self.control();
+        }
+        if index % 2 == 0 { self.receive(index / 2) } else { self.transmit(index / 2) }
     }
 
     fn backends(&self) -> Vec<Backend> {
         let events = EventSet::IN | EventSet::OUT;
-        vec![Backend { fd: self.link.as_fd().as_raw_fd(), events }]
+        let backend = |link: &L| Backend { fd: link.as_fd().as_raw_fd(), events };
+        self.links.iter().map(backend).collect()
     }
 
-    fn backend_ready(&mut self, _index: usize, events: EventSet) -> Result<(), QueueError> {
-        let blocked = self.active.as_ref().is_some_and(|active| active.blocked);
-        if blocked && events.contains(EventSet::OUT) {
-            self.transmit()?;
+    fn backend_ready(&mut self, index: usize, events: EventSet) -> Result<(), QueueError> {
+        let pair = self.active.as_ref().and_then(|active| active.pairs.get(index));
+        if pair.is_some_and(|pair| pair.transmit.blocked()) && events.contains(EventSet::OUT) {
+            self.transmit(index)?;
         }
-        self.receive()
+        self.receive(index)
     }
 }

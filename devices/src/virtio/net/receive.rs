@@ -45,6 +45,11 @@ impl Receive {
         Receive { queue, buffers, waiting: VecDeque::new(), used: Vec::new(), room }
     }
 
+    /// Has the event loop look at the queue once more.
+    pub fn kick(&self) {
+        self.queue.kick();
+    }
+
     /// Moves frames from `link` to the guest until one of them has no more of it.
     pub fn run(
         &mut self,
