@@ -144,6 +144,22 @@ pub struct NetConfig {
     /// is not made here must have been made with `multi_queue` if there are several.
     #[serde(default = "one_pair")]
     pub queue_pairs: u16,
+    /// Whether the host's kernel moves the frames.
+    #[serde(default)]
+    pub vhost: VhostUse,
+}
+
+/// Whether the host's kernel (vhost-net) moves the frames between tap and guest instead of the VMM.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum VhostUse {
+    /// If it can.
+    #[default]
+    Auto,
+    /// Yes, or there is no VM.
+    On,
+    /// No.
+    Off,
 }
 
 /// A host directory the guest can mount.
@@ -226,7 +242,13 @@ impl BootConfig {
 impl NetConfig {
     /// An interface of one queue pair on the existing `tap`, with the hardware address `mac`.
     pub fn new(tap: impl Into<String>, mac: impl Into<String>) -> Self {
-        NetConfig { tap: tap.into(), create: false, mac: mac.into(), queue_pairs: one_pair() }
+        NetConfig {
+            tap: tap.into(),
+            create: false,
+            mac: mac.into(),
+            queue_pairs: one_pair(),
+            vhost: VhostUse::default(),
+        }
     }
 
     /// The hardware address as bytes; `None` unless it is six hexadecimal bytes with colons between

@@ -10,13 +10,15 @@ use devices::virtio::VirtioDevice;
 use devices::virtio::block::{Block, Disk};
 use devices::virtio::console::Console;
 use devices::virtio::fs::{Fs, Server};
-use devices::virtio::net::{MAX_PAIRS, Missing, Net, Tap, TapError};
+use devices::virtio::net::{MAX_PAIRS, Missing, Net, Tap, TapError, Vhost, VhostError};
 use devices::virtio::rng::Rng;
 use devices::virtio::vsock::{Host as VsockHost, Vsock};
+use log::debug;
+use vm_memory::GuestMemoryMmap;
 
 use crate::config::{
     ConfigError, ConsoleConfig, ConsoleOutput, DiskConfig, MAX_QUEUE_PAIRS, NetConfig, ShareConfig,
-    VmConfig,
+    VhostUse, VmConfig,
 };
 use crate::console::{self, ConsoleLog};
 use crate::error::Error;
@@ -102,7 +104,30 @@ fn place_net(index: usize, config: &NetConfig, placement: &mut Placement<'_>) ->
         error => device(&name)(error),
     })?;
     let mac = config.mac_bytes().expect("validate() checked the address");
-    place(&name, Net::new(taps, mac), Loop::Vmm, placement)
+    let vhost = open_vhost(config, &taps, placement.memory()).map_err(device(&name))?;
+    let net = Net::new(taps, mac);
+    let net = match vhost {
+        Some(vhost) => net.served_by(vhost),
+        None => net,
+    };
+    place(&name, net, Loop::Vmm, placement)
+}
+
+/// The host's kernel as the one who serves the queues of `taps`, if `config` asks for it or it just
+/// can.
+fn open_vhost(
+    config: &NetConfig,
+    taps: &[Tap],
+    memory: &GuestMemoryMmap,
+) -> Result<Option<Vhost>, VhostError> {
+    match config.vhost {
+        VhostUse::On => Vhost::open(taps, memory).map(Some),
+        VhostUse::Auto => {
+            let tried = Vhost::open(taps, memory);
+            Ok(tried.inspect_err(|error| debug!("net {}: {error}", config.tap)).ok())
+        }
+        VhostUse::Off => Ok(None),
+    }
 }
 
 /// The tap of `config`, once for each of its queue pairs.

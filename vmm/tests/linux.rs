@@ -8,7 +8,7 @@ use std::process::Command;
 
 use guest::{Ended, Guest, wait};
 use tempfile::{NamedTempFile, TempDir};
-use vmm::{DiskConfig, Exit, NetConfig, ShareConfig, VsockConfig};
+use vmm::{DiskConfig, Exit, NetConfig, ShareConfig, VhostUse, VsockConfig};
 
 /// Both are a guest's wish to be over: a kernel without ACPI may have only the second.
 fn assert_ended_by_guest(ended: &Ended) {
@@ -152,7 +152,7 @@ fn the_guest_reaches_the_host_over_its_network_interface() {
         "ip link set eth0 up; ip address add 192.168.231.2/24 dev eth0
          cat /sys/class/net/eth0/address; ping -c 2 192.168.231.1",
     );
-    guest.config.nets = vec![new_tap("vmmtest0")];
+    guest.config.nets = vec![NetConfig { vhost: VhostUse::Off, ..new_tap("vmmtest0") }];
 
     let vm = guest.start();
     give_address("vmmtest0", "192.168.231.1/24");
@@ -162,29 +162,59 @@ fn the_guest_reaches_the_host_over_its_network_interface() {
     assert!(ended.output.contains(" 0% packet loss"), "{ended:?}");
 }
 
-#[test]
-#[ignore = "needs KVM that boots Linux"]
-fn two_processors_use_a_queue_pair_each() {
-    // Linux gives each processor the transmit queue of its own pair.
-    let mut guest = Guest::new(
-        "ip link set eth0 up; ip address add 192.168.232.2/24 dev eth0
+/// Pings the host from each processor, which Linux gives the transmit queue of its own pair.
+fn ping_from_two_processors(tap: &str, subnet: &str, vhost: VhostUse) {
+    let mut guest = Guest::new(&format!(
+        "ip link set eth0 up; ip address add {subnet}.2/24 dev eth0
          for pair in 0 1; do
            echo pair $pair is of processors $(cat /sys/class/net/eth0/queues/tx-$pair/xps_cpus)
          done
-         for processors in 1 2; do taskset $processors ping -c 3 192.168.232.1; done
+         for processors in 1 2; do taskset $processors ping -c 3 {subnet}.1; done
          dmesg | grep 'queue pairs'",
-    );
+    ));
     guest.config.vcpus = 2;
-    guest.config.nets = vec![NetConfig { queue_pairs: 2, ..new_tap("vmmtest1") }];
+    guest.config.nets = vec![NetConfig { queue_pairs: 2, vhost, ..new_tap(tap) }];
 
     let vm = guest.start();
-    give_address("vmmtest1", "192.168.232.1/24");
+    give_address(tap, &format!("{subnet}.1/24"));
     let ended = wait(vm);
 
+    assert_ended_by_guest(&ended);
     assert!(ended.output.contains("pair 0 is of processors 1"), "{ended:?}");
     assert!(ended.output.contains("pair 1 is of processors 2"), "{ended:?}");
     assert_eq!(ended.output.matches(" 0% packet loss").count(), 2, "{ended:?}");
     assert!(!ended.output.contains("Fail to set num of queue pairs"), "{ended:?}");
+}
+
+#[test]
+#[ignore = "needs KVM that boots Linux"]
+fn two_processors_use_a_queue_pair_each() {
+    ping_from_two_processors("vmmtest1", "192.168.232", VhostUse::Off);
+}
+
+#[test]
+#[ignore = "needs KVM that boots Linux, and /dev/vhost-net"]
+fn the_hosts_kernel_serves_a_queue_pair_of_each_processor() {
+    ping_from_two_processors("vmmtest2", "192.168.233", VhostUse::On);
+}
+
+#[test]
+#[ignore = "needs KVM that boots Linux, and /dev/vhost-net"]
+fn a_new_driver_takes_over_from_the_old_one_in_the_hosts_kernel() {
+    let mut guest = Guest::new(
+        "ip link set eth0 up; ip address add 192.168.234.2/24 dev eth0; ping -c 1 192.168.234.1
+         device=$(basename $(readlink /sys/class/net/eth0/device))
+         cd /sys/bus/virtio/drivers/virtio_net; echo $device > unbind; echo $device > bind
+         ip link set eth0 up; ip address add 192.168.234.2/24 dev eth0; ping -c 1 192.168.234.1",
+    );
+    guest.config.nets = vec![NetConfig { vhost: VhostUse::On, ..new_tap("vmmtest3") }];
+
+    let vm = guest.start();
+    give_address("vmmtest3", "192.168.234.1/24");
+    let ended = wait(vm);
+
+    assert_ended_by_guest(&ended);
+    assert_eq!(ended.output.matches(" 0% packet loss").count(), 2, "{ended:?}");
 }
 
 /// An interface on a tap that is made with the VM.

@@ -103,6 +103,12 @@ pub trait VirtioDevice: Send {
     /// Drops everything `activate` handed over. Calling it on an idle device does nothing.
     fn reset(&mut self);
 
+    /// Whether the event loop is to call `queue_ready` for queue `index`; read once, before the guest
+    /// starts. Not if the host's kernel watches the kicks of that queue and serves it.
+    fn serves(&self, _index: usize) -> bool {
+        true
+    }
+
     /// Serves queue `index`, because the driver kicked it.
     fn queue_ready(&mut self, index: usize) -> Result<(), QueueError>;
 

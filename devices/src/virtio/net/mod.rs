@@ -1,14 +1,16 @@
 //! Network device (virtio 1.2, section 5.1): Ethernet frames between the guest and a tap.
 
 mod control;
+mod links;
 mod receive;
 mod tap;
 #[cfg(test)]
 mod tests;
 mod transmit;
+mod vhost;
 
-use std::io;
 use std::os::fd::AsRawFd;
+use std::sync::Arc;
 
 use event_manager::EventSet;
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
@@ -21,12 +23,16 @@ use virtio_bindings::virtio_net::{
 };
 
 use self::control::{Command, Control};
+use self::links::Links;
 use self::receive::{Receive, Room};
 pub use self::tap::{Link, Missing, Tap, TapError};
 use self::transmit::Transmit;
+use self::vhost::Signal;
+pub use self::vhost::{Vhost, VhostError};
 use super::complaints::Complaints;
 use super::queue::{QueueError, VirtQueue};
 use super::{ActivateError, Activation, Backend, DeviceTraits, VirtioDevice, copy_config};
+use crate::interrupt::Interrupt;
 
 /// Bytes of the header in front of each frame (virtio 1.2, section 5.1.6: `virtio_net_hdr`).
 pub const HEADER_BYTES: usize = 12;
@@ -71,20 +77,26 @@ const CONFIG_BYTES: usize = 12;
 
 /// A network device on a [`Tap`], of which each queue pair has a queue of its own.
 pub struct Net<L> {
-    /// One of each pair.
-    links: Vec<L>,
-    /// How many of them, from the first on, get frames: those of the pairs the driver uses.
-    attached: usize,
+    links: Links<L>,
     config: [u8; CONFIG_BYTES],
     complaints: Complaints,
     active: Option<Active>,
 }
 
 struct Active {
-    pairs: Vec<Pair>,
+    pairs: Pairs,
     control: Option<Control>,
     /// Number of the control queue.
     control_index: usize,
+    interrupt: Arc<dyn Interrupt>,
+}
+
+/// The queue pairs a driver knows of, by who moves the frames.
+enum Pairs {
+    /// We do.
+    Own(Vec<Pair>),
+    /// The host's kernel does, in these queues.
+    Kernel(Vec<VirtQueue>),
 }
 
 struct Pair {
@@ -103,8 +115,18 @@ impl<L: Link> Net<L> {
         config[6..8].copy_from_slice(&VIRTIO_NET_S_LINK_UP.to_le_bytes()[..2]);
         config[8..10].copy_from_slice(&pairs.to_le_bytes());
         config[10..12].copy_from_slice(&links[0].mtu().unwrap_or(0).to_le_bytes());
-        let (attached, complaints) = (links.len(), Complaints::of("net"));
-        Net { links, attached, config, complaints, active: None }
+        let links = Links::new(links);
+        Net { links, config, complaints: Complaints::of("net"), active: None }
+    }
+
+    /// Leaves moving the frames to the host's kernel. `vhost` was opened for the links of the device.
+    pub fn served_by(mut self, vhost: Vhost) -> Self {
+        self.links.serve_by(vhost);
+        self
+    }
+
+    fn mtu(&self) -> Option<u16> {
+        self.links.all()[0].mtu()
     }
 
     /// The room a frame may need under these features.
@@ -113,7 +135,7 @@ impl<L: Link> Net<L> {
             return Room::Chain;
         }
         // Without a segmentation offload no frame is larger than the link's.
-        let mtu = match self.links[0].mtu() {
+        let mtu = match self.mtu() {
             Some(mtu) if offloads(features) & !libc::TUN_F_CSUM == 0 => mtu,
             _ => u16::MAX,
         };
@@ -122,76 +144,106 @@ impl<L: Link> Net<L> {
 
     /// Serves the control queue.
     fn control(&mut self) -> Result<(), QueueError> {
-        let Net { links, attached, complaints, active, .. } = self;
+        let Net { links, complaints, active, .. } = self;
         let Some(Active { pairs, control: Some(control), .. }) = active else { return Ok(()) };
         control.run(complaints, |Command::UsePairs(count), complaints| {
             let count = usize::from(count);
-            if !(1..=pairs.len()).contains(&count) {
-                complaints.add(&format_args!("{count} queue pairs, of {}", pairs.len()));
+            if !(1..=pairs.count()).contains(&count) {
+                complaints.add(&format_args!("{count} queue pairs, of {}", pairs.count()));
                 return false;
             }
-            let before = *attached;
-            if let Err(error) = use_pairs(links, attached, count) {
+            let before = links.attached();
+            if let Err(error) = links.use_pairs(count) {
                 complaints.add(&format_args!("use {count} queue pairs: {error}"));
-                // Those that were in use before can be used again.
-                let _ = use_pairs(links, attached, before);
                 return false;
             }
             // The driver may have kicked them before they were in use.
-            for pair in pairs.get(before..count).into_iter().flatten() {
-                pair.receive.kick();
-                pair.transmit.kick();
-            }
+            (before..count).for_each(|pair| pairs.kick(pair));
             true
         })
     }
 
     fn receive(&mut self, pair: usize) -> Result<(), QueueError> {
-        let Net { links, attached, complaints, active, .. } = self;
-        let pairs = active.iter_mut().flat_map(|active| &mut active.pairs);
-        let Some((pair, link)) = pairs.zip(links).take(*attached).nth(pair) else { return Ok(()) };
-        pair.receive.run(link.as_fd(), complaints)
+        match own_pair(&self.links, &mut self.active, pair) {
+            Some((pair, link)) => pair.receive.run(link.as_fd(), &mut self.complaints),
+            None => Ok(()),
+        }
     }
 
     fn transmit(&mut self, pair: usize) -> Result<(), QueueError> {
-        let Net { links, attached, complaints, active, .. } = self;
-        let pairs = active.iter_mut().flat_map(|active| &mut active.pairs);
-        let Some((pair, link)) = pairs.zip(links).take(*attached).nth(pair) else { return Ok(()) };
-        pair.transmit.run(link.as_fd(), complaints)
+        match own_pair(&self.links, &mut self.active, pair) {
+            Some((pair, link)) => pair.transmit.run(link.as_fd(), &mut self.complaints),
+            None => Ok(()),
+        }
+    }
+
+    /// Passes on what the kernel has to say.
+    fn signalled(&mut self, signal: Signal) {
+        let Some(active) = &self.active else { return };
+        match signal {
+            Signal::Used => active.interrupt.used_buffer(),
+            Signal::Broken => {
+                active.interrupt.needs_reset();
+                self.complaints.add(&"stopped until it is reset: vhost-net cannot use a queue");
+                self.reset();
+            }
+        }
     }
 }
 
-/// Attaches the first `count` of `links`, of which the first `attached` are, and no other. Where it
-/// fails, `attached` says how far it came.
-fn use_pairs<L: Link>(links: &[L], attached: &mut usize, count: usize) -> io::Result<()> {
-    while *attached < count {
-        links[*attached].set_attached(true)?;
-        *attached += 1;
+impl Pairs {
+    /// The pairs and the control queue, if there is one, that `queues` are under `features`, and the
+    /// number of the latter.
+    fn split(
+        mut queues: Vec<VirtQueue>,
+        features: u64,
+    ) -> (Vec<VirtQueue>, Option<Control>, usize) {
+        let several = features & 1 << VIRTIO_NET_F_MQ != 0;
+        // To a driver that knows of one pair only, the control queue follows that (section 5.1.2).
+        let control_index = if several { queues.len() / 2 * 2 } else { 2 };
+        let has_control = features & 1 << VIRTIO_NET_F_CTRL_VQ != 0;
+        let mut rest = queues.split_off(control_index).into_iter();
+        (queues, rest.next().filter(|_| has_control).map(Control::new), control_index)
     }
-    while *attached > count {
-        links[*attached - 1].set_attached(false)?;
-        *attached -= 1;
+
+    /// Those that we serve ourselves, with `room` for each received frame.
+    fn own(queues: Vec<VirtQueue>, room: Room) -> Self {
+        let mut queues = queues.into_iter();
+        let pair = || {
+            let (receive, transmit) = (queues.next()?, queues.next()?);
+            Some(Pair { receive: Receive::new(receive, room), transmit: Transmit::new(transmit) })
+        };
+        Pairs::Own(std::iter::from_fn(pair).collect())
     }
-    Ok(())
+
+    fn count(&self) -> usize {
+        match self {
+            Pairs::Own(pairs) => pairs.len(),
+            Pairs::Kernel(queues) => queues.len() / 2,
+        }
+    }
+
+    /// Has both queues of `pair` looked at once more.
+    fn kick(&self, pair: usize) {
+        match self {
+            Pairs::Own(pairs) => {
+                pairs[pair].receive.kick();
+                pairs[pair].transmit.kick();
+            }
+            Pairs::Kernel(queues) => queues[2 * pair..][..2].iter().for_each(VirtQueue::kick),
+        }
+    }
 }
 
-/// The pairs and the control queue, if there is one, that `queues` are under `features`.
-fn split(
-    mut queues: Vec<VirtQueue>,
-    features: u64,
-    room: Room,
-) -> (Vec<Pair>, Option<Control>, usize) {
-    let several = features & 1 << VIRTIO_NET_F_MQ != 0;
-    // To a driver that knows of one pair only, the control queue follows that (section 5.1.2).
-    let count = if several { queues.len() / 2 } else { 1 };
-    let control = (features & 1 << VIRTIO_NET_F_CTRL_VQ != 0 && queues.len() > 2 * count)
-        .then(|| Control::new(queues.swap_remove(2 * count)));
-    let mut queues = queues.into_iter();
-    let pair = || {
-        let (receive, transmit) = (queues.next()?, queues.next()?);
-        Some(Pair { receive: Receive::new(receive, room), transmit: Transmit::new(transmit) })
-    };
-    (std::iter::from_fn(pair).take(count).collect(), control, 2 * count)
+/// Pair number `index` and its link, if the driver uses it and we serve it.
+fn own_pair<'a, L: Link>(
+    links: &'a Links<L>,
+    active: &'a mut Option<Active>,
+    index: usize,
+) -> Option<(&'a mut Pair, &'a L)> {
+    let Pairs::Own(pairs) = &mut active.as_mut()?.pairs else { return None };
+    let link = links.all()[..links.attached()].get(index)?;
+    Some((pairs.get_mut(index)?, link))
 }
 
 /// What the link may leave to a driver that negotiated `features`.
@@ -203,8 +255,8 @@ fn offloads(features: u64) -> libc::c_uint {
 impl<L: Link> VirtioDevice for Net<L> {
     fn traits(&self) -> DeviceTraits {
         let receive = RECEIVE_OFFLOADS.iter().fold(0, |bits, (feature, _)| bits | 1 << feature);
-        let mtu = u64::from(self.links[0].mtu().is_some()) << VIRTIO_NET_F_MTU;
-        let several = self.links.len() > 1;
+        let mtu = u64::from(self.mtu().is_some()) << VIRTIO_NET_F_MTU;
+        let several = self.links.count() > 1;
         let control =
             u64::from(several) << VIRTIO_NET_F_MQ | u64::from(several) << VIRTIO_NET_F_CTRL_VQ;
         DeviceTraits {
@@ -216,7 +268,7 @@ impl<L: Link> VirtioDevice for Net<L> {
                 | receive
                 | mtu
                 | control,
-            queue_sizes: &QUEUE_SIZES[..2 * self.links.len() + usize::from(several)],
+            queue_sizes: &QUEUE_SIZES[..2 * self.links.count() + usize::from(several)],
         }
     }
 
@@ -231,16 +283,29 @@ impl<L: Link> VirtioDevice for Net<L> {
         if actual != expected {
             return Err(ActivateError::QueueCount { expected, actual });
         }
-        self.links[0].set_offloads(offloads(features)).map_err(ActivateError::Backend)?;
-        use_pairs(&self.links, &mut self.attached, 1).map_err(ActivateError::Backend)?;
-        let (pairs, control, control_index) =
-            split(activation.queues, features, self.room(features));
-        self.active = Some(Active { pairs, control, control_index });
+        let offloads = offloads(features);
+        self.links.all()[0].set_offloads(offloads).map_err(ActivateError::Backend)?;
+        let (queues, control, control_index) = Pairs::split(activation.queues, features);
+        self.links.start(&queues, features).map_err(ActivateError::Backend)?;
+        let pairs = match self.links.vhost() {
+            Some(_) => Pairs::Kernel(queues),
+            None => Pairs::own(queues, self.room(features)),
+        };
+        self.active =
+            Some(Active { pairs, control, control_index, interrupt: activation.interrupt });
         Ok(())
     }
 
     fn reset(&mut self) {
+        self.links.stop();
         self.active = None;
+    }
+
+    fn serves(&self, index: usize) -> bool {
+        let several = self.links.count() > 1;
+        // Which of the two is the control queue is for the driver to say.
+        let may_be_control = several && (index == 2 || index == 2 * self.links.count());
+        self.links.vhost().is_none() || may_be_control
     }
 
     fn queue_ready(&mut self, index: usize) -> Result<(), QueueError> {
@@ -252,14 +317,23 @@ impl<L: Link> VirtioDevice for Net<L> {
     }
 
     fn backends(&self) -> Vec<Backend> {
+        if let Some(vhost) = self.links.vhost() {
+            return vhost.backends();
+        }
         let events = EventSet::IN | EventSet::OUT;
         let backend = |link: &L| Backend { fd: link.as_fd().as_raw_fd(), events };
-        self.links.iter().map(backend).collect()
+        self.links.all().iter().map(backend).collect()
     }
 
     fn backend_ready(&mut self, index: usize, events: EventSet) -> Result<(), QueueError> {
-        let pair = self.active.as_ref().and_then(|active| active.pairs.get(index));
-        if pair.is_some_and(|pair| pair.transmit.blocked()) && events.contains(EventSet::OUT) {
+        if let Some(vhost) = self.links.vhost() {
+            let signal = vhost.signal(index);
+            self.signalled(signal);
+            return Ok(());
+        }
+        let pair = own_pair(&self.links, &mut self.active, index);
+        let blocked = pair.is_some_and(|(pair, _)| pair.transmit.blocked());
+        if blocked && events.contains(EventSet::OUT) {
             self.transmit(index)?;
         }
         self.receive(index)

@@ -1,11 +1,14 @@
 //! A driver's frames against a network device on a socket pair.
 
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixDatagram;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_queue::desc::split::Descriptor;
+use vm_memory::GuestMemoryMmap;
 
 use super::*;
 use crate::virtio::testing::{Driver, memory};
@@ -117,7 +120,7 @@ fn a_frame_the_cable_cannot_take_waits_for_it() {
     let memory = memory();
     let driver = Driver::with_queues(&memory, 2);
     let (mut net, cable) = active(&driver, 0);
-    let full = std::iter::repeat_with(|| net.links[0].socket.send(&frame(100)));
+    let full = std::iter::repeat_with(|| net.links.all()[0].socket.send(&frame(100)));
     let queued = full.take_while(Result::is_ok).count();
 
     driver.offer(1, &[&frame(1000)], &[]);
@@ -235,7 +238,7 @@ fn the_link_is_told_what_was_negotiated() {
 
     let (net, _cable) = active(&driver, features);
 
-    let offloads = net.links[0].offloads.load(Ordering::Relaxed);
+    let offloads = net.links.all()[0].offloads.load(Ordering::Relaxed);
     assert_eq!(offloads, libc::TUN_F_CSUM | libc::TUN_F_TSO6);
 }
 
@@ -284,7 +287,7 @@ fn command(net: &mut Net<Cable>, driver: &Driver<'_>, queue: usize, bytes: &[u8]
 }
 
 fn attached(net: &Net<Cable>) -> Vec<bool> {
-    net.links.iter().map(|link| link.attached.load(Ordering::Relaxed)).collect()
+    net.links.all().iter().map(|link| link.attached.load(Ordering::Relaxed)).collect()
 }
 
 #[test]
@@ -404,10 +407,10 @@ fn pairs_that_cannot_be_attached_are_refused() {
     let driver = Driver::with_queues(&memory, 5);
     let (mut net, _cables) = two_pairs(&driver, SEVERAL);
     // Attaching what is attached fails.
-    net.links[1].attached.store(true, Ordering::Relaxed);
+    net.links.all()[1].attached.store(true, Ordering::Relaxed);
 
     assert_eq!(command(&mut net, &driver, CONTROL, &[4, 0, 2, 0]), [1]);
-    assert_eq!(net.attached, 1);
+    assert_eq!(net.links.attached(), 1);
 }
 
 #[test]
@@ -431,6 +434,73 @@ fn a_new_driver_starts_with_one_pair_again() {
     net.activate(driver.activation_with(SEVERAL)).unwrap();
 
     assert_eq!(attached(&net), [true, false]);
+}
+
+/// An active device on a new tap that the kernel serves.
+fn served_by_kernel(driver: &Driver<'_>, memory: &GuestMemoryMmap, tap: &str) -> Net<Tap> {
+    let tap = vec![Tap::open(tap, Missing::Create).unwrap()];
+    let vhost = Vhost::open(&tap, memory).unwrap();
+    let mut net = Net::new(tap, MAC).served_by(vhost);
+    net.activate(driver.activation_with(1 << VIRTIO_F_VERSION_1)).unwrap();
+    net
+}
+
+/// Waits for backend `index` and lets the device serve it.
+fn serve_backend(net: &mut Net<Tap>, index: usize) {
+    let fd = net.backends()[index].fd;
+    let mut ready = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
+    // SAFETY: `ready` is one descriptor that stays open during the call.
+    assert_eq!(unsafe { libc::poll(&raw mut ready, 1, 10_000) }, 1);
+    net.backend_ready(index, EventSet::IN).unwrap();
+}
+
+#[test]
+#[ignore = "needs root, /dev/net/tun and /dev/vhost-net"]
+fn the_kernel_sends_frames_and_says_so() {
+    let memory = memory();
+    let driver = Driver::with_queues(&memory, 2);
+    let mut net = served_by_kernel(&driver, &memory, "coracle-vhost");
+    assert!(!net.serves(0) && !net.serves(1));
+
+    driver.offer(1, &[&frame(100)], &[]);
+    driver.kick(1);
+    serve_backend(&mut net, 0);
+
+    assert_eq!(driver.used_of(1), [(0, 0)]);
+    assert_eq!(driver.interrupts(), 1);
+}
+
+#[test]
+#[ignore = "needs root, /dev/net/tun and /dev/vhost-net"]
+fn a_queue_the_kernel_cannot_use_needs_a_reset() {
+    let memory = memory();
+    let driver = Driver::with_queues(&memory, 2);
+    let mut net = served_by_kernel(&driver, &memory, "coracle-broken");
+
+    driver.offer_descriptors(1, &[Descriptor::new(1 << 40, 100, 0, 0)]);
+    driver.kick(1);
+    serve_backend(&mut net, 1);
+
+    assert!(driver.told_to_reset());
+    assert!(net.active.is_none());
+}
+
+#[test]
+#[ignore = "needs root, /dev/net/tun and /dev/vhost-net"]
+fn the_kernel_leaves_the_queues_of_a_driver_that_is_gone_alone() {
+    let memory = memory();
+    let driver = Driver::with_queues(&memory, 2);
+    let mut net = served_by_kernel(&driver, &memory, "coracle-gone");
+
+    net.reset();
+    driver.offer(1, &[&frame(100)], &[]);
+    driver.kick(1);
+    let fd = net.backends()[0].fd;
+    let mut signal = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
+    // SAFETY: `signal` is one descriptor that stays open during the call.
+    assert_eq!(unsafe { libc::poll(&raw mut signal, 1, 500) }, 0);
+
+    assert_eq!(driver.used_of(1), []);
 }
 
 /// Who has 192.0.2.1? Tell 192.0.2.2 at [`MAC`].
