@@ -10,6 +10,7 @@ mod hostile_tests;
 pub mod mmio;
 pub mod net;
 pub mod queue;
+pub mod rate_limit;
 pub mod rng;
 pub mod subscriber;
 #[cfg(test)]
