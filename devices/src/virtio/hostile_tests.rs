@@ -20,6 +20,7 @@ use super::console::Console;
 use super::fs::{Fs, Server};
 use super::mmio::{MMIO_WINDOW, MmioTransport};
 use super::net::{Link, Net};
+use super::rate_limit::RateLimiter;
 use super::rng::Rng;
 use super::testing::{MEMORY_BYTES, memory};
 use super::vsock::{HostStream, Vsock};
@@ -217,7 +218,7 @@ fn the_block_device_survives() {
     let image = tempfile::NamedTempFile::new().unwrap();
     image.as_file().set_len(1 << 20).unwrap();
     let disk = Disk::open(image.path(), false).unwrap();
-    Hostile::attack(Block::new(disk, false, "disk"), |random| {
+    Hostile::attack(Block::new(disk, false, "disk", RateLimiter::unlimited()), |random| {
         words(&[random.word(10), 0, random.word(2100), 0])
     });
 }
