@@ -152,13 +152,20 @@ pub struct NetConfig {
     /// Whether the host's kernel moves the frames.
     #[serde(default)]
     pub vhost: VhostUse,
+    /// How much the guest may receive, counting frames without virtio headers; what is too much
+    /// waits in the tap, which drops frames when it is full. Not with `vhost` on.
+    #[serde(default)]
+    pub receive_limit: RateLimitConfig,
+    /// How much the guest may transmit; what is too much waits in the guest. Not with `vhost` on.
+    #[serde(default)]
+    pub transmit_limit: RateLimitConfig,
 }
 
 /// Whether the host's kernel (vhost-net) moves the frames between tap and guest instead of the VMM.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum VhostUse {
-    /// If it can.
+    /// If it can, and need not keep to a limit.
     #[default]
     Auto,
     /// Yes, or there is no VM.
@@ -286,7 +293,15 @@ impl NetConfig {
             mac: mac.into(),
             queue_pairs: one_pair(),
             vhost: VhostUse::default(),
+            receive_limit: RateLimitConfig::default(),
+            transmit_limit: RateLimitConfig::default(),
         }
+    }
+
+    /// Whether the guest may receive or transmit only so much.
+    pub(crate) fn is_limited(&self) -> bool {
+        let unlimited = RateLimitConfig::default();
+        self.receive_limit != unlimited || self.transmit_limit != unlimited
     }
 
     /// The hardware address as bytes; `None` unless it is six hexadecimal bytes with colons between
@@ -370,6 +385,13 @@ fn validate_nets(nets: &[NetConfig]) -> Result<(), ConfigError> {
     for (index, net) in nets.iter().enumerate() {
         name_of(&format!("nets[{index}].tap"), &net.tap, MAX_TAP_BYTES, &mut seen)?;
         in_range(&format!("nets[{index}].queue_pairs"), net.queue_pairs, 1, MAX_QUEUE_PAIRS)?;
+        net.receive_limit.validate(&format!("nets[{index}].receive_limit"))?;
+        net.transmit_limit.validate(&format!("nets[{index}].transmit_limit"))?;
+        if net.vhost == VhostUse::On && net.is_limited() {
+            let rule =
+                "must not be on for an interface with a limit, which the kernel does not keep";
+            return refuse(&format!("nets[{index}].vhost"), rule);
+        }
         if net.mac_bytes().is_none() {
             return refuse(
                 &format!("nets[{index}].mac"),
@@ -554,6 +576,17 @@ mod tests {
                 "nets": [{"tap": "t", "mac": "02:00:00:00:00:01", "queue_pairs": 0}]}"#,
         );
         assert_eq!(error, "nets[0].queue_pairs: must be 1 to 16, not 0");
+    }
+
+    #[test]
+    fn a_limit_the_hosts_kernel_would_not_keep_is_refused() {
+        let mut net = NetConfig::new("t", "02:00:00:00:00:01");
+        net.vhost = VhostUse::On;
+        net.transmit_limit.bytes_per_second = Some(1);
+
+        let error = validate_nets(&[net]).unwrap_err();
+
+        assert!(error.to_string().starts_with("nets[0].vhost: must not be on"), "{error}");
     }
 
     #[test]

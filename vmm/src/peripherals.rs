@@ -107,7 +107,9 @@ fn place_net(index: usize, config: &NetConfig, placement: &mut Placement<'_>) ->
     })?;
     let mac = config.mac_bytes().expect("validate() checked the address");
     let vhost = open_vhost(config, &taps, placement.memory()).map_err(device(&name))?;
-    let net = Net::new(taps, mac);
+    let receive = RateLimiter::new(config.receive_limit.limits()).map_err(device(&name))?;
+    let transmit = RateLimiter::new(config.transmit_limit.limits()).map_err(device(&name))?;
+    let net = Net::new(taps, mac).limited(receive, transmit);
     let net = match vhost {
         Some(vhost) => net.served_by(vhost),
         None => net,
@@ -124,6 +126,7 @@ fn open_vhost(
 ) -> Result<Option<Vhost>, VhostError> {
     match config.vhost {
         VhostUse::On => Vhost::open(taps, memory).map(Some),
+        VhostUse::Auto if config.is_limited() => Ok(None),
         VhostUse::Auto => {
             let tried = Vhost::open(taps, memory);
             Ok(tried.inspect_err(|error| debug!("net {}: {error}", config.tap)).ok())

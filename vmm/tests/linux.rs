@@ -8,7 +8,7 @@ use std::process::Command;
 
 use guest::{Ended, Guest, wait};
 use tempfile::{NamedTempFile, TempDir};
-use vmm::{DiskConfig, Exit, NetConfig, ShareConfig, VhostUse, VsockConfig};
+use vmm::{DiskConfig, Exit, NetConfig, RateLimitConfig, ShareConfig, VhostUse, VsockConfig};
 
 /// Both are a guest's wish to be over: a kernel without ACPI may have only the second.
 fn assert_ended_by_guest(ended: &Ended) {
@@ -214,6 +214,52 @@ fn a_new_driver_takes_over_from_the_old_one_in_the_hosts_kernel() {
 
     assert_ended_by_guest(&ended);
     assert_eq!(ended.output.matches(" 0% packet loss").count(), 2, "{ended:?}");
+}
+
+/// Has a guest exchange 20 frames with the host, one after the other, over `net`.
+fn assert_takes_seconds(net: NetConfig, subnet: &str, least: f64) {
+    let mut guest = Guest::new(&format!(
+        "ip link set eth0 up; ip address add {subnet}.2/24 dev eth0; ping -c 1 {subnet}.1
+         read before rest < /proc/uptime
+         for i in $(seq 20); do ping -q -c 1 {subnet}.1 || echo lost; done > /tmp-log
+         read after rest < /proc/uptime
+         grep lost /tmp-log; echo uptimes: $before $after"
+    ));
+    let tap = net.tap.clone();
+    guest.config.nets = vec![net];
+
+    let vm = guest.start();
+    give_address(&tap, &format!("{subnet}.1/24"));
+    let ended = wait(vm);
+
+    assert!(!ended.output.contains("lost"), "{ended:?}");
+    let uptimes = ended.output.split("uptimes: ").nth(1).expect("the guest tells the time");
+    let uptimes: Vec<f64> =
+        uptimes.split_whitespace().map_while(|word| word.parse().ok()).collect();
+    assert!(uptimes[1] - uptimes[0] > least, "{ended:?}");
+}
+
+/// Four frames a second, each after the other: 20 of them take 4.75 s.
+fn slow() -> RateLimitConfig {
+    RateLimitConfig {
+        operations_per_second: Some(4),
+        operations_burst: Some(1),
+        ..RateLimitConfig::default()
+    }
+}
+
+#[test]
+#[ignore = "needs KVM that boots Linux"]
+fn the_guest_transmits_no_more_than_its_limit() {
+    let net = NetConfig { transmit_limit: slow(), ..new_tap("vmmtest4") };
+    assert_takes_seconds(net, "192.168.235", 4.7);
+}
+
+#[test]
+#[ignore = "needs KVM that boots Linux"]
+fn the_guest_receives_no_more_than_its_limit() {
+    let net = NetConfig { receive_limit: slow(), ..new_tap("vmmtest5") };
+    assert_takes_seconds(net, "192.168.236", 4.7);
 }
 
 /// An interface on a tap that is made with the VM.

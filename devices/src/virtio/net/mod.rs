@@ -31,6 +31,7 @@ use self::vhost::Signal;
 pub use self::vhost::{Vhost, VhostError};
 use super::complaints::Complaints;
 use super::queue::{QueueError, VirtQueue};
+use super::rate_limit::RateLimiter;
 use super::{ActivateError, Activation, Backend, DeviceTraits, VirtioDevice, copy_config};
 use crate::interrupt::Interrupt;
 
@@ -79,6 +80,11 @@ const CONFIG_BYTES: usize = 12;
 pub struct Net<L> {
     links: Links<L>,
     config: [u8; CONFIG_BYTES],
+    /// For each direction what all pairs together may move.
+    receive_limiter: RateLimiter,
+    transmit_limiter: RateLimiter,
+    /// The pair that comes first when a limiter admits something again.
+    first_turn: usize,
     complaints: Complaints,
     active: Option<Active>,
 }
@@ -115,8 +121,23 @@ impl<L: Link> Net<L> {
         config[6..8].copy_from_slice(&VIRTIO_NET_S_LINK_UP.to_le_bytes()[..2]);
         config[8..10].copy_from_slice(&pairs.to_le_bytes());
         config[10..12].copy_from_slice(&links[0].mtu().unwrap_or(0).to_le_bytes());
-        let links = Links::new(links);
-        Net { links, config, complaints: Complaints::of("net"), active: None }
+        Net {
+            links: Links::new(links),
+            config,
+            receive_limiter: RateLimiter::unlimited(),
+            transmit_limiter: RateLimiter::unlimited(),
+            first_turn: 0,
+            complaints: Complaints::of("net"),
+            active: None,
+        }
+    }
+
+    /// Limits what the guest receives and transmits, in bytes of frames and in frames. It is without
+    /// effect on a device that the host's kernel serves.
+    pub fn limited(mut self, receive: RateLimiter, transmit: RateLimiter) -> Self {
+        self.receive_limiter = receive;
+        self.transmit_limiter = transmit;
+        self
     }
 
     /// Leaves moving the frames to the host's kernel. `vhost` was opened for the links of the device.
@@ -164,17 +185,30 @@ impl<L: Link> Net<L> {
     }
 
     fn receive(&mut self, pair: usize) -> Result<(), QueueError> {
-        match own_pair(&self.links, &mut self.active, pair) {
-            Some((pair, link)) => pair.receive.run(link.as_fd(), &mut self.complaints),
+        let Net { links, receive_limiter, complaints, active, .. } = self;
+        match own_pair(links, active, pair) {
+            Some((pair, link)) => pair.receive.run(link.as_fd(), receive_limiter, complaints),
             None => Ok(()),
         }
     }
 
     fn transmit(&mut self, pair: usize) -> Result<(), QueueError> {
-        match own_pair(&self.links, &mut self.active, pair) {
-            Some((pair, link)) => pair.transmit.run(link.as_fd(), &mut self.complaints),
+        let Net { links, transmit_limiter, complaints, active, .. } = self;
+        match own_pair(links, active, pair) {
+            Some((pair, link)) => pair.transmit.run(link.as_fd(), transmit_limiter, complaints),
             None => Ok(()),
         }
+    }
+
+    /// Goes on where a limiter made `run` stop, in each pair in turn: whoever comes first may leave
+    /// nothing for the others.
+    fn admitted(
+        &mut self,
+        run: fn(&mut Self, usize) -> Result<(), QueueError>,
+    ) -> Result<(), QueueError> {
+        let count = self.links.count();
+        self.first_turn = (self.first_turn + 1) % count;
+        (0..count).try_for_each(|nth| run(self, (self.first_turn + nth) % count))
     }
 
     /// Passes on what the kernel has to say.
@@ -322,7 +356,8 @@ impl<L: Link> VirtioDevice for Net<L> {
         }
         let events = EventSet::IN | EventSet::OUT;
         let backend = |link: &L| Backend { fd: link.as_fd().as_raw_fd(), events };
-        self.links.all().iter().map(backend).collect()
+        let limiters = [self.receive_limiter.backend(), self.transmit_limiter.backend()];
+        self.links.all().iter().map(backend).chain(limiters.into_iter().flatten()).collect()
     }
 
     fn backend_ready(&mut self, index: usize, events: EventSet) -> Result<(), QueueError> {
@@ -330,6 +365,10 @@ impl<L: Link> VirtioDevice for Net<L> {
             let signal = vhost.signal(index);
             self.signalled(signal);
             return Ok(());
+        }
+        if let Some(limiter) = index.checked_sub(self.links.count()) {
+            let is_receive = limiter == 0 && self.receive_limiter.backend().is_some();
+            return self.admitted(if is_receive { Self::receive } else { Self::transmit });
         }
         let pair = own_pair(&self.links, &mut self.active, index);
         let blocked = pair.is_some_and(|(pair, _)| pair.transmit.blocked());

@@ -1,6 +1,7 @@
 //! A driver's frames against a network device on a socket pair.
 
 use std::io;
+use std::num::NonZeroU64;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixDatagram;
 use std::sync::Arc;
@@ -11,6 +12,7 @@ use virtio_queue::desc::split::Descriptor;
 use vm_memory::GuestMemoryMmap;
 
 use super::*;
+use crate::virtio::rate_limit::{Rate, RateLimits};
 use crate::virtio::testing::{Driver, memory};
 
 const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
@@ -436,6 +438,93 @@ fn a_new_driver_starts_with_one_pair_again() {
     assert_eq!(attached(&net), [true, false]);
 }
 
+/// A limiter that admits nothing for an hour.
+fn exhausted() -> RateLimiter {
+    let rate = Rate { per_second: NonZeroU64::MIN, burst: NonZeroU64::MIN };
+    let mut limiter = RateLimiter::new(RateLimits { bytes: None, operations: Some(rate) }).unwrap();
+    (0..3600).for_each(|_| limiter.charge(0));
+    limiter
+}
+
+/// A limiter that lets a frame of more than `bytes` through, and the next one a moment later.
+fn a_moment_after(bytes: u64) -> RateLimiter {
+    let rate = Rate { per_second: NonZeroU64::new(5 * bytes).unwrap(), burst: NonZeroU64::MIN };
+    RateLimiter::new(RateLimits { bytes: Some(rate), operations: None }).unwrap()
+}
+
+#[test]
+fn frames_of_the_guest_wait_for_their_limit() {
+    let memory = memory();
+    let driver = Driver::with_queues(&memory, 2);
+    let (net, cable) = idle();
+    let mut net = net.limited(RateLimiter::unlimited(), a_moment_after(1000));
+    net.activate(driver.activation()).unwrap();
+
+    driver.offer(1, &[&frame(1000)], &[]);
+    driver.offer(1, &[&frame(1001)], &[]);
+    net.queue_ready(1).unwrap();
+    assert_eq!(driver.used_of(1), [(0, 0)]);
+    serve_backend(&mut net, 1);
+
+    assert_eq!(arrived(&cable), frame(1000));
+    assert_eq!(arrived(&cable), frame(1001));
+}
+
+#[test]
+fn frames_for_the_guest_wait_for_their_limit() {
+    let memory = memory();
+    let driver = Driver::with_queues(&memory, 2);
+    let (net, cable) = idle();
+    let mut net = net.limited(a_moment_after(1000), RateLimiter::unlimited());
+    net.activate(driver.activation()).unwrap();
+
+    (0..2).for_each(|_| _ = driver.offer(0, &[], &[1536]));
+    cable.send(&frame(1000)).unwrap();
+    cable.send(&frame(1001)).unwrap();
+    net.backend_ready(0, EventSet::IN).unwrap();
+    assert_eq!(driver.used().len(), 1);
+    serve_backend(&mut net, 1);
+
+    assert_eq!(driver.written(0, 1), with_num_buffers(frame(1001), 1));
+}
+
+#[test]
+fn a_limit_of_one_direction_leaves_the_other_alone() {
+    let memory = memory();
+    let driver = Driver::with_queues(&memory, 2);
+    let (net, cable) = idle();
+    let mut net = net.limited(exhausted(), RateLimiter::unlimited());
+    net.activate(driver.activation()).unwrap();
+
+    driver.offer(0, &[], &[1536]);
+    driver.offer(1, &[&frame(1000)], &[]);
+    cable.send(&frame(60)).unwrap();
+    net.queue_ready(1).unwrap();
+    net.queue_ready(0).unwrap();
+
+    assert_eq!(arrived(&cable), frame(1000));
+    assert_eq!(driver.used(), []);
+}
+
+#[test]
+fn pairs_take_turns_in_what_a_limiter_admits() {
+    let memory = memory();
+    let driver = Driver::with_queues(&memory, 5);
+    let (cables, _others): (Vec<_>, Vec<_>) = [cable(), cable()].into_iter().unzip();
+    let limiter = a_moment_after(1000);
+    let mut net = Net::new(cables, MAC).limited(RateLimiter::unlimited(), limiter);
+    net.activate(driver.activation_with(SEVERAL)).unwrap();
+    command(&mut net, &driver, CONTROL, &[4, 0, 2, 0]);
+
+    for queue in [1, 3] {
+        (0..3).for_each(|_| _ = driver.offer(queue, &[&frame(1000)], &[]));
+    }
+    net.queue_ready(1).unwrap();
+    (0..3).for_each(|_| serve_backend(&mut net, 2));
+
+    assert_eq!([driver.used_of(1).len(), driver.used_of(3).len()], [2, 2]);
+}
+
 /// An active device on a new tap that the kernel serves.
 fn served_by_kernel(driver: &Driver<'_>, memory: &GuestMemoryMmap, tap: &str) -> Net<Tap> {
     let tap = vec![Tap::open(tap, Missing::Create).unwrap()];
@@ -446,7 +535,7 @@ fn served_by_kernel(driver: &Driver<'_>, memory: &GuestMemoryMmap, tap: &str) ->
 }
 
 /// Waits for backend `index` and lets the device serve it.
-fn serve_backend(net: &mut Net<Tap>, index: usize) {
+fn serve_backend<L: Link>(net: &mut Net<L>, index: usize) {
     let fd = net.backends()[index].fd;
     let mut ready = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
     // SAFETY: `ready` is one descriptor that stays open during the call.

@@ -3,10 +3,11 @@
 use std::io;
 use std::os::fd::BorrowedFd;
 
-use super::{MAX_FRAME_BYTES, MIN_FRAME_BYTES};
+use super::{HEADER_BYTES, MAX_FRAME_BYTES, MIN_FRAME_BYTES};
 use crate::virtio::buffers::Buffers;
 use crate::virtio::complaints::Complaints;
 use crate::virtio::queue::{QueueError, Verdict, VirtQueue};
+use crate::virtio::rate_limit::RateLimiter;
 
 /// The transmit queue of a pair.
 pub struct Transmit {
@@ -32,15 +33,19 @@ impl Transmit {
         self.queue.kick();
     }
 
-    /// Moves the guest's frames to `link`, until one of them has no more of it.
+    /// Moves the guest's frames to `link`, until one of them or `limiter` has no more of it.
     pub fn run(
         &mut self,
         link: BorrowedFd<'_>,
+        limiter: &mut RateLimiter,
         complaints: &mut Complaints,
     ) -> Result<(), QueueError> {
         let Transmit { queue, buffers, blocked } = self;
         *blocked = false;
         queue.drain(|chain, _| {
+            if !limiter.admits() {
+                return Verdict::Keep;
+            }
             buffers.clear();
             if let Err(error) = buffers.add(chain.readable()) {
                 complaints.add(&error);
@@ -56,7 +61,7 @@ impl Transmit {
                     return Verdict::Keep;
                 }
                 Err(error) => complaints.add(&format_args!("frame dropped: {error}")),
-                Ok(_) => {}
+                Ok(bytes) => limiter.charge(bytes.saturating_sub(HEADER_BYTES) as u64),
             }
             Verdict::Used(0)
         })
