@@ -141,7 +141,7 @@ mod tests {
         let mut config = VmConfig::new("/nowhere/kernel".into());
         config.boot.initrd = Some("/nowhere/initrd".into());
         config.disks =
-            vec![DiskConfig { id: "a".into(), path: "/nowhere/disk".into(), read_only: true }];
+            vec![DiskConfig { read_only: true, ..DiskConfig::new("a", "/nowhere/disk".into()) }];
         config.shares =
             vec![ShareConfig { tag: "t".into(), path: "/nowhere/share".into(), read_only: true }];
         config.vsock = Some(VsockConfig { cid: 3, socket: Some("/nowhere/socket".into()) });
@@ -188,7 +188,7 @@ mod tests {
 
     #[test]
     fn a_pipe_is_no_disk() {
-        let config = DiskConfig { id: "a".into(), path: "/dev/null".into(), read_only: true };
+        let config = DiskConfig { read_only: true, ..DiskConfig::new("a", "/dev/null".into()) };
 
         let error = check_disk("disks[0].path", &config).unwrap_err();
 

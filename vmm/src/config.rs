@@ -2,8 +2,10 @@
 //! read once by the builder.
 
 use std::collections::BTreeSet;
+use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 
+use devices::virtio::rate_limit::{Rate, RateLimits};
 use serde::{Deserialize, Serialize};
 
 /// Most vCPUs of one VM: what the guest kernels we build are configured for.
@@ -18,6 +20,9 @@ pub const MAX_MEMORY_MIB: u32 = 1 << 20;
 
 /// Longest name of a network interface, in bytes: IFNAMSIZ less the terminating zero.
 const MAX_TAP_BYTES: usize = 15;
+
+/// Most queue pairs of a network interface.
+pub const MAX_QUEUE_PAIRS: u16 = 16;
 
 /// Longest disk id, in bytes (virtio 1.2, section 5.2.6: the serial number of a block device).
 const MAX_DISK_ID_BYTES: usize = 20;
@@ -127,16 +132,70 @@ pub struct DiskConfig {
     /// Whether the guest may only read it.
     #[serde(default)]
     pub read_only: bool,
+    /// How much the guest may read and write in all; nothing limits it by default.
+    #[serde(default)]
+    pub rate_limit: RateLimitConfig,
 }
 
 /// A network interface.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NetConfig {
-    /// Name of the host's tap interface in this process's network namespace; made if it is not there.
+    /// Name of the host's tap interface in this process's network namespace.
     pub tap: String,
+    /// Whether the tap is made if it is not there, to vanish with the VM. Else that is an error.
+    #[serde(default)]
+    pub create: bool,
     /// The guest's hardware address, as `02:00:00:00:00:01`.
     pub mac: String,
+    /// Number of queue pairs, 1 to [`MAX_QUEUE_PAIRS`]; a guest uses at most one a vCPU. A tap that
+    /// is not made here must have been made with `multi_queue` if there are several.
+    #[serde(default = "one_pair")]
+    pub queue_pairs: u16,
+    /// Whether the host's kernel moves the frames.
+    #[serde(default)]
+    pub vhost: VhostUse,
+    /// How much the guest may receive, counting frames without virtio headers; what is too much
+    /// waits in the tap, which drops frames when it is full. Not with `vhost` on.
+    #[serde(default)]
+    pub receive_limit: RateLimitConfig,
+    /// How much the guest may transmit; what is too much waits in the guest. Not with `vhost` on.
+    #[serde(default)]
+    pub transmit_limit: RateLimitConfig,
+}
+
+/// Whether the host's kernel (vhost-net) moves the frames between tap and guest instead of the VMM.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum VhostUse {
+    /// If it can, and need not keep to a limit.
+    #[default]
+    Auto,
+    /// Yes, or there is no VM.
+    On,
+    /// No.
+    Off,
+}
+
+/// How much a device may move, as token buckets: a bucket holds up to its burst, which may be used
+/// at once, and gets its rate back each second. Without a rate there is no limit.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RateLimitConfig {
+    /// Rate of data, at least 1.
+    #[serde(default)]
+    pub bytes_per_second: Option<u64>,
+    /// Data that may move at once after a time of rest, in bytes, at least 1. One second's worth if
+    /// it is not given; not without `bytes_per_second`.
+    #[serde(default)]
+    pub bytes_burst: Option<u64>,
+    /// Rate of requests or frames, whatever their size, at least 1.
+    #[serde(default)]
+    pub operations_per_second: Option<u64>,
+    /// Requests or frames that may pass at once after a time of rest, at least 1. One second's worth
+    /// if it is not given; not without `operations_per_second`.
+    #[serde(default)]
+    pub operations_burst: Option<u64>,
 }
 
 /// A host directory the guest can mount.
@@ -235,7 +294,38 @@ impl VsockConfig {
     }
 }
 
+impl DiskConfig {
+    /// A disk the guest may write, with every other choice left to its default.
+    pub fn new(id: &str, path: PathBuf) -> Self {
+        DiskConfig {
+            id: id.to_owned(),
+            path,
+            read_only: false,
+            rate_limit: RateLimitConfig::default(),
+        }
+    }
+}
+
 impl NetConfig {
+    /// An interface of one queue pair on the existing `tap`, with the hardware address `mac`.
+    pub fn new(tap: impl Into<String>, mac: impl Into<String>) -> Self {
+        NetConfig {
+            tap: tap.into(),
+            create: false,
+            mac: mac.into(),
+            queue_pairs: one_pair(),
+            vhost: VhostUse::default(),
+            receive_limit: RateLimitConfig::default(),
+            transmit_limit: RateLimitConfig::default(),
+        }
+    }
+
+    /// Whether the guest may receive or transmit only so much.
+    pub(crate) fn is_limited(&self) -> bool {
+        let unlimited = RateLimitConfig::default();
+        self.receive_limit != unlimited || self.transmit_limit != unlimited
+    }
+
     /// The hardware address as bytes; `None` unless it is six hexadecimal bytes with colons between
     /// and names one station.
     pub fn mac_bytes(&self) -> Option<[u8; 6]> {
@@ -251,6 +341,38 @@ impl NetConfig {
     }
 }
 
+impl RateLimitConfig {
+    /// Checks every field; `field` is the path of this one.
+    pub(crate) fn validate(&self, field: &str) -> Result<(), ConfigError> {
+        let buckets = [
+            ("bytes", self.bytes_per_second, self.bytes_burst),
+            ("operations", self.operations_per_second, self.operations_burst),
+        ];
+        for (what, per_second, burst) in buckets {
+            let rate_field = format!("{field}.{what}_per_second");
+            let burst_field = format!("{field}.{what}_burst");
+            if burst.is_some() && per_second.is_none() {
+                return refuse(&burst_field, &format!("must come with {rate_field}"));
+            }
+            in_range(&rate_field, per_second.unwrap_or(1), 1, u64::MAX)?;
+            in_range(&burst_field, burst.unwrap_or(1), 1, u64::MAX)?;
+        }
+        Ok(())
+    }
+
+    /// The same for a device. A rate of zero, which `validate` refuses, is no limit.
+    pub(crate) fn limits(&self) -> RateLimits {
+        let rate = |per_second: Option<u64>, burst: Option<u64>| {
+            let per_second = per_second.and_then(NonZeroU64::new)?;
+            Some(Rate { per_second, burst: burst.and_then(NonZeroU64::new).unwrap_or(per_second) })
+        };
+        RateLimits {
+            bytes: rate(self.bytes_per_second, self.bytes_burst),
+            operations: rate(self.operations_per_second, self.operations_burst),
+        }
+    }
+}
+
 impl Default for MemoryConfig {
     fn default() -> Self {
         MemoryConfig { size_mib: 256, mergeable: false }
@@ -258,6 +380,10 @@ impl Default for MemoryConfig {
 }
 
 fn one() -> u8 {
+    1
+}
+
+fn one_pair() -> u16 {
     1
 }
 
@@ -271,6 +397,7 @@ fn validate_disks(disks: &[DiskConfig]) -> Result<(), ConfigError> {
         let field = |name: &str| format!("disks[{index}].{name}");
         name_of(&field("id"), &disk.id, MAX_DISK_ID_BYTES, &mut seen)?;
         not_empty(&field("path"), &disk.path)?;
+        disk.rate_limit.validate(&field("rate_limit"))?;
     }
     Ok(())
 }
@@ -279,6 +406,14 @@ fn validate_nets(nets: &[NetConfig]) -> Result<(), ConfigError> {
     let mut seen = BTreeSet::new();
     for (index, net) in nets.iter().enumerate() {
         name_of(&format!("nets[{index}].tap"), &net.tap, MAX_TAP_BYTES, &mut seen)?;
+        in_range(&format!("nets[{index}].queue_pairs"), net.queue_pairs, 1, MAX_QUEUE_PAIRS)?;
+        net.receive_limit.validate(&format!("nets[{index}].receive_limit"))?;
+        net.transmit_limit.validate(&format!("nets[{index}].transmit_limit"))?;
+        if net.vhost == VhostUse::On && net.is_limited() {
+            let rule =
+                "must not be on for an interface with a limit, which the kernel does not keep";
+            return refuse(&format!("nets[{index}].vhost"), rule);
+        }
         if net.mac_bytes().is_none() {
             return refuse(
                 &format!("nets[{index}].mac"),
@@ -414,6 +549,40 @@ mod tests {
         assert_eq!(error, r#"disks[1].id: must be used once, but "a" is there twice"#);
     }
 
+    fn refused_disk(fields: &str) -> String {
+        refused(&format!(
+            r#"{{"boot": {{"kernel": "/k"}}, "disks": [{{"id": "a", "path": "/1", {fields}}}]}}"#
+        ))
+    }
+
+    #[test]
+    fn a_rate_of_nothing_is_refused() {
+        let error = refused_disk(r#""rate_limit": {"operations_per_second": 0}"#);
+        let rule = "must be 1 to 18446744073709551615, not 0";
+        assert_eq!(error, format!("disks[0].rate_limit.operations_per_second: {rule}"));
+    }
+
+    #[test]
+    fn a_burst_without_a_rate_is_refused() {
+        let error = refused_disk(r#""rate_limit": {"bytes_burst": 4096}"#);
+        let rule = "must come with disks[0].rate_limit.bytes_per_second";
+        assert_eq!(error, format!("disks[0].rate_limit.bytes_burst: {rule}"));
+    }
+
+    #[test]
+    fn a_burst_is_a_seconds_worth_unless_given() {
+        let limits = RateLimitConfig {
+            bytes_per_second: Some(1000),
+            operations_per_second: Some(10),
+            operations_burst: Some(3),
+            ..RateLimitConfig::default()
+        }
+        .limits();
+
+        let burst = |rate: Option<Rate>| rate.unwrap().burst.get();
+        assert_eq!((burst(limits.bytes), burst(limits.operations)), (1000, 3));
+    }
+
     #[test]
     fn a_multicast_hardware_address_is_refused() {
         let error = refused(
@@ -423,8 +592,37 @@ mod tests {
     }
 
     #[test]
+    fn a_network_interface_without_a_queue_is_refused() {
+        let error = refused(
+            r#"{"boot": {"kernel": "/k"},
+                "nets": [{"tap": "t", "mac": "02:00:00:00:00:01", "queue_pairs": 0}]}"#,
+        );
+        assert_eq!(error, "nets[0].queue_pairs: must be 1 to 16, not 0");
+    }
+
+    #[test]
+    fn a_limit_the_hosts_kernel_would_not_keep_is_refused() {
+        let mut net = NetConfig::new("t", "02:00:00:00:00:01");
+        net.vhost = VhostUse::On;
+        net.transmit_limit.bytes_per_second = Some(1);
+
+        let error = validate_nets(&[net]).unwrap_err();
+
+        assert!(error.to_string().starts_with("nets[0].vhost: must not be on"), "{error}");
+    }
+
+    #[test]
+    fn a_tap_is_one_that_exists_unless_said_otherwise() {
+        let config = parse(
+            r#"{"boot": {"kernel": "/k"}, "nets": [{"tap": "t", "mac": "02:00:00:00:00:01"}]}"#,
+        );
+        assert_eq!(config.nets, [NetConfig::new("t", "02:00:00:00:00:01")]);
+        assert!(!config.nets[0].create);
+    }
+
+    #[test]
     fn a_hardware_address_is_six_bytes() {
-        let mac = |text: &str| NetConfig { tap: "t".into(), mac: text.into() }.mac_bytes();
+        let mac = |text: &str| NetConfig::new("t", text).mac_bytes();
 
         assert_eq!(mac("02:00:00:ab:CD:ef"), Some([2, 0, 0, 0xab, 0xcd, 0xef]));
         assert_eq!(mac("02:00:00:ab:cd"), None);

@@ -33,7 +33,7 @@ pub use builder::Vmm;
 pub use check::check;
 pub use config::{
     BootConfig, ConfigError, ConsoleConfig, ConsoleOutput, DiskConfig, MemoryConfig, NetConfig,
-    ShareConfig, VmConfig, VsockConfig,
+    RateLimitConfig, ShareConfig, VhostUse, VmConfig, VsockConfig,
 };
 pub use control::Exit;
 pub use error::Error;

@@ -11,12 +11,16 @@ use devices::virtio::VirtioDevice;
 use devices::virtio::block::{Block, Disk};
 use devices::virtio::console::Console;
 use devices::virtio::fs::{Fs, Server};
-use devices::virtio::net::{Net, Tap};
+use devices::virtio::net::{MAX_PAIRS, Missing, Net, Tap, TapError, Vhost, VhostError};
+use devices::virtio::rate_limit::RateLimiter;
 use devices::virtio::rng::Rng;
 use devices::virtio::vsock::{Host as VsockHost, Vsock};
+use log::debug;
+use vm_memory::GuestMemoryMmap;
 
 use crate::config::{
-    ConsoleConfig, ConsoleOutput, DiskConfig, NetConfig, ShareConfig, VmConfig, VsockConfig,
+    ConfigError, ConsoleConfig, ConsoleOutput, DiskConfig, MAX_QUEUE_PAIRS, NetConfig, ShareConfig,
+    VhostUse, VmConfig, VsockConfig,
 };
 use crate::console::{self, ConsoleLog};
 use crate::error::Error;
@@ -24,6 +28,8 @@ use crate::placement::{Loop, Placement, PlacementError};
 
 /// Registers of a 16550, in bytes.
 const SERIAL_PORTS: u64 = 8;
+
+const _: () = assert!(MAX_QUEUE_PAIRS as usize == MAX_PAIRS, "what is allowed can be made");
 
 /// Opens where the guest's console goes.
 pub fn open_console(config: &ConsoleConfig) -> Result<ConsoleLog, Error> {
@@ -57,7 +63,7 @@ pub fn place_all(
     }
     config.disks.iter().try_for_each(|disk| place_disk(disk, placement))?;
     config.shares.iter().try_for_each(|share| place_share(share, placement))?;
-    config.nets.iter().try_for_each(|net| place_net(net, placement))?;
+    (0..).zip(&config.nets).try_for_each(|(index, net)| place_net(index, net, placement))?;
     Ok(host)
 }
 
@@ -76,7 +82,8 @@ fn place_serial(log: &ConsoleLog, placement: &mut Placement<'_>) -> Result<(), E
 fn place_disk(config: &DiskConfig, placement: &mut Placement<'_>) -> Result<(), Error> {
     let name = format!("disk {}", config.id);
     let disk = Disk::open(&config.path, config.read_only).map_err(device(&name))?;
-    place(&name, Block::new(disk, config.read_only, &config.id), Loop::Io, placement)
+    let limiter = RateLimiter::new(config.rate_limit.limits()).map_err(device(&name))?;
+    place(&name, Block::new(disk, config.read_only, &config.id, limiter), Loop::Io, placement)
 }
 
 fn place_share(config: &ShareConfig, placement: &mut Placement<'_>) -> Result<(), Error> {
@@ -102,11 +109,55 @@ fn place_vsock(config: &VsockConfig, placement: &mut Placement<'_>) -> Result<Vs
     Ok(handle)
 }
 
-fn place_net(config: &NetConfig, placement: &mut Placement<'_>) -> Result<(), Error> {
+fn place_net(index: usize, config: &NetConfig, placement: &mut Placement<'_>) -> Result<(), Error> {
     let name = format!("net {}", config.tap);
-    let tap = Tap::open(&config.tap).map_err(device(&name))?;
+    let taps = open_taps(config).map_err(|error| match error {
+        TapError::Missing(tap) => Error::Config(ConfigError {
+            field: format!("nets[{index}].tap"),
+            rule: format!(
+                "must name a tap of this network namespace, and {tap:?} is none (make it with `ip \
+                 tuntap`, or set nets[{index}].create)"
+            ),
+        }),
+        error => device(&name)(error),
+    })?;
     let mac = config.mac_bytes().expect("validate() checked the address");
-    place(&name, Net::new(tap, mac), Loop::Vmm, placement)
+    let vhost = open_vhost(config, &taps, placement.memory()).map_err(device(&name))?;
+    let receive = RateLimiter::new(config.receive_limit.limits()).map_err(device(&name))?;
+    let transmit = RateLimiter::new(config.transmit_limit.limits()).map_err(device(&name))?;
+    let net = Net::new(taps, mac).limited(receive, transmit);
+    let net = match vhost {
+        Some(vhost) => net.served_by(vhost),
+        None => net,
+    };
+    place(&name, net, Loop::Vmm, placement)
+}
+
+/// The host's kernel as the one who serves the queues of `taps`, if `config` asks for it or it just
+/// can.
+fn open_vhost(
+    config: &NetConfig,
+    taps: &[Tap],
+    memory: &GuestMemoryMmap,
+) -> Result<Option<Vhost>, VhostError> {
+    match config.vhost {
+        VhostUse::On => Vhost::open(taps, memory).map(Some),
+        VhostUse::Auto if config.is_limited() => Ok(None),
+        VhostUse::Auto => {
+            let tried = Vhost::open(taps, memory);
+            Ok(tried.inspect_err(|error| debug!("net {}: {error}", config.tap)).ok())
+        }
+        VhostUse::Off => Ok(None),
+    }
+}
+
+/// The tap of `config`, once for each of its queue pairs.
+fn open_taps(config: &NetConfig) -> Result<Vec<Tap>, TapError> {
+    let missing = if config.create { Missing::Create } else { Missing::Refuse };
+    match config.queue_pairs {
+        1 => Tap::open(&config.tap, missing).map(|tap| vec![tap]),
+        several => Tap::open_queues(&config.tap, several.into(), missing),
+    }
 }
 
 fn place(

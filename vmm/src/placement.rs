@@ -106,6 +106,11 @@ impl<'a> Placement<'a> {
         })
     }
 
+    /// The guest's memory.
+    pub fn memory(&self) -> &GuestMemoryMmap {
+        self.memory
+    }
+
     /// Places a virtio device called `name` in log lines.
     pub fn place(
         &mut self,

@@ -44,6 +44,19 @@ pub enum Verdict {
     Keep,
 }
 
+/// Where the driver placed a queue, for somebody else to serve it (virtio 1.2, section 2.7).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Rings {
+    /// Number of descriptors.
+    pub size: u16,
+    /// Guest-physical address of the descriptor table.
+    pub descriptors: u64,
+    /// Guest-physical address of the available ring.
+    pub available: u64,
+    /// Guest-physical address of the used ring.
+    pub used: u64,
+}
+
 /// A queue together with what is needed to serve it: the memory it lives in, the interrupt, and
 /// the eventfd that makes the event loop look at it.
 pub struct VirtQueue {
@@ -76,6 +89,21 @@ impl VirtQueue {
     /// The guest's memory.
     pub fn memory(&self) -> &GuestMemoryMmap {
         &self.memory
+    }
+
+    /// Where the driver placed the queue, in guest memory; `None` if it did not set it up.
+    pub fn rings(&self) -> Option<Rings> {
+        self.queue.ready().then(|| Rings {
+            size: self.queue.size(),
+            descriptors: self.queue.desc_table(),
+            available: self.queue.avail_ring(),
+            used: self.queue.used_ring(),
+        })
+    }
+
+    /// What the driver's kicks signal.
+    pub fn kick_event(&self) -> &EventFd {
+        &self.kicks[usize::from(self.index)]
     }
 
     /// Offers every available chain to `serve`, in order, and interrupts the driver once if it asked.
@@ -113,7 +141,7 @@ impl VirtQueue {
     /// Makes the event loop call `queue_ready` for this queue once more, after the other devices.
     pub fn kick(&self) {
         // The only failure is a counter at its maximum, and then the kick is pending anyway.
-        let _ = self.kicks[usize::from(self.index)].write(1);
+        let _ = self.kick_event().write(1);
     }
 
     fn drain_with(

@@ -15,7 +15,8 @@ const FIRST_BACKEND: u32 = 1 << 16;
 
 /// Turns readiness of a device's kick eventfds and backends into calls on the device.
 pub struct Subscriber {
-    kicks: Vec<EventFd>,
+    /// Each with the number of its queue.
+    kicks: Vec<(u32, EventFd)>,
     backends: Vec<Backend>,
     device: Arc<Mutex<dyn VirtioDevice>>,
     activity: Arc<Activity>,
@@ -31,7 +32,10 @@ impl Subscriber {
         device: Arc<Mutex<dyn VirtioDevice>>,
         activity: Arc<Activity>,
     ) -> Self {
-        let backends = device.lock().expect("fresh lock").backends();
+        let locked = device.lock().expect("fresh lock");
+        let kicks = (0..).zip(kicks).filter(|(index, _)| locked.serves(*index as usize)).collect();
+        let backends = locked.backends();
+        drop(locked);
         Subscriber { kicks, backends, device, activity, complaints: Complaints::of(name) }
     }
 }
@@ -39,9 +43,10 @@ impl Subscriber {
 impl MutEventSubscriber for Subscriber {
     fn init(&mut self, ops: &mut EventOps) {
         // Edge-triggered, so that nobody needs to read the counter: each kick is an edge.
-        for (kick, data) in self.kicks.iter().zip(0..) {
+        for (index, kick) in &self.kicks {
             let events = EventSet::IN | EventSet::EDGE_TRIGGERED;
-            ops.add(Events::with_data(kick, data, events)).expect("a fresh eventfd can be polled");
+            ops.add(Events::with_data(kick, *index, events))
+                .expect("a fresh eventfd can be polled");
         }
         for (backend, data) in self.backends.iter().zip(FIRST_BACKEND..) {
             let events = backend.events | EventSet::EDGE_TRIGGERED;
@@ -163,5 +168,48 @@ mod tests {
 
         assert!(device.lock().unwrap().0.is_none());
         assert!(driver.told_to_reset());
+    }
+
+    /// Serves its second queue only, and remembers what it was called for.
+    #[derive(Default)]
+    struct Half(Vec<usize>);
+
+    impl VirtioDevice for Half {
+        fn traits(&self) -> DeviceTraits {
+            DeviceTraits { device_type: VIRTIO_ID_RNG, features: 0, queue_sizes: &[64, 64] }
+        }
+
+        fn activate(&mut self, _: Activation) -> Result<(), ActivateError> {
+            Ok(())
+        }
+
+        fn reset(&mut self) {}
+
+        fn serves(&self, index: usize) -> bool {
+            index == 1
+        }
+
+        fn queue_ready(&mut self, index: usize) -> Result<(), QueueError> {
+            self.0.push(index);
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn kicks_somebody_else_watches_do_not_reach_the_device() {
+        let kicks: Vec<_> = (0..2).map(|_| EventFd::new(EFD_NONBLOCK).unwrap()).collect();
+        kicks.iter().for_each(|kick| kick.write(1).unwrap());
+        let device = Arc::new(Mutex::new(Half::default()));
+        let mut manager = EventManager::new().unwrap();
+        manager.add_subscriber(Subscriber::new(
+            "half".to_owned(),
+            kicks,
+            device.clone(),
+            Arc::default(),
+        ));
+
+        manager.run_with_timeout(1000).unwrap();
+
+        assert_eq!(device.lock().unwrap().0, [1]);
     }
 }

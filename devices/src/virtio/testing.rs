@@ -281,6 +281,11 @@ impl<'m> Driver<'m> {
         self.interrupts.needs_reset.load(Ordering::Relaxed)
     }
 
+    /// Kicks `queue`, for whoever waits for that.
+    pub fn kick(&self, queue: usize) {
+        self.kicks[queue].write(1).unwrap();
+    }
+
     /// Whether the device asked to be called for `queue` again since this was last looked at.
     pub fn kicked(&self, queue: usize) -> bool {
         self.kicks[queue].read().is_ok()

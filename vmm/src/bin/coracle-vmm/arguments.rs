@@ -157,7 +157,7 @@ mod tests {
     fn a_device_has_the_fields_of_the_file() {
         let config = parse(&["--disk=id=a,path=/d=1,read_only", "--vsock=cid=3,socket=/s"]);
 
-        let disk = DiskConfig { id: "a".into(), path: "/d=1".into(), read_only: true };
+        let disk = DiskConfig { read_only: true, ..DiskConfig::new("a", "/d=1".into()) };
         assert_eq!(config.disks, [disk]);
         assert_eq!(config.vsock, Some(VsockConfig { cid: 3, socket: Some("/s".into()) }));
     }
