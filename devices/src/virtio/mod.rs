@@ -8,6 +8,7 @@ pub mod fs;
 pub mod mmio;
 pub mod net;
 pub mod queue;
+pub mod rate_limit;
 pub mod rng;
 pub mod subscriber;
 #[cfg(test)]
