@@ -2,8 +2,10 @@
 //! read once by the builder.
 
 use std::collections::BTreeSet;
+use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 
+use devices::virtio::rate_limit::{Rate, RateLimits};
 use serde::{Deserialize, Serialize};
 
 /// Most vCPUs of one VM: what the guest kernels we build are configured for.
@@ -123,6 +125,9 @@ pub struct DiskConfig {
     /// Whether the guest may only read it.
     #[serde(default)]
     pub read_only: bool,
+    /// How much the guest may read and write in all; nothing limits it by default.
+    #[serde(default)]
+    pub rate_limit: RateLimitConfig,
 }
 
 /// A network interface.
@@ -133,6 +138,27 @@ pub struct NetConfig {
     pub tap: String,
     /// The guest's hardware address, as `02:00:00:00:00:01`.
     pub mac: String,
+}
+
+/// How much a device may move, as token buckets: a bucket holds up to its burst, which may be used
+/// at once, and gets its rate back each second. Without a rate there is no limit.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RateLimitConfig {
+    /// Rate of data, at least 1.
+    #[serde(default)]
+    pub bytes_per_second: Option<u64>,
+    /// Data that may move at once after a time of rest, in bytes, at least 1. One second's worth if
+    /// it is not given; not without `bytes_per_second`.
+    #[serde(default)]
+    pub bytes_burst: Option<u64>,
+    /// Rate of requests or frames, whatever their size, at least 1.
+    #[serde(default)]
+    pub operations_per_second: Option<u64>,
+    /// Requests or frames that may pass at once after a time of rest, at least 1. One second's worth
+    /// if it is not given; not without `operations_per_second`.
+    #[serde(default)]
+    pub operations_burst: Option<u64>,
 }
 
 /// A host directory the guest can mount.
@@ -212,6 +238,18 @@ impl BootConfig {
     }
 }
 
+impl DiskConfig {
+    /// A disk the guest may write, with every other choice left to its default.
+    pub fn new(id: &str, path: PathBuf) -> Self {
+        DiskConfig {
+            id: id.to_owned(),
+            path,
+            read_only: false,
+            rate_limit: RateLimitConfig::default(),
+        }
+    }
+}
+
 impl NetConfig {
     /// The hardware address as bytes; `None` unless it is six hexadecimal bytes with colons between
     /// and names one station.
@@ -225,6 +263,38 @@ impl NetConfig {
         }
         let multicast = bytes[0] & 1 != 0;
         (parts.next().is_none() && !multicast && bytes != [0; 6]).then_some(bytes)
+    }
+}
+
+impl RateLimitConfig {
+    /// Checks every field; `field` is the path of this one.
+    pub(crate) fn validate(&self, field: &str) -> Result<(), ConfigError> {
+        let buckets = [
+            ("bytes", self.bytes_per_second, self.bytes_burst),
+            ("operations", self.operations_per_second, self.operations_burst),
+        ];
+        for (what, per_second, burst) in buckets {
+            let rate_field = format!("{field}.{what}_per_second");
+            let burst_field = format!("{field}.{what}_burst");
+            if burst.is_some() && per_second.is_none() {
+                return refuse(&burst_field, &format!("must come with {rate_field}"));
+            }
+            in_range(&rate_field, per_second.unwrap_or(1), 1, u64::MAX)?;
+            in_range(&burst_field, burst.unwrap_or(1), 1, u64::MAX)?;
+        }
+        Ok(())
+    }
+
+    /// The same for a device. A rate of zero, which `validate` refuses, is no limit.
+    pub(crate) fn limits(&self) -> RateLimits {
+        let rate = |per_second: Option<u64>, burst: Option<u64>| {
+            let per_second = per_second.and_then(NonZeroU64::new)?;
+            Some(Rate { per_second, burst: burst.and_then(NonZeroU64::new).unwrap_or(per_second) })
+        };
+        RateLimits {
+            bytes: rate(self.bytes_per_second, self.bytes_burst),
+            operations: rate(self.operations_per_second, self.operations_burst),
+        }
     }
 }
 
@@ -248,6 +318,7 @@ fn validate_disks(disks: &[DiskConfig]) -> Result<(), ConfigError> {
         let field = |name: &str| format!("disks[{index}].{name}");
         name_of(&field("id"), &disk.id, MAX_DISK_ID_BYTES, &mut seen)?;
         not_empty(&field("path"), &disk.path)?;
+        disk.rate_limit.validate(&field("rate_limit"))?;
     }
     Ok(())
 }
@@ -389,6 +460,40 @@ mod tests {
                 "disks": [{"id": "a", "path": "/1"}, {"id": "a", "path": "/2"}]}"#,
         );
         assert_eq!(error, r#"disks[1].id: must be used once, but "a" is there twice"#);
+    }
+
+    fn refused_disk(fields: &str) -> String {
+        refused(&format!(
+            r#"{{"boot": {{"kernel": "/k"}}, "disks": [{{"id": "a", "path": "/1", {fields}}}]}}"#
+        ))
+    }
+
+    #[test]
+    fn a_rate_of_nothing_is_refused() {
+        let error = refused_disk(r#""rate_limit": {"operations_per_second": 0}"#);
+        let rule = "must be 1 to 18446744073709551615, not 0";
+        assert_eq!(error, format!("disks[0].rate_limit.operations_per_second: {rule}"));
+    }
+
+    #[test]
+    fn a_burst_without_a_rate_is_refused() {
+        let error = refused_disk(r#""rate_limit": {"bytes_burst": 4096}"#);
+        let rule = "must come with disks[0].rate_limit.bytes_per_second";
+        assert_eq!(error, format!("disks[0].rate_limit.bytes_burst: {rule}"));
+    }
+
+    #[test]
+    fn a_burst_is_a_seconds_worth_unless_given() {
+        let limits = RateLimitConfig {
+            bytes_per_second: Some(1000),
+            operations_per_second: Some(10),
+            operations_burst: Some(3),
+            ..RateLimitConfig::default()
+        }
+        .limits();
+
+        let burst = |rate: Option<Rate>| rate.unwrap().burst.get();
+        assert_eq!((burst(limits.bytes), burst(limits.operations)), (1000, 3));
     }
 
     #[test]

@@ -29,7 +29,7 @@ mod vcpu;
 pub use builder::Vmm;
 pub use config::{
     BootConfig, ConfigError, ConsoleConfig, ConsoleOutput, DiskConfig, MemoryConfig, NetConfig,
-    ShareConfig, VmConfig, VsockConfig,
+    RateLimitConfig, ShareConfig, VmConfig, VsockConfig,
 };
 pub use control::Exit;
 pub use error::Error;

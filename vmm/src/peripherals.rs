@@ -11,6 +11,7 @@ use devices::virtio::block::{Block, Disk};
 use devices::virtio::console::Console;
 use devices::virtio::fs::{Fs, Server};
 use devices::virtio::net::{Net, Tap};
+use devices::virtio::rate_limit::RateLimiter;
 use devices::virtio::rng::Rng;
 use devices::virtio::vsock::{Host as VsockHost, Vsock};
 
@@ -75,7 +76,8 @@ fn place_serial(log: &ConsoleLog, placement: &mut Placement<'_>) -> Result<(), E
 fn place_disk(config: &DiskConfig, placement: &mut Placement<'_>) -> Result<(), Error> {
     let name = format!("disk {}", config.id);
     let disk = Disk::open(&config.path, config.read_only).map_err(device(&name))?;
-    place(&name, Block::new(disk, config.read_only, &config.id), Loop::Io, placement)
+    let limiter = RateLimiter::new(config.rate_limit.limits()).map_err(device(&name))?;
+    place(&name, Block::new(disk, config.read_only, &config.id, limiter), Loop::Io, placement)
 }
 
 fn place_share(config: &ShareConfig, placement: &mut Placement<'_>) -> Result<(), Error> {

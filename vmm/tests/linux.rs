@@ -89,8 +89,7 @@ fn the_guest_reads_and_writes_its_disk() {
          dd if=/dev/vda bs=1 count=4 2>/dev/null; echo
          echo written | dd of=/dev/vda bs=512 seek=1 conv=sync 2>/dev/null; sync",
     );
-    guest.config.disks =
-        vec![DiskConfig { id: "data".into(), path: disk.path().into(), read_only: false }];
+    guest.config.disks = vec![DiskConfig::new("data", disk.path().into())];
 
     let ended = guest.run();
 

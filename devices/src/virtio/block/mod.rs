@@ -5,6 +5,7 @@ pub mod request;
 #[cfg(test)]
 mod tests;
 
+use event_manager::EventSet;
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX,
 };
@@ -16,7 +17,8 @@ use self::request::{HEADER_BYTES, ID_BYTES, Limits, Request, SECTOR_BYTES, Statu
 use super::buffers::{BufferError, Buffers};
 use super::complaints::Complaints;
 use super::queue::{Chain, QueueError, Verdict, VirtQueue};
-use super::{ActivateError, Activation, DeviceTraits, VirtioDevice, copy_config};
+use super::rate_limit::RateLimiter;
+use super::{ActivateError, Activation, Backend, DeviceTraits, VirtioDevice, copy_config};
 
 const QUEUE_SIZE: u16 = 128;
 
@@ -30,6 +32,8 @@ const CONFIG_BYTES: usize = 24;
 pub struct Block {
     engine: Engine,
     config: [u8; CONFIG_BYTES],
+    /// Of the device and not of its driver, which would lift it with a reset.
+    limiter: RateLimiter,
     active: Option<Active>,
 }
 
@@ -39,6 +43,8 @@ struct Engine {
     limits: Limits,
     id: [u8; ID_BYTES],
     complaints: Complaints,
+    /// Data of the last request, in bytes.
+    moved: u64,
 }
 
 struct Active {
@@ -59,7 +65,7 @@ enum RequestError {
 impl Block {
     /// Creates an idle device. The driver sees at most the first 20 bytes of `id` as its serial
     /// number. `read_only` goes with how the disk was opened.
-    pub fn new(disk: Disk, read_only: bool, id: &str) -> Self {
+    pub fn new(disk: Disk, read_only: bool, id: &str, limiter: RateLimiter) -> Self {
         let mut padded = [0; ID_BYTES];
         let length = id.len().min(ID_BYTES);
         padded[..length].copy_from_slice(&id.as_bytes()[..length]);
@@ -68,7 +74,8 @@ impl Block {
         let complaints = Complaints::of(format!("block {}", id.escape_debug()));
         Block {
             config: config(limits.sectors),
-            engine: Engine { disk, limits, id: padded, complaints },
+            engine: Engine { disk, limits, id: padded, complaints, moved: 0 },
+            limiter,
             active: None,
         }
     }
@@ -113,15 +120,27 @@ impl VirtioDevice for Block {
     }
 
     fn queue_ready(&mut self, _index: usize) -> Result<(), QueueError> {
-        let Block { engine, active, .. } = self;
+        let Block { engine, active, limiter, .. } = self;
         let Some(Active { requests, readable, writable }) = active else { return Ok(()) };
         requests.drain(|chain, memory| {
+            if !limiter.admits() {
+                return Verdict::Keep;
+            }
             let written = engine.serve(chain, memory, readable, writable).unwrap_or_else(|error| {
                 engine.complaints.add(&error);
                 0
             });
+            limiter.charge(engine.moved);
             Verdict::Used(written)
         })
+    }
+
+    fn backends(&self) -> Vec<Backend> {
+        self.limiter.backend().into_iter().collect()
+    }
+
+    fn backend_ready(&mut self, _index: usize, _events: EventSet) -> Result<(), QueueError> {
+        self.queue_ready(0)
     }
 }
 
@@ -134,6 +153,7 @@ impl Engine {
         readable: &mut Buffers,
         writable: &mut Buffers,
     ) -> Result<u32, RequestError> {
+        self.moved = 0;
         readable.clear();
         writable.clear();
         readable.add(chain.clone().readable())?;
@@ -170,6 +190,11 @@ impl Engine {
         readable: &mut Buffers,
         writable: &mut Buffers,
     ) -> Result<(), Status> {
+        self.moved = match request {
+            Request::Read { .. } => writable.bytes() as u64,
+            Request::Write { .. } => readable.bytes() as u64,
+            Request::Flush | Request::Id => 0,
+        };
         let outcome = match request {
             Request::Read { offset } => self.disk.read(offset, writable),
             Request::Write { offset } => self.disk.write(offset, readable),

@@ -1,6 +1,9 @@
 //! A driver's requests against a block device on a temporary file.
 
+use std::num::NonZeroU64;
+use std::os::fd::RawFd;
 use std::os::unix::fs::FileExt;
+use std::time::{Duration, Instant};
 
 use tempfile::NamedTempFile;
 use virtio_bindings::virtio_blk::{
@@ -9,6 +12,7 @@ use virtio_bindings::virtio_blk::{
 use virtio_queue::desc::split::Descriptor;
 
 use super::*;
+use crate::virtio::rate_limit::{Rate, RateLimits};
 use crate::virtio::testing::{Driver, memory};
 
 const OK: u8 = 0;
@@ -26,7 +30,7 @@ fn image() -> NamedTempFile {
 
 fn active(driver: &Driver<'_>, image: &NamedTempFile, read_only: bool) -> Block {
     let disk = Disk::open(image.path(), read_only).unwrap();
-    let mut block = Block::new(disk, read_only, "the-disk");
+    let mut block = Block::new(disk, read_only, "the-disk", RateLimiter::unlimited());
     block.activate(driver.activation()).unwrap();
     block
 }
@@ -173,7 +177,8 @@ fn a_chain_that_loops_ends() {
 
 #[test]
 fn the_configuration_space_has_capacity_segments_and_block_size() {
-    let block = Block::new(Disk::open(image().path(), true).unwrap(), true, "");
+    let block =
+        Block::new(Disk::open(image().path(), true).unwrap(), true, "", RateLimiter::unlimited());
     let mut config = [0xff; 28];
     block.read_config(0, &mut config);
     assert_eq!(config[0..8], 8u64.to_le_bytes());
@@ -185,10 +190,40 @@ fn the_configuration_space_has_capacity_segments_and_block_size() {
 fn a_read_only_disk_says_so() {
     let features = |read_only| {
         let disk = Disk::open(image().path(), true).unwrap();
-        Block::new(disk, read_only, "").traits().features & 1 << VIRTIO_BLK_F_RO
+        Block::new(disk, read_only, "", RateLimiter::unlimited()).traits().features
+            & 1 << VIRTIO_BLK_F_RO
     };
     assert_ne!(features(true), 0);
     assert_eq!(features(false), 0);
+}
+
+#[test]
+fn a_limit_holds_requests_up_until_its_timer_expires() {
+    let memory = memory();
+    let driver = Driver::new(&memory);
+    let bytes_per_second = NonZeroU64::new(10_000).unwrap();
+    let bytes = Some(Rate { per_second: bytes_per_second, burst: NonZeroU64::MIN });
+    let limiter = RateLimiter::new(RateLimits { bytes, operations: None }).unwrap();
+    let disk = Disk::open(image().path(), false).unwrap();
+    let mut block = Block::new(disk, false, "", limiter);
+    block.activate(driver.activation()).unwrap();
+    (0..2).for_each(|_| _ = driver.offer(0, &[&header(VIRTIO_BLK_T_IN, 0)], &[512, 1]));
+
+    let asked_at = Instant::now();
+    block.queue_ready(0).unwrap();
+    assert_eq!(driver.used().len(), 1);
+    wait_until_readable(block.backends()[0].fd);
+    block.backend_ready(0, EventSet::IN).unwrap();
+
+    assert_eq!(driver.used().len(), 2);
+    assert!(asked_at.elapsed() >= Duration::from_millis(51));
+}
+
+/// Blocks until `fd` has something to read.
+fn wait_until_readable(fd: RawFd) {
+    let mut ready = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
+    // SAFETY: `ready` is one descriptor, which the caller keeps open.
+    assert_eq!(unsafe { libc::poll(&raw mut ready, 1, 10_000) }, 1);
 }
 
 #[test]
