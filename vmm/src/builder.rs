@@ -168,9 +168,7 @@ fn create_vm(kvm: &Kvm) -> Result<VmFd, Error> {
         match kvm.create_vm() {
             // Making a VM takes so long that a signal may come first.
             Err(error) if error.errno() == libc::EINTR => {}
-            result => {
-                return result.map_err(|source| Error::Kvm { step: "create a machine", source });
-            }
+            result => return result.map_err(|source| cannot_create("create a machine", source)),
         }
     }
 }
@@ -179,7 +177,15 @@ fn create_vcpus(vm: &VmFd, count: u8) -> Result<Vec<VcpuFd>, Error> {
     (0..count)
         .map(|index| vm.create_vcpu(index.into()))
         .collect::<Result<_, _>>()
-        .map_err(|source| Error::Kvm { step: "create a vCPU", source })
+        .map_err(|source| cannot_create("create a vCPU", source))
+}
+
+/// KVM takes hold of the processors with the first machine, not when it is opened.
+fn cannot_create(step: &'static str, source: kvm_ioctls::Error) -> Error {
+    match source.errno() {
+        libc::EBUSY => Error::KvmBusy { source },
+        _ => Error::Kvm { step, source },
+    }
 }
 
 fn describe(
@@ -240,6 +246,15 @@ mod tests {
     fn a_user_outside_the_group_is_told_about_it() {
         assert!(remedy(libc::EACCES).contains("usermod -aG kvm"));
         assert!(remedy(libc::ENOENT).contains("modprobe kvm_intel"));
+    }
+
+    #[test]
+    fn a_processor_in_use_by_another_hypervisor_is_told_so() {
+        let busy = kvm_ioctls::Error::new(libc::EBUSY);
+
+        let error = cannot_create("create a machine", busy).to_string();
+
+        assert!(error.contains("another hypervisor"), "{error}");
     }
 
     #[test]

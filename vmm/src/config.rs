@@ -14,7 +14,8 @@ pub const MAX_VCPUS: u8 = 64;
 /// Least RAM, in MiB: below it no kernel finds room for itself and its initrd.
 pub const MIN_MEMORY_MIB: u32 = 16;
 
-/// Most RAM, in MiB (1 TiB): far below the 46 physical address bits of the smallest processors.
+/// Most RAM, in MiB (1 TiB): what 46 physical address bits, usual in servers, hold many times over.
+/// Processors with 39 bits, as in desktops, reach half of it.
 pub const MAX_MEMORY_MIB: u32 = 1 << 20;
 
 /// Longest name of a network interface, in bytes: IFNAMSIZ less the terminating zero.

@@ -24,6 +24,15 @@ pub enum Error {
         #[source]
         source: kvm_ioctls::Error,
     },
+    /// The processor's virtualization belongs to somebody else.
+    #[error(
+        "KVM: another hypervisor of this host, such as VirtualBox, holds the processor: stop it"
+    )]
+    KvmBusy {
+        /// What KVM said.
+        #[source]
+        source: kvm_ioctls::Error,
+    },
     /// KVM refused a step.
     #[error("KVM: {step}")]
     Kvm {

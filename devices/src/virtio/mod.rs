@@ -5,6 +5,8 @@ pub mod buffers;
 pub mod complaints;
 pub mod console;
 pub mod fs;
+#[cfg(test)]
+mod hostile_tests;
 pub mod mmio;
 pub mod net;
 pub mod queue;
