@@ -28,8 +28,8 @@ mod vcpu;
 
 pub use builder::Vmm;
 pub use config::{
-    BootConfig, ConfigError, ConsoleConfig, ConsoleOutput, DiskConfig, MemoryConfig, NetConfig,
-    RateLimitConfig, ShareConfig, VmConfig, VsockConfig,
+    BootConfig, ConfigError, ConsoleConfig, ConsoleOutput, DiskConfig, DiskEngine, MemoryConfig,
+    NetConfig, RateLimitConfig, ShareConfig, VmConfig, VsockConfig,
 };
 pub use control::Exit;
 pub use error::Error;

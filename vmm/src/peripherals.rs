@@ -7,15 +7,18 @@ use arch::machine::PlatformDevice;
 use arch::{Arch, Host};
 use devices::serial::Serial;
 use devices::virtio::VirtioDevice;
-use devices::virtio::block::{Block, Disk};
+use devices::virtio::block::{Access, Block, Disk, Ring};
 use devices::virtio::console::Console;
 use devices::virtio::fs::{Fs, Server};
 use devices::virtio::net::{Net, Tap};
 use devices::virtio::rate_limit::RateLimiter;
 use devices::virtio::rng::Rng;
 use devices::virtio::vsock::{Host as VsockHost, Vsock};
+use log::debug;
 
-use crate::config::{ConsoleConfig, ConsoleOutput, DiskConfig, NetConfig, ShareConfig, VmConfig};
+use crate::config::{
+    ConsoleConfig, ConsoleOutput, DiskConfig, DiskEngine, NetConfig, ShareConfig, VmConfig,
+};
 use crate::console::{self, ConsoleLog};
 use crate::error::Error;
 use crate::placement::{Loop, Placement, PlacementError};
@@ -75,9 +78,24 @@ fn place_serial(log: &ConsoleLog, placement: &mut Placement<'_>) -> Result<(), E
 
 fn place_disk(config: &DiskConfig, placement: &mut Placement<'_>) -> Result<(), Error> {
     let name = format!("disk {}", config.id);
-    let disk = Disk::open(&config.path, config.read_only).map_err(device(&name))?;
+    let access = Access { read_only: config.read_only, direct: config.direct };
+    let disk = Disk::open(&config.path, access).map_err(device(&name))?;
     let limiter = RateLimiter::new(config.rate_limit.limits()).map_err(device(&name))?;
-    place(&name, Block::new(disk, config.read_only, &config.id, limiter), Loop::Io, placement)
+    let ring = open_ring(config.engine, &name)?;
+    let block = Block::new(disk, &config.id, config.queues, limiter, ring);
+    place(&name, block, Loop::Io, placement)
+}
+
+fn open_ring(engine: DiskEngine, name: &str) -> Result<Option<Ring>, Error> {
+    match engine {
+        DiskEngine::Sync => Ok(None),
+        DiskEngine::IoUring => Ring::open().map(Some).map_err(|source| {
+            let source = Box::new(source);
+            Error::Device { name: format!("{name}: io_uring"), source }
+        }),
+        // Kernels without, and hosts that forbid it, are as common as those that have it.
+        DiskEngine::Auto => Ok(Ring::open().inspect_err(|error| debug!("{name}: {error}")).ok()),
+    }
 }
 
 fn place_share(config: &ShareConfig, placement: &mut Placement<'_>) -> Result<(), Error> {
