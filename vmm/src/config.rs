@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 
+use devices::virtio::block::MAX_QUEUES;
 use devices::virtio::rate_limit::{Rate, RateLimits};
 use serde::{Deserialize, Serialize};
 
@@ -132,9 +133,35 @@ pub struct DiskConfig {
     /// Whether the guest may only read it.
     #[serde(default)]
     pub read_only: bool,
-    /// How much the guest may read and write in all; nothing limits it by default.
+    /// Whether data goes past the host's page cache. The host's file system must be able to; requests
+    /// that are not aligned as it wants go through the page cache all the same.
+    #[serde(default)]
+    pub direct: bool,
+    /// Request queues, 1 to [`MAX_QUEUES`]. One thread serves them all, but a guest with several
+    /// vCPUs can give each its own.
+    #[serde(default = "one_queue")]
+    pub queues: u16,
+    /// Who carries requests out.
+    #[serde(default)]
+    pub engine: DiskEngine,
+    /// How much the guest may read and write in all, through all queues; nothing limits it by
+    /// default. Every request counts as an operation, zeros that the host writes for the guest count
+    /// as bytes, discards do not.
     #[serde(default)]
     pub rate_limit: RateLimitConfig,
+}
+
+/// Who carries the requests of a disk out.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DiskEngine {
+    /// The host's kernel where it lets us have an io_uring, else as `Sync`.
+    #[default]
+    Auto,
+    /// The host's kernel, with up to 64 requests in flight; without an io_uring the VM is not built.
+    IoUring,
+    /// The device's thread, one request after the other.
+    Sync,
 }
 
 /// A network interface.
@@ -301,6 +328,9 @@ impl DiskConfig {
             id: id.to_owned(),
             path,
             read_only: false,
+            direct: false,
+            queues: one_queue(),
+            engine: DiskEngine::default(),
             rate_limit: RateLimitConfig::default(),
         }
     }
@@ -387,6 +417,10 @@ fn one_pair() -> u16 {
     1
 }
 
+fn one_queue() -> u16 {
+    1
+}
+
 fn yes() -> bool {
     true
 }
@@ -397,6 +431,7 @@ fn validate_disks(disks: &[DiskConfig]) -> Result<(), ConfigError> {
         let field = |name: &str| format!("disks[{index}].{name}");
         name_of(&field("id"), &disk.id, MAX_DISK_ID_BYTES, &mut seen)?;
         not_empty(&field("path"), &disk.path)?;
+        in_range(&field("queues"), disk.queues, 1, MAX_QUEUES)?;
         disk.rate_limit.validate(&field("rate_limit"))?;
     }
     Ok(())
@@ -553,6 +588,29 @@ mod tests {
         refused(&format!(
             r#"{{"boot": {{"kernel": "/k"}}, "disks": [{{"id": "a", "path": "/1", {fields}}}]}}"#
         ))
+    }
+
+    #[test]
+    fn too_many_queues_of_a_disk_are_refused() {
+        assert_eq!(refused_disk(r#""queues": 17"#), "disks[0].queues: must be 1 to 16, not 17");
+    }
+
+    #[test]
+    fn a_disk_is_written_through_one_queue_unless_it_says_otherwise() {
+        let config = parse(
+            r#"{"boot": {"kernel": "/k"}, "disks": [
+                {"id": "a", "path": "/1"},
+                {"id": "b", "path": "/2", "queues": 4, "direct": true, "engine": "io_uring"}]}"#,
+        );
+
+        let chosen = DiskConfig {
+            queues: 4,
+            direct: true,
+            engine: DiskEngine::IoUring,
+            ..DiskConfig::new("b", "/2".into())
+        };
+        assert_eq!(config.disks, [DiskConfig::new("a", "/1".into()), chosen]);
+        assert_eq!(config.validate(), Ok(()));
     }
 
     #[test]

@@ -8,7 +8,7 @@ use arch::{Arch, Host};
 use devices::listener::Listener;
 use devices::serial::Serial;
 use devices::virtio::VirtioDevice;
-use devices::virtio::block::{Block, Disk};
+use devices::virtio::block::{Access, Block, Disk, Ring};
 use devices::virtio::console::Console;
 use devices::virtio::fs::{Fs, Server};
 use devices::virtio::net::{MAX_PAIRS, Missing, Net, Tap, TapError, Vhost, VhostError};
@@ -19,8 +19,8 @@ use log::debug;
 use vm_memory::GuestMemoryMmap;
 
 use crate::config::{
-    ConfigError, ConsoleConfig, ConsoleOutput, DiskConfig, MAX_QUEUE_PAIRS, NetConfig, ShareConfig,
-    VhostUse, VmConfig, VsockConfig,
+    ConfigError, ConsoleConfig, ConsoleOutput, DiskConfig, DiskEngine, MAX_QUEUE_PAIRS, NetConfig,
+    ShareConfig, VhostUse, VmConfig, VsockConfig,
 };
 use crate::console::{self, ConsoleLog};
 use crate::error::Error;
@@ -81,9 +81,24 @@ fn place_serial(log: &ConsoleLog, placement: &mut Placement<'_>) -> Result<(), E
 
 fn place_disk(config: &DiskConfig, placement: &mut Placement<'_>) -> Result<(), Error> {
     let name = format!("disk {}", config.id);
-    let disk = Disk::open(&config.path, config.read_only).map_err(device(&name))?;
+    let access = Access { read_only: config.read_only, direct: config.direct };
+    let disk = Disk::open(&config.path, access).map_err(device(&name))?;
     let limiter = RateLimiter::new(config.rate_limit.limits()).map_err(device(&name))?;
-    place(&name, Block::new(disk, config.read_only, &config.id, limiter), Loop::Io, placement)
+    let ring = open_ring(config.engine, &name)?;
+    let block = Block::new(disk, &config.id, config.queues, limiter, ring);
+    place(&name, block, Loop::Io, placement)
+}
+
+fn open_ring(engine: DiskEngine, name: &str) -> Result<Option<Ring>, Error> {
+    match engine {
+        DiskEngine::Sync => Ok(None),
+        DiskEngine::IoUring => Ring::open().map(Some).map_err(|source| {
+            let source = Box::new(source);
+            Error::Device { name: format!("{name}: io_uring"), source }
+        }),
+        // Kernels without, and hosts that forbid it, are as common as those that have it.
+        DiskEngine::Auto => Ok(Ring::open().inspect_err(|error| debug!("{name}: {error}")).ok()),
+    }
 }
 
 fn place_share(config: &ShareConfig, placement: &mut Placement<'_>) -> Result<(), Error> {

@@ -4,11 +4,14 @@ mod guest;
 
 use std::fs;
 use std::io::Write;
+use std::os::unix::fs::MetadataExt;
 use std::process::Command;
 
 use guest::{Ended, Guest, wait};
 use tempfile::{NamedTempFile, TempDir};
-use vmm::{DiskConfig, Exit, NetConfig, RateLimitConfig, ShareConfig, VhostUse, VsockConfig};
+use vmm::{
+    DiskConfig, DiskEngine, Exit, NetConfig, RateLimitConfig, ShareConfig, VhostUse, VsockConfig,
+};
 
 /// Both are a guest's wish to be over: a kernel without ACPI may have only the second.
 fn assert_ended_by_guest(ended: &Ended) {
@@ -97,6 +100,96 @@ fn the_guest_reads_and_writes_its_disk() {
     let words: Vec<_> = ended.output.split_whitespace().take(3).collect();
     assert_eq!(words, ["data", "2048", "dddd"], "{ended:?}");
     assert_eq!(&fs::read(disk.path()).unwrap()[512..519], b"written");
+}
+
+/// A guest with two processors whose script works on a disk of 64 MiB that is full of `d`.
+fn guest_with_disk(script: &str) -> (Guest, NamedTempFile) {
+    let mut disk = NamedTempFile::new().unwrap();
+    (0..64).for_each(|_| disk.write_all(&[b'd'; 1 << 20]).unwrap());
+    let mut guest = Guest::new(script);
+    guest.config.vcpus = 2;
+    guest.config.disks = vec![DiskConfig::new("data", disk.path().into())];
+    (guest, disk)
+}
+
+const WORK_ON_DISK: &str = "
+    ls /sys/block/vda/mq | wc -l
+    cd /sys/block/vda/queue; cat discard_max_bytes write_zeroes_max_bytes discard_granularity
+    cat /dev/vda | md5sum
+    (dd if=/dev/zero of=/dev/vda bs=1M count=8 seek=8 conv=fsync
+    dd if=/dev/vda of=/dev/null bs=4k count=512 iflag=direct &
+    dd if=/dev/zero of=/dev/vda bs=4k count=512 oflag=direct seek=8192 conv=fsync
+    wait) 2>/dev/null
+    blkdiscard -o 16777216 -l 16777216 /dev/vda && echo discarded
+    echo 3 > /proc/sys/vm/drop_caches; cat /dev/vda | md5sum; cd /";
+
+fn assert_worked_on_disk(ended: &Ended, disk: &NamedTempFile) {
+    assert_ended_by_guest(ended);
+    let mut expected = vec![b'd'; 64 << 20];
+    let before = md5(&expected);
+    expected[8 << 20..32 << 20].fill(0);
+    expected[32 << 20..34 << 20].fill(0);
+    let words: Vec<_> = ended.output.split_whitespace().filter(|&word| word != "-").collect();
+    let after = md5(&expected);
+    let facts = ["2", "1073741824", "67108864", "4096"];
+    let rest = [before.as_str(), "discarded", after.as_str()];
+    assert_eq!(words[..7], [&facts[..], &rest].concat(), "{ended:?}");
+    assert!(fs::read(disk.path()).unwrap() == expected);
+    assert!(disk.as_file().metadata().unwrap().blocks() * 512 <= 48 << 20);
+}
+
+fn md5(bytes: &[u8]) -> String {
+    let mut file = NamedTempFile::new().unwrap();
+    file.write_all(bytes).unwrap();
+    let output = Command::new("md5sum").arg(file.path()).output().unwrap().stdout;
+    String::from_utf8(output).unwrap().split(' ').next().unwrap().to_owned()
+}
+
+#[test]
+#[ignore = "needs KVM that boots Linux"]
+fn both_queues_of_a_disk_work_through_io_uring() {
+    let (mut guest, disk) = guest_with_disk(WORK_ON_DISK);
+    guest.config.disks[0].queues = 2;
+    guest.config.disks[0].engine = DiskEngine::IoUring;
+
+    let ended = guest.run();
+
+    assert_worked_on_disk(&ended, &disk);
+}
+
+#[test]
+#[ignore = "needs KVM that boots Linux"]
+fn both_queues_of_a_disk_work_without_io_uring() {
+    let (mut guest, disk) = guest_with_disk(WORK_ON_DISK);
+    guest.config.disks[0].queues = 2;
+    guest.config.disks[0].engine = DiskEngine::Sync;
+
+    let ended = guest.run();
+
+    assert_worked_on_disk(&ended, &disk);
+}
+
+#[test]
+#[ignore = "needs KVM that boots Linux"]
+fn a_disk_is_as_slow_as_its_limit() {
+    let (mut guest, _disk) = guest_with_disk(
+        "read before rest < /proc/uptime
+         dd if=/dev/vda of=/dev/null bs=1M count=4 iflag=direct 2>/dev/null
+         read after rest < /proc/uptime
+         echo seconds: $(( ${after%.*} - ${before%.*} ))",
+    );
+    guest.config.disks[0].rate_limit = RateLimitConfig {
+        bytes_per_second: Some(1 << 20),
+        bytes_burst: Some(1),
+        ..RateLimitConfig::default()
+    };
+
+    let ended = guest.run();
+
+    assert_ended_by_guest(&ended);
+    let seconds: u64 = ended.output.split_whitespace().nth(1).unwrap().parse().unwrap();
+    // The first request is not waited for, and the clock is cut to whole seconds.
+    assert!((2..60).contains(&seconds), "{ended:?}");
 }
 
 #[test]

@@ -15,7 +15,7 @@ use virtio_bindings::virtio_mmio::{
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-use super::block::{Block, Disk};
+use super::block::{Access, Block, Disk, Ring};
 use super::console::Console;
 use super::fs::{Fs, Server};
 use super::mmio::{MMIO_WINDOW, MmioTransport};
@@ -213,13 +213,17 @@ fn the_console_survives() {
     drop(ours);
 }
 
-#[test]
-fn the_block_device_survives() {
+/// A block device with two queues, and requests for it.
+fn attack_block(ring: Option<Ring>) {
     let image = tempfile::NamedTempFile::new().unwrap();
     image.as_file().set_len(1 << 20).unwrap();
-    let disk = Disk::open(image.path(), false).unwrap();
-    Hostile::attack(Block::new(disk, false, "disk", RateLimiter::unlimited()), |random| {
-        words(&[random.word(10), 0, random.word(2100), 0])
+    let disk = Disk::open(image.path(), Access::default()).unwrap();
+    let block = Block::new(disk, "disk", 2, RateLimiter::unlimited(), ring);
+    Hostile::attack(block, |random| {
+        let mut request = words(&[random.word(15), 0, random.word(2100), 0]);
+        // A range, for those who want one.
+        request.extend(words(&[random.word(2100), 0, random.size(), random.word(3)]));
+        request
     });
 }
 
@@ -256,6 +260,17 @@ impl Cable {
         });
         Cable(theirs)
     }
+}
+
+#[test]
+fn the_block_device_survives() {
+    attack_block(None);
+}
+
+#[test]
+#[ignore = "needs io_uring"]
+fn the_block_device_with_a_ring_survives() {
+    attack_block(Some(Ring::open().unwrap()));
 }
 
 #[test]
