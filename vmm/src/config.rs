@@ -1,13 +1,16 @@
 //! What a virtual machine consists of, as plain data: written by a JSON file, the sandbox or a test,
 //! read once by the builder.
 
+mod disk;
+mod rate_limit;
+
 use std::collections::BTreeSet;
-use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 
-use devices::virtio::block::MAX_QUEUES;
-use devices::virtio::rate_limit::{Rate, RateLimits};
 use serde::{Deserialize, Serialize};
+
+pub use disk::{DiskConfig, DiskEngine};
+pub use rate_limit::RateLimitConfig;
 
 /// Most vCPUs of one VM: what the guest kernels we build are configured for.
 pub const MAX_VCPUS: u8 = 64;
@@ -24,9 +27,6 @@ const MAX_TAP_BYTES: usize = 15;
 
 /// Most queue pairs of a network interface.
 pub const MAX_QUEUE_PAIRS: u16 = 16;
-
-/// Longest disk id, in bytes (virtio 1.2, section 5.2.6: the serial number of a block device).
-const MAX_DISK_ID_BYTES: usize = 20;
 
 /// Longest file system tag, in bytes (virtio 1.2, section 5.11.4).
 const MAX_TAG_BYTES: usize = 36;
@@ -122,48 +122,6 @@ pub enum ConsoleOutput {
     File(PathBuf),
 }
 
-/// A block device.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct DiskConfig {
-    /// The serial number the guest sees, at most 20 bytes.
-    pub id: String,
-    /// A raw image file or a block device.
-    pub path: PathBuf,
-    /// Whether the guest may only read it.
-    #[serde(default)]
-    pub read_only: bool,
-    /// Whether data goes past the host's page cache. The host's file system must be able to; requests
-    /// that are not aligned as it wants go through the page cache all the same.
-    #[serde(default)]
-    pub direct: bool,
-    /// Request queues, 1 to [`MAX_QUEUES`]. One thread serves them all, but a guest with several
-    /// vCPUs can give each its own.
-    #[serde(default = "one_queue")]
-    pub queues: u16,
-    /// Who carries requests out.
-    #[serde(default)]
-    pub engine: DiskEngine,
-    /// How much the guest may read and write in all, through all queues; nothing limits it by
-    /// default. Every request counts as an operation, zeros that the host writes for the guest count
-    /// as bytes, discards do not.
-    #[serde(default)]
-    pub rate_limit: RateLimitConfig,
-}
-
-/// Who carries the requests of a disk out.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum DiskEngine {
-    /// The host's kernel where it lets us have an io_uring, else as `Sync`.
-    #[default]
-    Auto,
-    /// The host's kernel, with up to 64 requests in flight; without an io_uring the VM is not built.
-    IoUring,
-    /// The device's thread, one request after the other.
-    Sync,
-}
-
 /// A network interface.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -202,27 +160,6 @@ pub enum VhostUse {
     On,
     /// No.
     Off,
-}
-
-/// How much a device may move, as token buckets: a bucket holds up to its burst, which may be used
-/// at once, and gets its rate back each second. Without a rate there is no limit.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct RateLimitConfig {
-    /// Rate of data, at least 1.
-    #[serde(default)]
-    pub bytes_per_second: Option<u64>,
-    /// Data that may move at once after a time of rest, in bytes, at least 1. One second's worth if
-    /// it is not given; not without `bytes_per_second`.
-    #[serde(default)]
-    pub bytes_burst: Option<u64>,
-    /// Rate of requests or frames, whatever their size, at least 1.
-    #[serde(default)]
-    pub operations_per_second: Option<u64>,
-    /// Requests or frames that may pass at once after a time of rest, at least 1. One second's worth
-    /// if it is not given; not without `operations_per_second`.
-    #[serde(default)]
-    pub operations_burst: Option<u64>,
 }
 
 /// A host directory the guest can mount.
@@ -283,7 +220,7 @@ impl VmConfig {
         in_range("vcpus", self.vcpus, 1, MAX_VCPUS)?;
         in_range("memory.size_mib", self.memory.size_mib, MIN_MEMORY_MIB, MAX_MEMORY_MIB)?;
         self.boot.validate()?;
-        validate_disks(&self.disks)?;
+        disk::validate(&self.disks)?;
         validate_nets(&self.nets)?;
         validate_shares(&self.shares)?;
         match &self.vsock {
@@ -318,21 +255,6 @@ impl VsockConfig {
             return refuse("vsock.socket", &rule);
         }
         Ok(())
-    }
-}
-
-impl DiskConfig {
-    /// A disk the guest may write, with every other choice left to its default.
-    pub fn new(id: &str, path: PathBuf) -> Self {
-        DiskConfig {
-            id: id.to_owned(),
-            path,
-            read_only: false,
-            direct: false,
-            queues: one_queue(),
-            engine: DiskEngine::default(),
-            rate_limit: RateLimitConfig::default(),
-        }
     }
 }
 
@@ -371,38 +293,6 @@ impl NetConfig {
     }
 }
 
-impl RateLimitConfig {
-    /// Checks every field; `field` is the path of this one.
-    pub(crate) fn validate(&self, field: &str) -> Result<(), ConfigError> {
-        let buckets = [
-            ("bytes", self.bytes_per_second, self.bytes_burst),
-            ("operations", self.operations_per_second, self.operations_burst),
-        ];
-        for (what, per_second, burst) in buckets {
-            let rate_field = format!("{field}.{what}_per_second");
-            let burst_field = format!("{field}.{what}_burst");
-            if burst.is_some() && per_second.is_none() {
-                return refuse(&burst_field, &format!("must come with {rate_field}"));
-            }
-            in_range(&rate_field, per_second.unwrap_or(1), 1, u64::MAX)?;
-            in_range(&burst_field, burst.unwrap_or(1), 1, u64::MAX)?;
-        }
-        Ok(())
-    }
-
-    /// The same for a device. A rate of zero, which `validate` refuses, is no limit.
-    pub(crate) fn limits(&self) -> RateLimits {
-        let rate = |per_second: Option<u64>, burst: Option<u64>| {
-            let per_second = per_second.and_then(NonZeroU64::new)?;
-            Some(Rate { per_second, burst: burst.and_then(NonZeroU64::new).unwrap_or(per_second) })
-        };
-        RateLimits {
-            bytes: rate(self.bytes_per_second, self.bytes_burst),
-            operations: rate(self.operations_per_second, self.operations_burst),
-        }
-    }
-}
-
 impl Default for MemoryConfig {
     fn default() -> Self {
         MemoryConfig { size_mib: 256, mergeable: false }
@@ -417,24 +307,8 @@ fn one_pair() -> u16 {
     1
 }
 
-fn one_queue() -> u16 {
-    1
-}
-
 fn yes() -> bool {
     true
-}
-
-fn validate_disks(disks: &[DiskConfig]) -> Result<(), ConfigError> {
-    let mut seen = BTreeSet::new();
-    for (index, disk) in disks.iter().enumerate() {
-        let field = |name: &str| format!("disks[{index}].{name}");
-        name_of(&field("id"), &disk.id, MAX_DISK_ID_BYTES, &mut seen)?;
-        not_empty(&field("path"), &disk.path)?;
-        in_range(&field("queues"), disk.queues, 1, MAX_QUEUES)?;
-        disk.rate_limit.validate(&field("rate_limit"))?;
-    }
-    Ok(())
 }
 
 fn validate_nets(nets: &[NetConfig]) -> Result<(), ConfigError> {
@@ -518,6 +392,8 @@ fn refuse(field: &str, rule: &str) -> Result<(), ConfigError> {
 
 #[cfg(test)]
 mod tests {
+    use devices::virtio::rate_limit::Rate;
+
     use super::*;
 
     fn parse(json: &str) -> VmConfig {
