@@ -9,6 +9,9 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 use vmm::{ConsoleOutput, DiskConfig, NetConfig, ShareConfig, VmConfig, VsockConfig};
 
+/// Fields of devices that are numbers; the others are text, even if it looks like a number.
+const NUMBERS: [&str; 3] = ["cid", "queue_pairs", "queues"];
+
 const EXIT_CODES: &str = "\
 Exit codes:
   0    the guest powered off
@@ -132,8 +135,9 @@ fn fields<T: DeserializeOwned>(text: &str) -> Result<T, String> {
     let mut object = Map::new();
     for field in text.split(',') {
         let (name, value) = match field.split_once('=') {
-            // The one number there is.
-            Some(("cid", value)) => ("cid", value.parse::<u32>().map_or(value.into(), Value::from)),
+            Some((name, value)) if NUMBERS.contains(&name) => {
+                (name, value.parse::<u32>().map_or(value.into(), Value::from))
+            }
             Some((name, value)) => (name, value.into()),
             None => (field, Value::Bool(true)),
         };
@@ -160,6 +164,17 @@ mod tests {
         let disk = DiskConfig { read_only: true, ..DiskConfig::new("a", "/d=1".into()) };
         assert_eq!(config.disks, [disk]);
         assert_eq!(config.vsock, Some(VsockConfig { cid: 3, socket: Some("/s".into()) }));
+    }
+
+    #[test]
+    fn numbers_of_a_device_are_numbers() {
+        let config = parse(&[
+            "--disk=id=7,path=/d,queues=2",
+            "--net=tap=t,mac=02:00:00:00:00:01,queue_pairs=3",
+        ]);
+
+        assert_eq!((config.disks[0].id.as_str(), config.disks[0].queues), ("7", 2));
+        assert_eq!(config.nets[0].queue_pairs, 3);
     }
 
     #[test]
