@@ -133,7 +133,7 @@ fn step(step: &'static str) -> impl FnOnce(arch::ArchError) -> Error {
     move |source| Error::Arch { step, source }
 }
 
-pub(crate) fn open_boot_files(boot: &BootConfig) -> Result<BootFiles, Error> {
+fn open_boot_files(boot: &BootConfig) -> Result<BootFiles, Error> {
     Ok(BootFiles {
         kernel: open_boot_file("kernel", &boot.kernel)?,
         initrd: boot.initrd.as_deref().map(|path| open_boot_file("initrd", path)).transpose()?,

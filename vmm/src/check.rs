@@ -6,10 +6,12 @@ use std::mem;
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 
+use arch::machine::BootFiles;
 use arch::{Arch, Host};
 
-use crate::builder::{open_boot_file, open_boot_files};
+use crate::builder::open_boot_file;
 use crate::config::{ConfigError, ConsoleOutput, DiskConfig, MemoryConfig, VmConfig};
+use crate::error::chain;
 use crate::memory::GuestRam;
 
 /// Everything that keeps `config` from starting, as far as a look at configuration and host can tell:
@@ -64,20 +66,23 @@ fn check_boot(config: &VmConfig, found: &mut Vec<ConfigError>) {
     let boot = &config.boot;
     let kernel = open_boot_file("kernel", &boot.kernel);
     let initrd = boot.initrd.as_deref().map(|path| open_boot_file("initrd", path)).transpose();
-    found.extend(kernel.err().map(|error| refusal("boot.kernel", chain(&error))));
-    found.extend(initrd.err().map(|error| refusal("boot.initrd", chain(&error))));
-    if !found.is_empty() {
-        return;
-    }
-    let map = Host::memory_map(u64::from(config.memory.size_mib) << 20);
-    match (GuestRam::allocate(&map, &config.memory), open_boot_files(boot)) {
-        (Ok(ram), Ok(mut files)) => {
-            let loaded = Host::load(ram.memory(), &mut files);
-            found.extend(loaded.err().map(|error| refusal("boot.kernel", chain(&error))));
+    let opened = match (kernel, initrd) {
+        (Ok(kernel), Ok(initrd)) => Some(BootFiles { kernel, initrd }),
+        (kernel, initrd) => {
+            found.extend(kernel.err().map(|error| refusal("boot.kernel", chain(&error))));
+            found.extend(initrd.err().map(|error| refusal("boot.initrd", chain(&error))));
+            None
         }
-        (Err(error), _) => found.push(refusal("memory.size_mib", chain(&error))),
-        (_, Err(error)) => found.push(refusal("boot", chain(&error))),
-    }
+    };
+    let Some(mut files) = opened.filter(|_| found.is_empty()) else { return };
+    let map = Host::memory_map(u64::from(config.memory.size_mib) << 20);
+    found.extend(match GuestRam::allocate(&map, &config.memory) {
+        Ok(ram) => {
+            let loaded = Host::load(ram.memory(), &mut files);
+            loaded.err().map(|error| refusal("boot.kernel", chain(&error)))
+        }
+        Err(error) => Some(refusal("memory.size_mib", chain(&error))),
+    });
 }
 
 fn check_disk(field: &str, disk: &DiskConfig) -> Result<(), ConfigError> {
@@ -113,18 +118,6 @@ fn parent(path: &Path) -> &Path {
 
 fn refusal(field: &str, rule: String) -> ConfigError {
     ConfigError { field: field.to_owned(), rule }
-}
-
-/// An error with all its causes, in one line.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@ mod rate_limit;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
+use devices::virtio::net::MAX_PAIRS;
 use serde::{Deserialize, Serialize};
 
 pub use disk::{DiskConfig, DiskEngine};
@@ -24,9 +25,6 @@ pub const MAX_MEMORY_MIB: u32 = 1 << 20;
 
 /// Longest name of a network interface, in bytes: IFNAMSIZ less the terminating zero.
 const MAX_TAP_BYTES: usize = 15;
-
-/// Most queue pairs of a network interface.
-pub const MAX_QUEUE_PAIRS: u16 = 16;
 
 /// Longest file system tag, in bytes (virtio 1.2, section 5.11.4).
 const MAX_TAG_BYTES: usize = 36;
@@ -133,9 +131,9 @@ pub struct NetConfig {
     pub create: bool,
     /// The guest's hardware address, as `02:00:00:00:00:01`.
     pub mac: String,
-    /// Number of queue pairs, 1 to [`MAX_QUEUE_PAIRS`]; a guest uses at most one a vCPU. A tap that
+    /// Number of queue pairs, 1 to [`MAX_PAIRS`]; a guest uses at most one a vCPU. A tap that
     /// is not made here must have been made with `multi_queue` if there are several.
-    #[serde(default = "one_pair")]
+    #[serde(default = "one")]
     pub queue_pairs: u16,
     /// Whether the host's kernel moves the frames.
     #[serde(default)]
@@ -265,7 +263,7 @@ impl NetConfig {
             tap: tap.into(),
             create: false,
             mac: mac.into(),
-            queue_pairs: one_pair(),
+            queue_pairs: one(),
             vhost: VhostUse::default(),
             receive_limit: RateLimitConfig::default(),
             transmit_limit: RateLimitConfig::default(),
@@ -299,12 +297,8 @@ impl Default for MemoryConfig {
     }
 }
 
-fn one() -> u8 {
-    1
-}
-
-fn one_pair() -> u16 {
-    1
+fn one<N: From<u8>>() -> N {
+    1.into()
 }
 
 fn yes() -> bool {
@@ -315,7 +309,7 @@ fn validate_nets(nets: &[NetConfig]) -> Result<(), ConfigError> {
     let mut seen = BTreeSet::new();
     for (index, net) in nets.iter().enumerate() {
         name_of(&format!("nets[{index}].tap"), &net.tap, MAX_TAP_BYTES, &mut seen)?;
-        in_range(&format!("nets[{index}].queue_pairs"), net.queue_pairs, 1, MAX_QUEUE_PAIRS)?;
+        in_range(&format!("nets[{index}].queue_pairs"), net.queue_pairs, 1, MAX_PAIRS)?;
         net.receive_limit.validate(&format!("nets[{index}].receive_limit"))?;
         net.transmit_limit.validate(&format!("nets[{index}].transmit_limit"))?;
         if net.vhost == VhostUse::On && net.is_limited() {

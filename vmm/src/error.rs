@@ -123,3 +123,19 @@ pub enum Error {
         source: io::Error,
     },
 }
+
+/// An error and its causes as one line, outermost first. A cause whose text its parent already
+/// ends with is not repeated.
+pub fn chain(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        let cause_text = cause.to_string();
+        if !text.ends_with(&cause_text) {
+            text.push_str(": ");
+            text.push_str(&cause_text);
+        }
+        next = cause.source();
+    }
+    text
+}

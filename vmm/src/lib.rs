@@ -36,7 +36,7 @@ pub use config::{
     NetConfig, RateLimitConfig, ShareConfig, VhostUse, VmConfig, VsockConfig,
 };
 pub use control::Exit;
-pub use error::Error;
+pub use error::{Error, chain};
 pub use footprint::{give_back_startup_memory, use_one_heap};
 pub use handle::VmHandle;
 pub use json::from_json;

@@ -11,7 +11,7 @@ use devices::virtio::VirtioDevice;
 use devices::virtio::block::{Access, Block, Disk, Ring};
 use devices::virtio::console::Console;
 use devices::virtio::fs::{Fs, Server};
-use devices::virtio::net::{MAX_PAIRS, Missing, Net, Tap, TapError, Vhost, VhostError};
+use devices::virtio::net::{Missing, Net, Tap, TapError, Vhost, VhostError};
 use devices::virtio::rate_limit::RateLimiter;
 use devices::virtio::rng::Rng;
 use devices::virtio::vsock::{Host as VsockHost, Vsock};
@@ -19,8 +19,8 @@ use log::debug;
 use vm_memory::GuestMemoryMmap;
 
 use crate::config::{
-    ConfigError, ConsoleConfig, ConsoleOutput, DiskConfig, DiskEngine, MAX_QUEUE_PAIRS, NetConfig,
-    ShareConfig, VhostUse, VmConfig, VsockConfig,
+    ConfigError, ConsoleConfig, ConsoleOutput, DiskConfig, DiskEngine, NetConfig, ShareConfig,
+    VhostUse, VmConfig, VsockConfig,
 };
 use crate::console::{self, ConsoleLog};
 use crate::error::Error;
@@ -28,8 +28,6 @@ use crate::placement::{Loop, Placement, PlacementError};
 
 /// Registers of a 16550, in bytes.
 const SERIAL_PORTS: u64 = 8;
-
-const _: () = assert!(MAX_QUEUE_PAIRS as usize == MAX_PAIRS, "what is allowed can be made");
 
 /// Opens where the guest's console goes.
 pub fn open_console(config: &ConsoleConfig) -> Result<ConsoleLog, Error> {

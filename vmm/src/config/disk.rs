@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use devices::virtio::block::MAX_QUEUES;
 use serde::{Deserialize, Serialize};
 
-use super::{ConfigError, RateLimitConfig, in_range, name_of, not_empty};
+use super::{ConfigError, RateLimitConfig, in_range, name_of, not_empty, one};
 
 /// Longest disk id, in bytes (virtio 1.2, section 5.2.6: the serial number of a block device).
 const MAX_DISK_ID_BYTES: usize = 20;
@@ -28,7 +28,7 @@ pub struct DiskConfig {
     pub direct: bool,
     /// Request queues, 1 to [`MAX_QUEUES`]. One thread serves them all, but a guest with several
     /// vCPUs can give each its own.
-    #[serde(default = "one_queue")]
+    #[serde(default = "one")]
     pub queues: u16,
     /// Who carries requests out.
     #[serde(default)]
@@ -61,7 +61,7 @@ impl DiskConfig {
             path,
             read_only: false,
             direct: false,
-            queues: one_queue(),
+            queues: one(),
             engine: DiskEngine::default(),
             rate_limit: RateLimitConfig::default(),
         }
@@ -79,8 +79,4 @@ pub(super) fn validate(disks: &[DiskConfig]) -> Result<(), ConfigError> {
         disk.rate_limit.validate(&field("rate_limit"))?;
     }
     Ok(())
-}
-
-fn one_queue() -> u16 {
-    1
 }

@@ -48,14 +48,14 @@ const MAX_FRAME_BYTES: usize = HEADER_BYTES + ETHERNET_BYTES + u16::MAX as usize
 const MIN_FRAME_BYTES: usize = HEADER_BYTES + 14;
 
 /// Most queue pairs of one device; more kick eventfds than that cost more than they bring.
-pub const MAX_PAIRS: usize = 16;
+pub const MAX_PAIRS: u16 = 16;
 
 /// Large enough to hold several of the largest frames in a driver's usual page fractions.
 const QUEUE_SIZE: u16 = 256;
 
 /// The queues of the largest device: of each pair first the receive queue, then the transmit queue,
 /// and behind them all the control queue (virtio 1.2, section 5.1.2).
-const QUEUE_SIZES: [u16; 2 * MAX_PAIRS + 1] = [QUEUE_SIZE; 2 * MAX_PAIRS + 1];
+const QUEUE_SIZES: [u16; 2 * MAX_PAIRS as usize + 1] = [QUEUE_SIZE; 2 * MAX_PAIRS as usize + 1];
 
 /// What is left to the device to do with a frame of the guest; the tap passes it on.
 const TRANSMIT_FEATURES: u64 = 1 << VIRTIO_NET_F_CSUM
@@ -114,8 +114,8 @@ impl<L: Link> Net<L> {
     /// Creates an idle device with the Ethernet address `mac` and a queue pair for each of `links`,
     /// of which there are 1 to [`MAX_PAIRS`], all attached.
     pub fn new(links: Vec<L>, mac: [u8; 6]) -> Self {
-        assert!((1..=MAX_PAIRS).contains(&links.len()), "a device has 1 to MAX_PAIRS links");
-        let pairs = u16::try_from(links.len()).expect("MAX_PAIRS is small");
+        let pairs = u16::try_from(links.len()).unwrap_or(u16::MAX);
+        assert!((1..=MAX_PAIRS).contains(&pairs), "a device has 1 to MAX_PAIRS links");
         let mut config = [0; CONFIG_BYTES];
         config[0..6].copy_from_slice(&mac);
         config[6..8].copy_from_slice(&VIRTIO_NET_S_LINK_UP.to_le_bytes()[..2]);
