@@ -35,8 +35,9 @@ use server::Server;
 /// The address of the host (vsock(7)).
 pub const HOST_CID: u32 = libc::VMADDR_CID_HOST;
 
-/// Stdio streams the kernel holds until the agent accepts them.
-const BACKLOG: i32 = 64;
+/// Stdio streams the kernel holds until the agent accepts them, which it does not while it freezes
+/// or removes a cgroup. The kernel refuses more.
+const BACKLOG: i32 = 1024;
 
 /// Where the kernel shows the firmware tables that tell it how to switch the machine off.
 const POWER_CONTROL: [&str; 2] = ["/sys/firmware/acpi", "/sys/firmware/devicetree/base"];

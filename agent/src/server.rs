@@ -30,8 +30,9 @@ use crate::lifecycle::Pending;
 use crate::stdio::{CHUNK_BYTES, Stdio, set_non_blocking};
 use crate::{HOST_CID, init, reaper};
 
-/// Streams that may wait for their hello or their process; the host opens three per process.
-const MAX_WAITING_STREAMS: usize = 256;
+/// Streams that may wait for their hello or their process. The host opens three per process before
+/// it asks for that, and processes are made one by one: this many it may ask for at once.
+const MAX_WAITING_STREAMS: usize = 3 * 512;
 
 /// How long the output of an ended process may keep its end untold, if the host does not read it.
 const DRAIN_LIMIT: Duration = Duration::from_secs(10);
@@ -207,7 +208,11 @@ impl Server {
             Request::CreateContainer(container) => return self.create(&container),
             Request::StartContainer { container } => return self.start(&container),
             Request::Exec { container, name, process } => {
-                return self.exec(&container, &name, &process);
+                let answer = self.exec(&container, &name, &process);
+                if answer.is_err() {
+                    self.drop_streams(&container, &name);
+                }
+                return answer;
             }
             Request::Signal { container, process, signal, all } => {
                 self.signal(&container, &process, signal, all)
@@ -230,6 +235,14 @@ impl Server {
             }
         };
         done.map(|()| Some(Response::Done))
+    }
+
+    /// Drops the streams of a process that will not come, with those that came along with its request.
+    fn drop_streams(&mut self, container: &str, name: &str) {
+        self.accept();
+        self.greet();
+        let is_its = |hello: &StreamHello| hello.container == container && hello.process == name;
+        self.unclaimed.retain(|(hello, _)| !is_its(hello));
     }
 
     pub(crate) fn container(&mut self, id: &str) -> Result<&mut Container, Failed> {
@@ -298,20 +311,27 @@ impl Server {
     }
 
     fn accept(&mut self) {
-        while self.greetings.len() + self.unclaimed.len() < MAX_WAITING_STREAMS {
+        for _ in 0..MAX_WAITING_STREAMS {
             let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
             let Ok(stream) = accept4(self.listener.as_raw_fd(), flags) else { return };
             // SAFETY: accept4 returned a new descriptor that nobody else owns.
             let stream = unsafe { OwnedFd::from_raw_fd(stream) };
-            if is_from_host(&stream) {
-                self.greetings.push(Greeting::new(stream));
+            if !is_from_host(&stream) {
+                continue;
+            }
+            self.greetings.push(Greeting::new(stream));
+            if self.greetings.len() + self.unclaimed.len() > MAX_WAITING_STREAMS {
+                self.drop_oldest_stream();
             }
         }
-        // The host waits for something it never names; the oldest of it is the least wanted.
-        if self.greetings.is_empty() {
-            self.unclaimed.remove(0);
-        } else {
+    }
+
+    /// The process of the oldest stream that waits is the least likely to come.
+    fn drop_oldest_stream(&mut self) {
+        if self.unclaimed.is_empty() {
             self.greetings.remove(0);
+        } else {
+            self.unclaimed.remove(0);
         }
     }
 

@@ -73,7 +73,8 @@ fn a_missing_program_fails_at_create_and_leaves_nothing() {
 
     let expected = "exec: \"nosuch\": executable file not found in $PATH";
     assert_eq!(host.refusal(missing), expected);
-    assert_eq!(host.refusal(absent), "exec: \"/no/such\": no such file or directory");
+    let expected = "exec: \"/no/such\": stat /no/such: no such file or directory";
+    assert_eq!(host.refusal(absent), expected);
     assert_eq!(host.refusal(plain), "exec: \"/bin/plain\": permission denied");
     assert!(host.cgroup_names().is_empty());
     assert_eq!(shell(&mut host, "echo still here").0, "still here\n");
@@ -369,6 +370,57 @@ fn processes_are_listed_paused_and_killed_together() {
     let mut ended = [host.event(), host.event()].map(|event| format!("{event:?}"));
     ended.sort();
     assert!(ended[0].contains("Signal(9)") && ended[1].contains("third"), "{ended:?}");
+}
+
+#[test]
+#[ignore = "needs root"]
+fn a_stream_waits_while_many_processes_are_asked_for() {
+    let mut host = Host::start();
+    let container = host.container(&["sleep", "1000"]);
+    host.create(&container);
+    host.start_box();
+    let mut first = host.stream("box", "first", StdioStream::Stdout);
+    let others = (0..400).map(|number| format!("other {number}"));
+
+    let _others: Vec<_> =
+        others.map(|name| host.stream("box", &name, StdioStream::Stdout)).collect();
+    let mut last = host.stream("box", "last", StdioStream::Stdout);
+    host.exec("first", process(&["echo", "here"]));
+    host.exec("last", process(&["echo", "here"]));
+
+    assert_eq!(read_until(&mut first, "here\n"), "here\n");
+    assert_eq!(read_until(&mut last, "here\n"), "here\n");
+}
+
+#[test]
+#[ignore = "needs root"]
+fn streams_that_nobody_claims_do_not_keep_others_out() {
+    let mut host = Host::start();
+    let container = host.container(&["sleep", "1000"]);
+    host.create(&container);
+    host.start_box();
+
+    for number in 0..2000 {
+        host.stream("box", &format!("absent {number}"), StdioStream::Stdout);
+    }
+    let mut stdout = host.stream("box", "tool", StdioStream::Stdout);
+    host.exec("tool", process(&["echo", "here"]));
+
+    assert_eq!(read_until(&mut stdout, "here\n"), "here\n");
+}
+
+#[test]
+#[ignore = "needs root"]
+fn the_streams_of_a_refused_process_are_closed() {
+    let mut host = Host::start();
+    let container = host.container(&["sleep", "1000"]);
+    host.create(&container);
+    let mut stdout = host.stream("box", "early", StdioStream::Stdout);
+
+    let answer = host.ask(&exec("early", process(&["true"])));
+
+    assert!(matches!(answer, Response::Failed(_)), "{answer:?}");
+    assert_eq!(stdout.read(&mut [0]).unwrap(), 0);
 }
 
 #[test]

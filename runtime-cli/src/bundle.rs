@@ -55,10 +55,12 @@ pub enum Error {
         source: io::Error,
     },
     /// Not JSON, or JSON of another shape.
-    #[error("{path} is not a valid OCI configuration")]
+    #[error("{path} is not a valid OCI configuration: correct {field}")]
     Parse {
         /// The file.
         path: PathBuf,
+        /// Path of the field, such as `process.user.uid`, or "it" if it is no JSON at all.
+        field: String,
         /// What is wrong, with line and column.
         #[source]
         source: serde_json::Error,
@@ -84,7 +86,7 @@ pub enum Error {
     #[error("root.path must not be empty: name the root file system's folder")]
     NoRootPath,
     /// The root file system is not there.
-    #[error("invalid rootfs: stat {path}")]
+    #[error("invalid rootfs: root.path in config.json must name a folder that exists: stat {path}")]
     Rootfs {
         /// Where it should be.
         path: PathBuf,
@@ -166,18 +168,24 @@ pub fn check_console(terminal: bool, detached: bool, has_socket: bool) -> Result
 /// Reads OCI JSON and refuses what the specification does not know: a misspelt limit that is
 /// ignored is no limit.
 pub fn parse<T: DeserializeOwned>(path: &Path, text: &[u8]) -> Result<T, Error> {
-    let failed = |source| Error::Parse { path: path.into(), source };
+    // Engines write a configuration as one line, where a column helps nobody.
+    let mut track = serde_path_to_error::Track::new();
     let mut unknown = None;
-    let mut deserializer = serde_json::Deserializer::from_slice(text);
-    let value = serde_ignored::deserialize(&mut deserializer, |field| {
+    let mut json = serde_json::Deserializer::from_slice(text);
+    let deserializer = serde_path_to_error::Deserializer::new(&mut json, &mut track);
+    let value = serde_ignored::deserialize(deserializer, |field| {
         // The crate marks every optional parent with a question mark.
         let field = field.to_string().replace(".?", "").replace("?.", "");
         if !NEWER_FIELDS.contains(&field.as_str()) {
             unknown.get_or_insert(field);
         }
     })
-    .map_err(failed)?;
-    deserializer.end().map_err(failed)?;
+    .and_then(|value| json.end().map(|()| value));
+    let value = value.map_err(|source| Error::Parse {
+        path: path.into(),
+        field: if source.is_data() { track.path().to_string() } else { "it".into() },
+        source,
+    })?;
     match unknown {
         Some(field) => Err(Error::UnknownField { path: path.into(), field }),
         None => Ok(value),
@@ -298,6 +306,20 @@ mod tests {
     }
 
     #[test]
+    fn a_value_of_the_wrong_type_is_named_with_its_field() {
+        let error = refusal_of(|spec| spec["process"]["user"]["uid"] = "root".into());
+
+        assert!(error.contains("correct process.user.uid: invalid type: string"), "{error}");
+    }
+
+    #[test]
+    fn a_missing_field_is_named_with_its_parent() {
+        let error = refusal_of(|spec| spec["mounts"][2] = serde_json::json!({}));
+
+        assert!(error.contains("correct mounts[2]: missing field `destination`"), "{error}");
+    }
+
+    #[test]
     fn text_after_the_configuration_is_refused() {
         assert!(refusal(&format!("{DEFAULT} x")).contains("trailing characters"));
     }
@@ -355,7 +377,7 @@ mod tests {
     fn a_missing_root_file_system_is_named() {
         let error = refusal_of(|spec| spec["root"]["path"] = "nope".into());
 
-        assert!(error.starts_with("invalid rootfs: stat /"), "{error}");
+        assert!(error.starts_with("invalid rootfs: root.path in config.json"), "{error}");
         assert!(error.contains("/nope: No such file or directory"), "{error}");
     }
 

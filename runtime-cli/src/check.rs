@@ -6,6 +6,8 @@ use std::io::{self, ErrorKind};
 use std::os::fd::AsRawFd;
 use std::path::Path;
 
+use crate::logging::chain;
+use crate::sandbox;
 use crate::settings::Settings;
 
 const KVM: &str = "/dev/kvm";
@@ -79,14 +81,31 @@ impl fmt::Display for Finding {
 
 /// Looks at everything that a container needs of this host.
 pub fn host(settings: &Settings) -> Vec<Finding> {
-    let findings = [
+    let mut findings = vec![
         ("KVM", kvm(Path::new(KVM))),
         ("guest kernel", guest_file(&settings.kernel, "kernel")),
         ("guest initrd", guest_file(&settings.initrd, "initrd")),
         ("network", network(Path::new(TUN))),
         ("cgroup", cgroups(Path::new(CGROUPS))),
     ];
+    // The rest says that a guest could run, not that it does.
+    if findings.iter().all(|(_, verdict)| !matches!(verdict, Verdict::Bad(..))) {
+        findings.push(("guest", guest(settings)));
+    }
     findings.into_iter().map(|(subject, verdict)| Finding { subject, verdict }).collect()
+}
+
+fn guest(settings: &Settings) -> Verdict {
+    match sandbox::boot(settings) {
+        Ok(up) => Verdict::Good(up),
+        Err(error) => Verdict::Bad(
+            format!("it does not boot: {}", chain(&error)),
+            "build the guest image anew with coracle-image; if that does not help, KVM does not \
+             work here: switch on virtualization in the firmware or, in a virtual machine, nested \
+             virtualization"
+                .into(),
+        ),
+    }
 }
 
 fn kvm(path: &Path) -> Verdict {

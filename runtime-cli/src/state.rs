@@ -5,7 +5,7 @@ use std::fmt;
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
@@ -41,7 +41,10 @@ pub enum Error {
     #[error("container does not exist")]
     Missing(ContainerId),
     /// The state folder cannot be made.
-    #[error("create state folder {path}")]
+    #[error(
+        "create state folder {path}: make room in or allow writing to its file system, or choose \
+         another --root"
+    )]
     CreateDir {
         /// The folder.
         path: PathBuf,
@@ -241,13 +244,25 @@ impl ContainerDir {
         self.dir.as_fd()
     }
 
-    /// Waits until no other process holds the lock of this folder, then holds it.
+    /// Waits until no other process holds the lock of this folder, then holds it. The container is
+    /// missing if another one removed it meanwhile, even if its id is in use again.
     pub fn lock(&self) -> Result<Lock, Error> {
-        let dir = File::open(&self.path)
-            .map_err(|source| Error::OpenDir { path: self.path.clone(), source })?;
-        Flock::lock(dir, FlockArg::LockExclusive)
-            .map(|flock| Lock { _flock: flock })
-            .map_err(|(_, source)| Error::Lock { path: self.path.clone(), source })
+        let failed = |source| Error::OpenDir { path: self.path.clone(), source };
+        // An open file description of its own: locks of this one would not exclude each other.
+        let dir = match File::open(&self.path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Err(Error::Missing(self.id.clone()));
+            }
+            other => other.map_err(failed)?,
+        };
+        let lock = Flock::lock(dir, FlockArg::LockExclusive)
+            .map_err(|(_, source)| Error::Lock { path: self.path.clone(), source })?;
+        let identity = |metadata: &fs::Metadata| (metadata.dev(), metadata.ino());
+        let ours = self.dir.metadata().map_err(failed)?;
+        match fs::metadata(&self.path) {
+            Ok(named) if identity(&named) == identity(&ours) => Ok(Lock { _flock: lock }),
+            _ => Err(Error::Missing(self.id.clone())),
+        }
     }
 
     /// Replaces `state.json`: a reader sees the old or the new one, never a part.
@@ -365,7 +380,7 @@ pub struct State {
     pub rootfs: PathBuf,
     /// When the container was created (RFC 3339, with nanoseconds, UTC).
     pub created: String,
-    /// Name of the user who owns the state folder; empty in runc's `state`, so it is here.
+    /// Empty, as in runc's `state`: `list` names whoever owns the state folder.
     pub owner: String,
     /// Annotations of the bundle.
     pub annotations: BTreeMap<String, String>,
@@ -579,6 +594,16 @@ mod tests {
     }
 
     #[test]
+    fn a_folder_that_cannot_be_made_says_what_to_do() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+
+        let error = StateRoot::new(file.path().join("root")).create(&id("box")).unwrap_err();
+
+        let text = crate::logging::chain(&error);
+        assert!(text.contains("choose another --root: Not a directory"), "{text}");
+    }
+
+    #[test]
     fn the_root_may_not_exist() {
         assert_eq!(StateRoot::new("/nonexistent/root").list().unwrap(), []);
     }
@@ -604,6 +629,21 @@ mod tests {
     fn a_container_resumed_before_its_start_can_still_be_started() {
         assert_eq!(Status::of_live(true, false), Status::Paused);
         assert_eq!(Status::of_live(false, false), Status::Created);
+    }
+
+    #[test]
+    fn a_folder_that_was_removed_cannot_be_locked_though_its_id_is_in_use_again() {
+        let root = tempfile::tempdir().unwrap();
+        let root = StateRoot::new(root.path());
+        root.create(&id("box")).unwrap();
+        let late = root.open(&id("box")).unwrap();
+
+        root.open(&id("box")).unwrap().remove().unwrap();
+        assert!(matches!(late.lock(), Err(Error::Missing(_))));
+        let other = root.create(&id("box")).unwrap();
+
+        assert!(matches!(late.lock(), Err(Error::Missing(_))));
+        assert!(other.lock().is_ok());
     }
 
     #[test]

@@ -58,6 +58,18 @@ impl Scene {
         fs::read_dir(self.root()).map_or(true, |entries| entries.count() == 0)
     }
 
+    /// Leaves the state of a container whose process is this one.
+    fn leave_alive(&self, id: &str, status: &str) {
+        self.leave_stopped(id);
+        let path = self.root().join(id).join("state.json");
+        let mut state: Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
+        let pid = i32::try_from(std::process::id()).unwrap();
+        state["pid"] = pid.into();
+        state["pid_start_time"] = coracle::state::process_start_time(pid).into();
+        state["status"] = status.into();
+        fs::write(&path, state.to_string()).unwrap();
+    }
+
     /// Leaves the state of a container whose process is gone.
     fn leave_stopped(&self, id: &str) {
         let folder = self.root().join(id);
@@ -271,7 +283,7 @@ fn a_missing_root_file_system_is_named() {
     let (code, text) = scene.create("box");
 
     assert_eq!(code, 1);
-    assert!(text.contains("invalid rootfs: stat "), "{text}");
+    assert!(text.contains("root.path in config.json must name a folder that exists"), "{text}");
     assert!(text.contains("/nope: No such file or directory"), "{text}");
 }
 
@@ -355,6 +367,17 @@ fn exec_that_fails_has_code_255() {
 }
 
 #[test]
+fn exec_in_a_paused_container_says_what_to_do() {
+    let scene = Scene::with_config(|_| {});
+    scene.leave_alive("box", "paused");
+
+    let (code, text) = failure(&scene.coracle(&["exec", "box", "ls"]));
+
+    assert_eq!(code, 255);
+    assert!(text.contains("paused container (use --ignore-paused to override)"), "{text}");
+}
+
+#[test]
 fn a_stopped_container_is_told_from_a_running_one() {
     let scene = Scene::with_config(|_| {});
     scene.leave_stopped("box");
@@ -379,6 +402,26 @@ fn an_unknown_signal_is_refused_in_the_words_of_runc() {
 
     assert_eq!(code, 1);
     assert!(text.contains(r#"msg="unknown signal \"FOO\"""#), "{text}");
+}
+
+#[test]
+fn signal_0_asks_whether_the_container_runs() {
+    let scene = Scene::new();
+    scene.leave_stopped("gone");
+    scene.leave_alive("here", "running");
+
+    let (code, text) = failure(&scene.coracle(&["kill", "gone", "0"]));
+
+    assert_eq!(code, 1);
+    assert!(text.contains("container not running"), "{text}");
+    stdout(&scene.coracle(&["kill", "here", "0"]));
+}
+
+#[test]
+fn a_missing_container_is_told_before_an_unknown_signal() {
+    let (_, text) = failure(&Scene::new().coracle(&["kill", "nosuch", "FOO"]));
+
+    assert!(text.contains("container does not exist"), "{text}");
 }
 
 #[test]
@@ -449,6 +492,24 @@ fn check_names_what_is_missing_and_what_to_do() {
     assert!(text.ends_with("This host cannot run containers.\n"), "{text}");
 }
 
+#[test]
+fn check_does_not_take_a_file_for_a_kernel() {
+    let scene = Scene::new();
+    let settings = scene.folder.path().join("settings.json");
+    fs::write(&settings, format!(r#"{{"kernel": {0:?}, "initrd": {0:?}}}"#, settings)).unwrap();
+
+    let output = Command::new(env!("CARGO_BIN_EXE_coracle"))
+        .arg("check")
+        .env("CORACLE_CONFIG", &settings)
+        .output()
+        .unwrap();
+
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    assert!(text.contains("FAIL  "), "{text}");
+    assert!(text.ends_with("This host cannot run containers.\n"), "{text}");
+}
+
 /// A hook that runs `script` with the shell.
 fn hook(script: &str) -> Value {
     serde_json::json!({"path": "/bin/sh", "args": ["sh", "-c", script]})
@@ -483,7 +544,9 @@ fn a_create_that_fails_leaves_nothing_and_runs_the_poststop_hooks() {
 fn a_sandbox_process_keeps_no_folder_busy_and_hooks_start_in_the_bundle() {
     let marks = tempfile::tempdir().unwrap();
     let mark = marks.path().join("folders");
-    let script = format!("echo $(pwd) $(readlink /proc/$PPID/cwd) > {}; exit 7", mark.display());
+    // By identity and not by name: a root that is none of the mount namespace has another name.
+    let at_root = "test /proc/$PPID/cwd -ef /proc/$PPID/root && echo at root";
+    let script = format!("echo $(pwd) $({at_root}) > {}; exit 7", mark.display());
     let scene = Scene::with_config(|config| {
         config["hooks"] = serde_json::json!({"createRuntime": [hook(&script)]});
     });
@@ -491,7 +554,7 @@ fn a_sandbox_process_keeps_no_folder_busy_and_hooks_start_in_the_bundle() {
     assert_eq!(scene.create("box").0, 1);
 
     let folders = fs::read_to_string(mark).unwrap();
-    assert_eq!(folders, format!("{} /\n", scene.bundle().display()));
+    assert_eq!(folders, format!("{} at root\n", scene.bundle().display()));
 }
 
 #[test]

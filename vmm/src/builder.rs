@@ -1,12 +1,14 @@
 //! From a configuration to a machine whose guest can run: the boot, top to bottom.
 
 use std::fs::File;
+use std::mem;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use arch::machine::{BootFiles, Entry, Machine, MmioDevice};
 use arch::{Arch, Host, Kvm, VcpuFd, VmFd};
 
+use crate::check::check_memory;
 use crate::config::{BootConfig, VmConfig};
 use crate::console::ConsoleLog;
 use crate::control::Control;
@@ -14,7 +16,7 @@ use crate::error::Error;
 use crate::event_loop::EventLoop;
 use crate::handle::VmHandle;
 use crate::memory::GuestRam;
-use crate::metrics::{Counter, now_ns};
+use crate::metrics::{Counter, Metrics, Record, now_ns};
 use crate::peripherals::{self, Ends};
 use crate::placement::{Placed, Placement};
 use crate::pmem;
@@ -33,8 +35,7 @@ pub struct Vmm {
     placed: Placed,
     console: ConsoleLog,
     ends: Ends,
-    started_ns: u64,
-    built_ns: u64,
+    record: Record,
     vm: VmFd,
     ram: GuestRam,
 }
@@ -43,8 +44,9 @@ impl Vmm {
     /// Opens and builds everything `config` names. The guest does not run yet.
     #[expect(clippy::needless_pass_by_value, reason = "one configuration makes one machine")]
     pub fn new(config: VmConfig) -> Result<Vmm, Error> {
-        let started_ns = now_ns();
+        let mut record = Record { started_ns: now_ns(), ..Record::default() };
         config.validate()?;
+        check_memory(&config.memory)?;
         let mut boot = open_boot_files(&config.boot)?;
         let kvm = open_kvm()?;
         let vm = create_vm(&kvm)?;
@@ -55,6 +57,7 @@ impl Vmm {
         let pluggable = ram.add_pluggable(&vm, &mut map.extension_window, &config.memory)?;
         let files = pmem::map_all(&config.pmem, &map.extension_window, &mut ram, &vm)?;
         Host::before_vcpus(&kvm, &vm).map_err(step("prepare the machine for vCPUs"))?;
+        record.machine_ns = now_ns();
 
         let console = peripherals::open_console(&config.console)?;
         let mut placement =
@@ -64,10 +67,12 @@ impl Vmm {
             .map(Arc::new)
             .map_err(|source| Error::Start { what: "the machine's control", source })?;
         let ends = peripherals::place_all(&config, &console, &files, pluggable, &mut placement)?;
-        let placed = placement.finish();
+        let mut placed = placement.finish();
+        record.devices_ns = now_ns();
 
         let entry = Host::load(ram.memory(), &mut boot)
             .map_err(|source| Error::LoadKernel { path: config.boot.kernel.clone(), source })?;
+        record.loaded_ns = now_ns();
         let vcpus = create_vcpus(&vm, config.vcpus)?;
         Host::after_vcpus(&vm, config.vcpus).map_err(step("finish the interrupt controller"))?;
         describe(&config, &ram, entry, &placed.devices)?;
@@ -75,14 +80,20 @@ impl Vmm {
             Host::reset_vcpu(&kvm, vcpu, index, config.vcpus, &entry)
                 .map_err(step("set a vCPU's registers"))?;
         }
-        let built_ns = now_ns();
-        Ok(Vmm { control, vcpus, placed, console, ends, started_ns, built_ns, vm, ram })
+        record.built_ns = now_ns();
+        record.activities = mem::take(&mut placed.activities);
+        Ok(Vmm { control, vcpus, placed, console, ends, record, vm, ram })
     }
 
     /// The host's end of the socket device, if the VM has one: streams may be connected and
     /// listeners opened before the guest runs.
     pub fn vsock(&self) -> Option<&vsock::Host> {
         self.ends.vsock.as_ref()
+    }
+
+    /// What it cost so far.
+    pub fn metrics(&self) -> Metrics {
+        self.record.metrics()
     }
 
     /// Starts the machine's threads, and with them the guest.
@@ -94,8 +105,7 @@ impl Vmm {
             console: self.console,
             ends: self.ends,
             counters: Vec::with_capacity(self.vcpus.len()),
-            started_ns: self.started_ns,
-            built_ns: self.built_ns,
+            record: self.record,
             loops: Vec::with_capacity(2),
             _vm: self.vm,
             _ram: self.ram,
@@ -139,7 +149,7 @@ fn open_boot_files(boot: &BootConfig) -> Result<BootFiles, Error> {
 }
 
 /// Opens a regular file for reading.
-pub fn open_file(what: &'static str, path: &Path) -> Result<File, Error> {
+pub(crate) fn open_file(what: &'static str, path: &Path) -> Result<File, Error> {
     let open = |source| Error::Open { what, path: path.to_owned(), source };
     let metadata = std::fs::metadata(path).map_err(open)?;
     // Opening a FIFO would wait for a writer, for ever.
@@ -177,9 +187,7 @@ fn create_vm(kvm: &Kvm) -> Result<VmFd, Error> {
         match kvm.create_vm() {
             // Making a VM takes so long that a signal may come first.
             Err(error) if error.errno() == libc::EINTR => {}
-            result => {
-                return result.map_err(|source| Error::Kvm { step: "create a machine", source });
-            }
+            result => return result.map_err(|source| cannot_create("create a machine", source)),
         }
     }
 }
@@ -188,7 +196,15 @@ fn create_vcpus(vm: &VmFd, count: u8) -> Result<Vec<VcpuFd>, Error> {
     (0..count)
         .map(|index| vm.create_vcpu(index.into()))
         .collect::<Result<_, _>>()
-        .map_err(|source| Error::Kvm { step: "create a vCPU", source })
+        .map_err(|source| cannot_create("create a vCPU", source))
+}
+
+/// KVM takes hold of the processors with the first machine, not when it is opened.
+fn cannot_create(step: &'static str, source: kvm_ioctls::Error) -> Error {
+    match source.errno() {
+        libc::EBUSY => Error::KvmBusy { source },
+        _ => Error::Kvm { step, source },
+    }
 }
 
 fn describe(
@@ -252,6 +268,15 @@ mod tests {
     fn a_user_outside_the_group_is_told_about_it() {
         assert!(remedy(libc::EACCES).contains("usermod -aG kvm"));
         assert!(remedy(libc::ENOENT).contains("modprobe kvm_intel"));
+    }
+
+    #[test]
+    fn a_processor_in_use_by_another_hypervisor_is_told_so() {
+        let busy = kvm_ioctls::Error::new(libc::EBUSY);
+
+        let error = cannot_create("create a machine", busy).to_string();
+
+        assert!(error.contains("another hypervisor"), "{error}");
     }
 
     #[test]

@@ -24,6 +24,15 @@ pub enum Error {
         #[source]
         source: kvm_ioctls::Error,
     },
+    /// The processor's virtualization belongs to somebody else.
+    #[error(
+        "KVM: another hypervisor of this host, such as VirtualBox, holds the processor: stop it"
+    )]
+    KvmBusy {
+        /// What KVM said.
+        #[source]
+        source: kvm_ioctls::Error,
+    },
     /// KVM refused a step.
     #[error("KVM: {step}")]
     Kvm {
@@ -41,6 +50,17 @@ pub enum Error {
         /// Where it should be.
         path: PathBuf,
         /// Why it cannot be opened.
+        #[source]
+        source: io::Error,
+    },
+    /// A unix socket cannot be made.
+    #[error("{field}: listen on {path:?} (it must not exist yet)")]
+    Listen {
+        /// The field of the configuration that names it.
+        field: &'static str,
+        /// Where it should be.
+        path: PathBuf,
+        /// Why it cannot be made.
         #[source]
         source: io::Error,
     },
@@ -102,4 +122,20 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+}
+
+/// An error and its causes as one line, outermost first. A cause whose text its parent already
+/// ends with is not repeated.
+pub fn chain(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        let cause_text = cause.to_string();
+        if !text.ends_with(&cause_text) {
+            text.push_str(": ");
+            text.push_str(&cause_text);
+        }
+        next = cause.source();
+    }
+    text
 }

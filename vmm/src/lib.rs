@@ -13,6 +13,7 @@
 //! The running machine is reached through its [`VmHandle`] only.
 
 mod builder;
+mod check;
 pub mod config;
 mod console;
 mod control;
@@ -20,23 +21,28 @@ mod error;
 mod event_loop;
 mod footprint;
 mod handle;
+mod json;
 mod memory;
 mod metrics;
 mod peripherals;
 mod placement;
 mod pmem;
+pub mod prometheus;
 mod vcpu;
 
 pub use builder::Vmm;
+pub use check::check;
 pub use config::{
-    BalloonConfig, BootConfig, ConfigError, ConsoleConfig, ConsoleOutput, DiskConfig, MemoryConfig,
-    NetConfig, PmemConfig, ShareConfig, VmConfig, VsockConfig,
+    BalloonConfig, BootConfig, ConfigError, ConsoleConfig, ConsoleOutput, DiskConfig, DiskEngine,
+    MemoryConfig, NetConfig, PmemConfig, RateLimitConfig, ShareConfig, VhostUse, VmConfig,
+    VsockConfig,
 };
 pub use control::Exit;
-pub use error::Error;
+pub use error::{Error, chain};
 pub use footprint::{give_back_startup_memory, use_one_heap};
 pub use handle::VmHandle;
-pub use metrics::{ExitCounts, Metrics};
+pub use json::from_json;
+pub use metrics::{DeviceCounts, ExitCounts, Metrics};
 
 /// The host's end of the guest's memory balloon.
 pub mod balloon {

@@ -9,6 +9,7 @@ use arch::machine::{MmioDevice, Space};
 use devices::bus::{BusBuilder, BusDevice, BusError};
 use devices::interrupt::IrqLine;
 use devices::virtio::VirtioDevice;
+use devices::virtio::activity::Activity;
 use devices::virtio::mmio::{MMIO_WINDOW, MmioTransport};
 use devices::virtio::subscriber::Subscriber;
 use kvm_ioctls::IoEventAddress;
@@ -62,6 +63,7 @@ pub struct Placement<'a> {
     memory_bus: BusBuilder,
     ports: BusBuilder,
     placed: Vec<MmioDevice>,
+    activities: Vec<(String, Arc<Activity>)>,
     vmm_loop: Vec<BoxedSubscriber>,
     io_loop: Vec<BoxedSubscriber>,
 }
@@ -70,6 +72,8 @@ pub struct Placement<'a> {
 pub struct Placed {
     /// The devices the guest must be told about.
     pub devices: Vec<MmioDevice>,
+    /// What counts the activity of each virtio device, with the device's name.
+    pub activities: Vec<(String, Arc<Activity>)>,
     /// The frozen buses.
     pub buses: Buses,
     /// What the `vmm` loop serves.
@@ -96,6 +100,7 @@ impl<'a> Placement<'a> {
             memory_bus: BusBuilder::default(),
             ports: BusBuilder::default(),
             placed: Vec::new(),
+            activities: Vec::new(),
             vmm_loop: Vec::new(),
             io_loop: Vec::new(),
         })
@@ -132,7 +137,9 @@ impl<'a> Placement<'a> {
             }
             kicks.push(kick.try_clone().map_err(PlacementError::Eventfd)?);
         }
-        let subscriber = Box::new(Subscriber::new(name.to_owned(), kicks, device));
+        let activity = transport.activity().clone();
+        self.activities.push((name.to_owned(), activity.clone()));
+        let subscriber = Box::new(Subscriber::new(name.to_owned(), kicks, device, activity));
         match served_by {
             Loop::Vmm => self.vmm_loop.push(subscriber),
             Loop::Io => self.io_loop.push(subscriber),
@@ -171,6 +178,7 @@ impl<'a> Placement<'a> {
     pub fn finish(self) -> Placed {
         Placed {
             devices: self.placed,
+            activities: self.activities,
             buses: Buses { memory: self.memory_bus.build(), ports: self.ports.build() },
             vmm_loop: self.vmm_loop,
             io_loop: self.io_loop,

@@ -7,6 +7,10 @@ use std::thread::{self, JoinHandle};
 use arch::machine::{Exit as GuestExit, Space};
 use arch::{Arch, Host, VcpuFd};
 use devices::bus::Bus;
+use kvm_bindings::{
+    KVM_EXIT_FAIL_ENTRY, KVM_EXIT_INTERNAL_ERROR, KVM_INTERNAL_ERROR_DELIVERY_EV,
+    KVM_INTERNAL_ERROR_EMULATION, kvm_run,
+};
 use vm_memory::GuestMemoryMmap;
 
 use crate::control::{self, Control, Exit};
@@ -94,13 +98,7 @@ impl Vcpu {
 
     /// Nobody knows how to go on after the last exit.
     fn fail_at_exit(&mut self) {
-        let run = self.fd.get_kvm_run();
-        let reason = match run.exit_reason {
-            kvm_bindings::KVM_EXIT_INTERNAL_ERROR => "KVM could not emulate an instruction",
-            kvm_bindings::KVM_EXIT_FAIL_ENTRY => "the processor refused the guest's state",
-            _ => "unexpected exit",
-        };
-        let message = format!("{reason} (KVM exit reason {})", run.exit_reason);
+        let message = explain(self.fd.get_kvm_run());
         self.fail(&message);
     }
 
@@ -118,6 +116,64 @@ impl Buses {
     }
 }
 
+/// What KVM says about an exit after which there is no way to go on.
+fn explain(run: &kvm_run) -> String {
+    let exit = run.exit_reason;
+    match exit {
+        KVM_EXIT_INTERNAL_ERROR => {
+            // SAFETY: with this reason KVM fills in this member, and plain numbers are always valid.
+            let error = unsafe { run.__bindgen_anon_1.internal.suberror };
+            let what = match error {
+                KVM_INTERNAL_ERROR_EMULATION => "KVM could not emulate an instruction",
+                KVM_INTERNAL_ERROR_DELIVERY_EV => "KVM could not deliver an event to the guest",
+                _ => "KVM met an exit it does not know",
+            };
+            format!("{what} (KVM exit reason {exit}, internal error {error})")
+        }
+        KVM_EXIT_FAIL_ENTRY => {
+            // SAFETY: with this reason KVM fills in this member, and plain numbers are always valid.
+            let code = unsafe { run.__bindgen_anon_1.fail_entry.hardware_entry_failure_reason };
+            format!(
+                "the processor refused the guest's state (KVM exit reason {exit}, failure {code:#x})"
+            )
+        }
+        _ => format!("unexpected exit (KVM exit reason {exit})"),
+    }
+}
+
 fn lock(counter: &Mutex<Counter>) -> MutexGuard<'_, Counter> {
     counter.lock().expect("nothing panics while it counts")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn explained(exit_reason: u32, first_words: u64) -> String {
+        let mut run = kvm_run { exit_reason, ..Default::default() };
+        run.__bindgen_anon_1.fail_entry.hardware_entry_failure_reason = first_words;
+        explain(&run)
+    }
+
+    #[test]
+    fn what_kvm_could_not_do_is_told_apart() {
+        let emulation = explained(KVM_EXIT_INTERNAL_ERROR, KVM_INTERNAL_ERROR_EMULATION.into());
+        let delivery = explained(KVM_EXIT_INTERNAL_ERROR, KVM_INTERNAL_ERROR_DELIVERY_EV.into());
+
+        assert!(emulation.starts_with("KVM could not emulate an instruction"), "{emulation}");
+        assert!(delivery.starts_with("KVM could not deliver an event"), "{delivery}");
+        assert!(delivery.ends_with("internal error 3)"), "{delivery}");
+    }
+
+    #[test]
+    fn a_refused_entry_comes_with_the_processors_reason() {
+        let refused = explained(KVM_EXIT_FAIL_ENTRY, 0x8000_0021);
+
+        assert!(refused.ends_with("failure 0x80000021)"), "{refused}");
+    }
+
+    #[test]
+    fn an_exit_nobody_knows_is_told_by_its_number() {
+        assert_eq!(explained(4711, 0), "unexpected exit (KVM exit reason 4711)");
+    }
 }

@@ -81,8 +81,8 @@ fn look_up(name: &str, search: &str) -> Result<PathBuf, Failed> {
         let path = PathBuf::from(name);
         return match check(&path) {
             Ok(()) => Ok(path),
-            Err(errno) => {
-                let message = format!("exec: {name:?}: {}", reason(&errno.into()));
+            Err((call, errno)) => {
+                let message = format!("exec: {name:?}: {call}{}", reason(&errno.into()));
                 Err(failed_with(message, errno))
             }
         };
@@ -96,14 +96,15 @@ fn look_up(name: &str, search: &str) -> Result<PathBuf, Failed> {
     })
 }
 
-/// Whether `path` is a file that this process may execute.
-fn check(path: &Path) -> Result<(), Errno> {
-    let metadata = fs::metadata(path)
-        .map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(libc::EINVAL)))?;
-    if metadata.is_dir() {
-        return Err(Errno::EISDIR);
-    }
-    access(path, AccessFlags::X_OK)
+/// Whether `path` is a file that this process may execute; if not, the call as Go names it, and why.
+fn check(path: &Path) -> Result<(), (String, Errno)> {
+    let metadata = fs::metadata(path).map_err(|error| {
+        let errno = Errno::from_raw(error.raw_os_error().unwrap_or(libc::EINVAL));
+        (format!("stat {}: ", path.display()), errno)
+    })?;
+    let executable =
+        if metadata.is_dir() { Err(Errno::EISDIR) } else { access(path, AccessFlags::X_OK) };
+    executable.map_err(|errno| (String::new(), errno))
 }
 
 fn c_strings(texts: &[String]) -> Result<Vec<CString>, Failed> {
@@ -145,7 +146,8 @@ mod tests {
         let message = |name: &str| look_up(name, "/nowhere").unwrap_err().message;
 
         assert_eq!(message("nosuch"), "exec: \"nosuch\": executable file not found in $PATH");
-        assert_eq!(message("/no/such"), "exec: \"/no/such\": no such file or directory");
+        let expected = "exec: \"/no/such\": stat /no/such: no such file or directory";
+        assert_eq!(message("/no/such"), expected);
         assert_eq!(message(&plain), format!("exec: \"{plain}\": permission denied"));
     }
 

@@ -67,8 +67,9 @@ impl Root {
             result => return result,
         }
         let parent = path.parent().ok_or(Errno::ENOENT)?;
-        let name = path.file_name().ok_or(Errno::ENOENT)?;
         let directory = self.create_through(parent, Kind::Directory, links)?;
+        // What ends in `..` is there once its parent is.
+        let Some(name) = path.file_name() else { return self.find(path) };
         match make(directory.as_fd(), Path::new(name), kind) {
             Ok(()) => return self.find(path),
             Err(Errno::EEXIST) => {}
@@ -114,6 +115,16 @@ mod tests {
 
         assert_eq!(target(&made), folder.path().join("a/b/file"));
         assert!(folder.path().join("a/b/file").is_file());
+    }
+
+    #[test]
+    fn a_missing_parent_may_be_left_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let root = Root::open(folder.path()).unwrap();
+
+        let made = root.create(Path::new("/a/../../b/c"), Kind::Directory).unwrap();
+
+        assert_eq!(target(&made), folder.path().join("b/c"));
     }
 
     #[test]

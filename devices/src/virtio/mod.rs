@@ -1,16 +1,20 @@
 //! What a virtio device is, independent of the transport that shows it to the guest.
 
+pub mod activity;
 pub mod balloon;
 pub mod block;
 pub mod buffers;
 pub mod complaints;
 pub mod console;
 pub mod fs;
+#[cfg(test)]
+mod hostile_tests;
 pub mod mem;
 pub mod mmio;
 pub mod net;
 pub mod pmem;
 pub mod queue;
+pub mod rate_limit;
 pub mod rng;
 pub mod subscriber;
 #[cfg(test)]
@@ -103,6 +107,12 @@ pub trait VirtioDevice: Send {
 
     /// Drops everything `activate` handed over. Calling it on an idle device does nothing.
     fn reset(&mut self);
+
+    /// Whether the event loop is to call `queue_ready` for queue `index`; read once, before the guest
+    /// starts. Not if the host's kernel watches the kicks of that queue and serves it.
+    fn serves(&self, _index: usize) -> bool {
+        true
+    }
 
     /// Serves queue `index`, because the driver kicked it.
     fn queue_ready(&mut self, index: usize) -> Result<(), QueueError>;

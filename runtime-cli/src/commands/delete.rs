@@ -22,7 +22,10 @@ pub fn run(globals: &Globals, args: &Args) -> anyhow::Result<()> {
         Err(Error::Missing(_)) if args.force => return Ok(()),
         other => other?,
     };
-    let _lock = dir.lock()?;
+    let _lock = match dir.lock() {
+        Err(Error::Missing(_)) if args.force => return Ok(()),
+        other => other?,
+    };
     let state = match dir.load() {
         Ok(state) => state,
         // Nothing tells what the container held; freeing its id is what is left to do.

@@ -108,7 +108,9 @@ fn exec(globals: &Globals, args: &Args) -> anyhow::Result<u8> {
 fn check(args: &Args, state: &State) -> anyhow::Result<()> {
     match state.status {
         Status::Stopped => bail!("cannot exec in a stopped container"),
-        Status::Paused if !args.ignore_paused => bail!("cannot exec in a paused container"),
+        Status::Paused if !args.ignore_paused => {
+            bail!("cannot exec in a paused container (use --ignore-paused to override)")
+        }
         Status::Creating => bail!("cannot exec in a container in the creating state"),
         _ => {}
     }

@@ -2,10 +2,9 @@
 
 use agent_protocol::INIT_PROCESS;
 use anyhow::{bail, ensure};
-use coracle::sandbox::Client;
-use coracle::state::{State, Status};
-use nix::sys::signal::{self, Signal};
-use nix::unistd::Pid;
+use coracle::sandbox::{self, Client};
+use coracle::state::Status;
+use nix::sys::signal::Signal;
 
 use super::Globals;
 
@@ -26,40 +25,39 @@ pub struct Args {
 }
 
 pub fn run(globals: &Globals, args: &Args) -> anyhow::Result<()> {
-    let signal = parse(&args.signal)?;
     let (dir, state) = globals.container(&args.id)?;
+    let signal = parse(&args.signal)?;
     if state.status == Status::Stopped {
         // Engines sweep up with `--all` after the container has ended: there is nothing left.
         ensure!(args.all, "container not running");
         return Ok(());
     }
-    let sent =
-        Client::connect(&dir).and_then(|client| client.signal(INIT_PROCESS, signal, args.all));
-    match sent {
+    // As in kill(2), 0 only asks whether there is somebody.
+    if signal == 0 {
+        return Ok(());
+    }
+    let client = Client::connect(&dir);
+    let connected = client.is_ok();
+    match client.and_then(|client| client.signal(INIT_PROCESS, signal, args.all)) {
         Ok(()) => Ok(()),
-        // It ended in between.
-        Err(_) if !state.is_alive() && args.all => Ok(()),
+        // It ended in between; of SIGKILL, perhaps.
+        Err(_) if !state.is_alive() && (args.all || connected && signal == libc::SIGKILL) => Ok(()),
         Err(_) if !state.is_alive() => bail!("container not running"),
         // A guest that does not answer can still be pulled the plug of.
         Err(error) if signal == libc::SIGKILL => {
             log::warn!("guest does not take SIGKILL, ending its machine: {error}");
-            end_machine(&state)
+            Ok(sandbox::end(&state)?)
         }
         Err(error) => Err(error.into()),
     }
-}
-
-fn end_machine(state: &State) -> anyhow::Result<()> {
-    let Some(pid) = state.pid.filter(|_| state.is_alive()) else { return Ok(()) };
-    Ok(signal::kill(Pid::from_raw(pid), Signal::SIGKILL)?)
 }
 
 /// A signal by number, or by name with or without `SIG`, in any case.
 fn parse(text: &str) -> anyhow::Result<i32> {
     if let Ok(number) = text.parse::<i32>() {
         ensure!(
-            (1..=MAX_SIGNAL).contains(&number),
-            "unknown signal {text:?}: use 1 to 64 or a name"
+            (0..=MAX_SIGNAL).contains(&number),
+            "unknown signal {text:?}: use 0 to 64 or a name"
         );
         return Ok(number);
     }
@@ -106,6 +104,6 @@ mod tests {
     #[test]
     fn an_unknown_signal_is_refused_in_the_words_of_runc() {
         assert_eq!(parse("FOO").unwrap_err().to_string(), "unknown signal \"FOO\"");
-        assert!(parse("0").is_err() && parse("65").is_err() && parse("-9").is_err());
+        assert!(parse("65").is_err() && parse("-9").is_err());
     }
 }

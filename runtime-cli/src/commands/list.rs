@@ -6,7 +6,6 @@ use std::path::PathBuf;
 
 use anyhow::bail;
 use coracle::state::{ContainerDir, State, Status};
-use nix::unistd::{Uid, User};
 use serde::Serialize;
 
 use super::{Globals, table};
@@ -20,6 +19,9 @@ pub struct Args {
     #[arg(long, short = 'q')]
     quiet: bool,
 }
+
+/// Users of this host, one a line (passwd(5)).
+const PASSWORDS: &str = "/etc/passwd";
 
 /// A container in runc's order of fields.
 #[derive(Serialize)]
@@ -79,10 +81,18 @@ fn entry(dir: &ContainerDir, state: State) -> Entry {
 /// Name of whoever owns the state folder, or `#uid`.
 fn owner(dir: &ContainerDir) -> String {
     let Ok(metadata) = dir.path().metadata() else { return String::new() };
-    match User::from_uid(Uid::from_raw(metadata.uid())) {
-        Ok(Some(user)) => user.name,
-        _ => format!("#{}", metadata.uid()),
-    }
+    let passwords = std::fs::read_to_string(PASSWORDS).unwrap_or_default();
+    user_name(&passwords, metadata.uid()).map_or_else(|| format!("#{}", metadata.uid()), Into::into)
+}
+
+/// Name of a user in the text of passwd(5). getpwuid(3) is no way to it: a static program would load
+/// the host's modules for name services, which need not fit its C library.
+fn user_name(passwords: &str, uid: u32) -> Option<&str> {
+    passwords.lines().find_map(|line| {
+        let mut fields = line.split(':');
+        let name = fields.next()?;
+        (fields.nth(1)?.parse() == Ok(uid)).then_some(name)
+    })
 }
 
 fn table(entries: &[Entry]) -> String {
@@ -99,4 +109,18 @@ fn table(entries: &[Entry]) -> String {
     };
     let rows: Vec<_> = std::iter::once(heading).chain(entries.iter().map(row)).collect();
     table::format(&rows)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_user_is_named_by_the_host_s_file_of_users() {
+        let passwords = "root:x:0:0:root:/root:/bin/bash\nbroken\n\nbin:x:2:2::/bin:\n";
+
+        assert_eq!(user_name(passwords, 0), Some("root"));
+        assert_eq!(user_name(passwords, 2), Some("bin"));
+        assert_eq!(user_name(passwords, 7), None);
+    }
 }

@@ -1,13 +1,16 @@
 //! `run`: create and start a container, and be its stand-in until it ends.
 
+use std::os::fd::AsFd;
+
 use agent_protocol::{INIT_PROCESS, WindowSize};
 use anyhow::Context;
 use coracle::sandbox::{self, Client};
 use coracle::state::ContainerDir;
 use nix::errno::Errno;
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
+use nix::sys::termios::{SetArg, Termios, tcgetattr, tcsetattr};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
-use nix::unistd::Pid;
+use nix::unistd::{Pid, getpgrp, tcgetpgrp};
 
 use super::Globals;
 use super::create::{self, BundleArgs};
@@ -33,6 +36,7 @@ pub struct Args {
 pub fn run(globals: &Globals, args: &Args) -> anyhow::Result<u8> {
     // Blocked before there is a child, so that its end cannot be missed.
     let signals = (!args.detach).then(block_signals).transpose()?;
+    let _terminal = (!args.detach).then(|| Kept::of(std::io::stdin()));
     let failed = "coracle run failed";
     let (dir, pid) = create::create(globals, &args.bundle, args.detach).context(failed)?;
     let client = Client::connect(&dir)
@@ -53,6 +57,31 @@ pub fn run(globals: &Globals, args: &Args) -> anyhow::Result<u8> {
         remove(dir);
     }
     Ok(code)
+}
+
+/// A terminal that gets its settings back: the sandbox process makes it raw, and may be killed.
+struct Kept<T: AsFd> {
+    terminal: T,
+    settings: Option<Termios>,
+}
+
+impl<T: AsFd> Kept<T> {
+    /// Without effect on what is no terminal.
+    fn of(terminal: T) -> Self {
+        let settings = tcgetattr(&terminal).ok();
+        Self { terminal, settings }
+    }
+}
+
+impl<T: AsFd> Drop for Kept<T> {
+    fn drop(&mut self) {
+        // In the background it is another program's to set.
+        let others = tcgetpgrp(&self.terminal).is_ok_and(|group| group != getpgrp());
+        if let Some(settings) = self.settings.as_ref().filter(|_| !others) {
+            // A terminal that hung up has no use for them.
+            let _ = tcsetattr(&self.terminal, SetArg::TCSANOW, settings);
+        }
+    }
 }
 
 fn destroy(dir: &ContainerDir) {
@@ -88,18 +117,26 @@ fn wait(client: &Client, signals: &SigSet, pid: Pid) -> anyhow::Result<u8> {
         if let Some(code) = exit_code(pid)? {
             return Ok(code);
         }
-        match signals.wait()? {
-            Signal::SIGCHLD => {}
-            Signal::SIGWINCH => resize(client),
-            Signal::SIGPIPE | Signal::SIGURG => {}
+        match next_signal(signals)? {
+            libc::SIGCHLD => {}
+            libc::SIGWINCH => resize(client),
+            libc::SIGPIPE | libc::SIGURG => {}
             signal => {
                 // The container may end at any time; then there is nobody to signal.
-                if let Err(error) = client.signal(INIT_PROCESS, signal as i32, false) {
-                    log::debug!("pass on {signal}: {error}");
+                if let Err(error) = client.signal(INIT_PROCESS, signal, false) {
+                    log::debug!("pass on signal {signal}: {error}");
                 }
             }
         }
     }
+}
+
+/// The number of the next signal: the real-time ones have no name in nix's `Signal`.
+fn next_signal(signals: &SigSet) -> nix::Result<i32> {
+    let mut number = 0;
+    // SAFETY: the set is valid for the call, which writes one int to `number`.
+    let error = unsafe { libc::sigwait(signals.as_ref(), &raw mut number) };
+    if error == 0 { Ok(number) } else { Err(Errno::from_raw(error)) }
 }
 
 fn exit_code(pid: Pid) -> nix::Result<Option<u8>> {
@@ -123,5 +160,35 @@ fn resize(client: &Client) {
     let size = WindowSize { rows: size.ws_row, columns: size.ws_col };
     if let Err(error) = client.resize(INIT_PROCESS, size) {
         log::debug!("resize terminal: {error}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_terminal_that_was_left_raw_gets_its_settings_back() {
+        let pair = nix::pty::openpty(None, None).unwrap();
+        let before = tcgetattr(&pair.slave).unwrap();
+
+        let kept = Kept::of(&pair.slave);
+        let mut raw = before.clone();
+        nix::sys::termios::cfmakeraw(&mut raw);
+        tcsetattr(&pair.slave, SetArg::TCSANOW, &raw).unwrap();
+        drop(kept);
+
+        assert_eq!(tcgetattr(&pair.slave).unwrap().local_flags, before.local_flags);
+    }
+
+    #[test]
+    fn a_real_time_signal_is_waited_for_like_any_other() {
+        let signals = block_signals().unwrap();
+        let number = libc::SIGRTMIN() + 3;
+
+        // SAFETY: the signal is blocked in this thread, the only one it is sent to.
+        assert_eq!(unsafe { libc::raise(number) }, 0);
+
+        assert_eq!(next_signal(&signals), Ok(number));
     }
 }

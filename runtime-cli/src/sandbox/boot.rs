@@ -92,13 +92,12 @@ pub(super) struct Boot<'a> {
 }
 
 impl Boot<'_> {
-    /// Waits for the agent's first message.
-    pub(super) fn ready(&mut self) -> Result<(), Error> {
+    /// Waits for the agent's first message; what it says about its guest.
+    pub(super) fn ready(&mut self) -> Result<String, Error> {
         let phase = "wait for the guest to boot";
         match self.next(phase)? {
             Said::Event(Event::Ready { version: VERSION, kernel, uptime_us }) => {
-                log::info!("guest is up: kernel {}, {uptime_us} us", kernel.escape_default());
-                Ok(())
+                Ok(format!("kernel {}, {uptime_us} us", kernel.escape_default()))
             }
             Said::Event(Event::Ready { version, .. }) => Err(Error::Version { found: version }),
             _ => Err(Error::Unexpected { phase }),

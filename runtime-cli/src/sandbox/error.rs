@@ -9,7 +9,7 @@ use crate::state;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The process could not be started at all.
-    #[error("start the {verb} process")]
+    #[error("start the {verb} process: are memory and process numbers used up?")]
     Spawn {
         /// Which process.
         verb: &'static str,
@@ -32,7 +32,7 @@ pub enum Error {
     #[error("{0}")]
     Reported(String),
     /// The pid file cannot be written.
-    #[error("write pid file {path}")]
+    #[error("write pid file {path}: make room for it, or name another with --pid-file")]
     PidFile {
         /// The file.
         path: PathBuf,

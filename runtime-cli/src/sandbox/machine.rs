@@ -165,7 +165,7 @@ pub(super) fn config(
         nets,
         pmem: Vec::new(),
         shares: vec![ShareConfig { tag: SHARE_TAG.into(), path: share.into(), read_only: false }],
-        vsock: Some(VsockConfig { cid: GUEST_CID }),
+        vsock: Some(VsockConfig { cid: GUEST_CID, socket: None }),
         rng: true,
         balloon: Some(BalloonConfig { free_page_reporting: true, ..BalloonConfig::default() }),
     }

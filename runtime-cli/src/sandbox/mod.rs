@@ -25,6 +25,7 @@ mod namespaces;
 mod netlink;
 mod network;
 mod pidfd;
+mod probe;
 mod process;
 mod serve;
 mod share;
@@ -45,6 +46,7 @@ use serde::{Deserialize, Serialize};
 pub use client::Client;
 pub use error::Error;
 pub use exec::{ExecOptions, ExecOutcome, exec};
+pub use probe::boot;
 
 use crate::bundle::Bundle;
 use crate::logging::{LogOptions, chain};
@@ -136,19 +138,26 @@ pub fn exec_main(fd: RawFd) -> ! {
     std::process::exit(exec::main(fd))
 }
 
+/// Kills the sandbox process of a container, if it still runs, and waits until it is gone.
+pub fn end(state: &State) -> Result<(), Error> {
+    let Some(pid) = state.pid.filter(|_| state.is_alive()) else { return Ok(()) };
+    let process = match Pidfd::open(pid) {
+        Err(error) if error.raw_os_error() == Some(libc::ESRCH) => return Ok(()),
+        other => other.map_err(Error::Wait)?,
+    };
+    // It may have ended, and its pid be another's, since it was looked at.
+    if !state.is_alive() {
+        return Ok(());
+    }
+    process.kill().map_err(Error::Wait)?;
+    let gone = process.wait(Some(KILL_TIMEOUT)).map_err(Error::Wait)?;
+    if gone { Ok(()) } else { Err(Error::Unkillable(pid)) }
+}
+
 /// Removes what a container has on the host, but for its state folder: its sandbox process, if
 /// it still runs, and its cgroup. Then runs the poststop hooks.
 pub fn destroy(dir: &ContainerDir, state: &State) -> Result<(), Error> {
-    if let Some(pid) = state.pid.filter(|_| state.is_alive()) {
-        let process = Pidfd::open(pid).map_err(Error::Wait)?;
-        // It may have ended, and its pid be another's, since it was looked at.
-        if state.is_alive() {
-            process.kill().map_err(Error::Wait)?;
-            if !process.wait(Some(KILL_TIMEOUT)).map_err(Error::Wait)? {
-                return Err(Error::Unkillable(pid));
-            }
-        }
-    }
+    end(state)?;
     if let Some(path) = &state.cgroup_path {
         let name = cgroup::Name { path: path.clone(), systemd: state.systemd_cgroup };
         cgroup::remove(&name, &state.id)?;

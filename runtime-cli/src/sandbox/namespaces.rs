@@ -54,8 +54,8 @@ impl Netns {
             .find(|namespace| namespace.typ() == LinuxNamespaceType::Network)
             .ok_or(Error::HostNetwork)?;
         Ok(match network.path() {
-            Some(path) => Self::Path(path.clone()),
-            None => Self::New,
+            Some(path) if !path.as_os_str().is_empty() => Self::Path(path.clone()),
+            _ => Self::New,
         })
     }
 
@@ -148,6 +148,11 @@ mod tests {
     #[test]
     fn a_network_namespace_without_path_is_a_new_one() {
         assert_eq!(Netns::of(&spec(r#"[{"type":"network"}]"#)).unwrap(), Netns::New);
+    }
+
+    #[test]
+    fn an_empty_path_of_the_network_namespace_is_none() {
+        assert_eq!(Netns::of(&spec(r#"[{"type":"network","path":""}]"#)).unwrap(), Netns::New);
     }
 
     #[test]

@@ -82,9 +82,9 @@ enum Error {
     Streams(#[source] io::Error),
     #[error(transparent)]
     Boot(#[from] boot::Error),
-    #[error("listen in the state folder")]
+    #[error("listen in the state folder: is there room on its file system?")]
     Listen(#[source] io::Error),
-    #[error("keep the poststop hooks in the state folder")]
+    #[error("keep the poststop hooks in the state folder: is there room on its file system?")]
     Poststop(#[source] io::Error),
 }
 
@@ -201,7 +201,8 @@ fn create(
     let config = machine::config(&settings, size, tree.path(), network.devices(), dir.path());
     let vm = Vmm::new(config)?;
     network.join()?;
-    let (vm, mut agent) = start(vm)?;
+    let (vm, mut agent) = listen(vm).map_err(Error::Connect)?;
+    let vm = vm.start()?;
 
     let guest = Sandbox {
         hostname: bundle.spec.hostname().clone(),
@@ -212,7 +213,7 @@ fn create(
     };
     let timeout_s = settings.boot_timeout_s;
     let mut boot = Boot { vm: &vm, agent: &mut agent, caller, signals: &mut signals, timeout_s };
-    boot.ready()?;
+    log::info!("guest is up: {}", boot.ready()?);
     boot.ask("set up the guest", &Request::ConfigureSandbox(guest))?;
     let (init, console) = connect_stdio(&vm, &order.id, stdio)?;
     boot.ask("create the container in the guest", &Request::CreateContainer(container))?;
@@ -248,7 +249,6 @@ fn set_oom_score(bundle: &Bundle) {
 
 fn creating(bundle: &Bundle, id: &str, cgroup: &cgroup::Name, netns: &Netns) -> State {
     let pid = nix::unistd::getpid().as_raw();
-    let owner = nix::unistd::User::from_uid(nix::unistd::geteuid()).ok().flatten();
     State {
         oci_version: bundle.spec.version().clone(),
         id: id.into(),
@@ -258,7 +258,7 @@ fn creating(bundle: &Bundle, id: &str, cgroup: &cgroup::Name, netns: &Netns) -> 
         bundle: bundle.path.clone(),
         rootfs: bundle.rootfs.clone(),
         created: state::timestamp(),
-        owner: owner.map(|user| user.name).unwrap_or_default(),
+        owner: String::new(),
         annotations: bundle.annotations(),
         cgroup_path: Some(cgroup.path.clone()),
         systemd_cgroup: cgroup.systemd,
@@ -315,19 +315,15 @@ fn container(
     Ok(Box::new(container))
 }
 
-/// Starts the guest, whose agent will connect to what this returns.
-fn start(vm: Vmm) -> Result<(VmHandle, Agent<Asker>), Error> {
-    let connected = || {
-        let (ours, theirs) = UnixStream::pair()?;
-        theirs.set_nonblocking(true)?;
-        let input = Some(theirs.try_clone()?.into());
-        let stream = HostStream { input, output: Some(theirs.into()), on_close: None };
-        let host = vm.vsock().ok_or(io::ErrorKind::NotConnected)?;
-        host.listen(CONTROL_PORT, stream)?;
-        Agent::new(ours)
-    };
-    let agent = connected().map_err(Error::Connect)?;
-    Ok((vm.start()?, agent))
+/// Waits for the agent of a guest that is yet to be started: it connects to what this returns.
+pub(super) fn listen(vm: Vmm) -> io::Result<(Vmm, Agent<Asker>)> {
+    let (ours, theirs) = UnixStream::pair()?;
+    theirs.set_nonblocking(true)?;
+    let input = Some(theirs.try_clone()?.into());
+    let stream = HostStream { input, output: Some(theirs.into()), on_close: None };
+    let host = vm.vsock().ok_or(io::ErrorKind::NotConnected)?;
+    host.listen(CONTROL_PORT, stream)?;
+    Ok((vm, Agent::new(ours)?))
 }
 
 fn connect_stdio(

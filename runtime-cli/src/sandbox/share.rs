@@ -26,7 +26,7 @@ const TMPFS_OPTIONS: &str = "mode=0711,size=1m";
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The tree itself.
-    #[error("make the share folder {path}")]
+    #[error("make the share folder {path}: this needs room there, and root with CAP_SYS_ADMIN")]
     Tree {
         /// The folder.
         path: PathBuf,
