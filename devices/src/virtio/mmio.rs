@@ -37,9 +37,9 @@ use crate::interrupt::{Interrupt, IrqLine};
 pub const MMIO_WINDOW: u64 = 0x1000;
 
 /// "virt", read as a little-endian number.
-const MAGIC: u32 = 0x7472_6976;
+pub(super) const MAGIC: u32 = 0x7472_6976;
 /// The register layout since virtio 1.0.
-const VERSION: u32 = 2;
+pub(super) const VERSION: u32 = 2;
 /// "CRCL", read as a little-endian number.
 const VENDOR: u32 = 0x4c43_5243;
 /// What the length of a shared memory region that does not exist reads as, in each half.
@@ -412,7 +412,8 @@ impl MmioTransport {
         Ok(self.lock_device().activate(Activation { queues, features, interrupt })?)
     }
 
-    fn reset(&mut self) {
+    /// Makes the device idle, and forgets what the driver wrote (virtio 1.2, section 2.4).
+    pub(super) fn reset(&mut self) {
         let mut device = self.lock_device();
         device.reset();
         // Still under the device's lock, so that no thread of the device reports to the next driver

@@ -16,6 +16,7 @@ pub mod pmem;
 pub mod queue;
 pub mod rate_limit;
 pub mod rng;
+pub mod slot;
 pub mod subscriber;
 #[cfg(test)]
 pub mod testing;

@@ -42,6 +42,11 @@ impl Host {
         Ok(())
     }
 
+    /// How much shall be plugged, in MiB.
+    pub fn requested_mib(&self) -> u64 {
+        self.lock().requested_bytes / MIB
+    }
+
     /// How much is plugged, in MiB.
     pub fn plugged_mib(&self) -> u64 {
         self.lock().blocks.plugged_bytes() / MIB
