@@ -5,7 +5,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 
-use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
+use event_manager::{
+    EventManager, EventOps, EventSet, Events, MutEventSubscriber, RemoteEndpoint, SubscriberId,
+    SubscriberOps,
+};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 /// Address space of a loop's stack, in bytes; only what is used of it becomes memory.
@@ -16,13 +19,16 @@ pub type BoxedSubscriber = Box<dyn MutEventSubscriber + Send>;
 
 /// A running event loop; dropping it stops the thread and waits for it.
 pub struct EventLoop {
+    name: &'static str,
     stop: EventFd,
+    /// By which its thread is asked to change what it serves.
+    remote: RemoteEndpoint<BoxedSubscriber>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl EventLoop {
     /// Starts a thread called `name` that serves `subscribers` until the loop is dropped.
-    pub fn start(name: &str, subscribers: Vec<BoxedSubscriber>) -> io::Result<Self> {
+    pub fn start(name: &'static str, subscribers: Vec<BoxedSubscriber>) -> io::Result<Self> {
         let stop = EventFd::new(EFD_NONBLOCK)?;
         let running = Arc::new(AtomicBool::new(true));
         let mut manager = EventManager::new().map_err(io::Error::other)?;
@@ -31,11 +37,31 @@ impl EventLoop {
         for subscriber in subscribers {
             manager.add_subscriber(subscriber);
         }
+        let remote = manager.remote_endpoint();
         let thread = thread::Builder::new()
             .name(name.to_owned())
             .stack_size(STACK_BYTES)
             .spawn(move || serve(manager, &running))?;
-        Ok(EventLoop { stop, thread: Some(thread) })
+        Ok(EventLoop { name, stop, remote, thread: Some(thread) })
+    }
+
+    /// What it was started as.
+    pub fn name(&self) -> &'static str {
+        self.name
+    }
+
+    /// Serves `subscriber`, too, until it is removed. Not to be called from a loop's thread.
+    pub fn add(&self, subscriber: BoxedSubscriber) -> io::Result<SubscriberId> {
+        self.remote
+            .call_blocking(move |loop_| Ok(loop_.add_subscriber(subscriber)))
+            .map_err(|error: event_manager::Error| io::Error::other(error))
+    }
+
+    /// Serves and keeps subscriber `id` no longer. Not to be called from a loop's thread.
+    pub fn remove(&self, id: SubscriberId) -> io::Result<()> {
+        self.remote
+            .call_blocking(move |loop_| loop_.remove_subscriber(id).map(drop))
+            .map_err(|error: event_manager::Error| io::Error::other(error))
     }
 }
 
@@ -113,6 +139,22 @@ mod tests {
 
         assert_eq!(sight.recv_timeout(Duration::from_secs(10)), Ok(7));
         drop(event_loop);
+    }
+
+    #[test]
+    fn a_running_loop_takes_a_subscriber_and_gives_it_up() {
+        let event = EventFd::new(EFD_NONBLOCK).unwrap();
+        let (seen, sight) = channel();
+        let echo = Echo { event: event.try_clone().unwrap(), seen };
+        let event_loop = EventLoop::start("test", Vec::new()).unwrap();
+
+        let id = event_loop.add(Box::new(echo)).unwrap();
+        event.write(7).unwrap();
+        assert_eq!(sight.recv_timeout(Duration::from_secs(10)), Ok(7));
+        event_loop.remove(id).unwrap();
+
+        assert!(sight.try_recv().is_err_and(|e| e == std::sync::mpsc::TryRecvError::Disconnected));
+        assert!(event_loop.remove(id).is_err());
     }
 
     #[test]
