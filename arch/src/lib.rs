@@ -51,7 +51,7 @@ pub trait Arch {
     /// devices. Comes after [`Arch::load`].
     fn describe(memory: &GuestMemoryMmap, machine: &Machine<'_>) -> Result<(), ArchError>;
 
-    /// Gives vCPU `index` of `vcpus` the registers of its first instruction. Only vCPU 0 starts at
+    /// Gives vCPU `index` of the `vcpus` that there can be the registers of its first instruction. Only vCPU 0 starts at
     /// `entry`; the others wait until the guest starts them.
     fn reset_vcpu(
         kvm: &Kvm,
@@ -64,6 +64,10 @@ pub trait Arch {
     /// How the kernel's command line names `device`, for a guest that finds devices there. `None`
     /// where [`Arch::describe`] is the only way.
     fn cmdline_device(device: &MmioDevice) -> Option<String>;
+
+    /// Which names Linux' platform bus may give the virtio device that is number `number` of
+    /// [`Machine::devices`]: which one depends on how the guest found it.
+    fn device_names(number: usize) -> Vec<String>;
 
     /// What a KVM exit means in terms every architecture shares. `None` for an exit that no guest
     /// can cause on a working host.

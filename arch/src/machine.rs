@@ -105,7 +105,7 @@ pub struct Entry {
 /// Everything the guest must be told about the machine.
 #[derive(Debug)]
 pub struct Machine<'a> {
-    /// Number of processors, at least 1.
+    /// Number of processors that there can be, at least 1. Some of them may not answer yet.
     pub vcpus: u8,
     /// The kernel's whole command line.
     pub cmdline: &'a str,

@@ -129,6 +129,12 @@ pub fn cmdline_device(device: &MmioDevice) -> String {
     format!("virtio_mmio.device={:#x}@{:#x}:{}", device.size, device.base.0, device.gsi)
 }
 
+/// What Linux calls virtio device number `number` on its platform bus: one that finds it on its command
+/// line, and one that finds it by ACPI (drivers/virtio/virtio_mmio.c, drivers/acpi/acpi_platform.c).
+pub fn device_names(number: usize) -> [String; 2] {
+    [format!("virtio-mmio.{number}"), format!("LNRO0005:{number:02x}")]
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -72,6 +72,10 @@ mod host {
             Some(layout::cmdline_device(device))
         }
 
+        fn device_names(number: usize) -> Vec<String> {
+            layout::device_names(number).into()
+        }
+
         fn translate<'a>(exit: VcpuExit<'a>, _memory: &GuestMemoryMmap) -> Option<Exit<'a>> {
             exits::translate(exit)
         }
