@@ -3,11 +3,12 @@
 use std::fs::File;
 use std::mem;
 use std::path::Path;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use arch::machine::{BootFiles, Entry, Machine, MmioDevice};
 use arch::{Arch, Host, Kvm, VcpuFd, VmFd};
 
+use crate::attachment::Slots;
 use crate::check::check_memory;
 use crate::config::{BootConfig, VmConfig};
 use crate::console::ConsoleLog;
@@ -16,11 +17,11 @@ use crate::error::Error;
 use crate::event_loop::EventLoop;
 use crate::handle::VmHandle;
 use crate::memory::GuestRam;
-use crate::metrics::{Counter, Metrics, Record, now_ns};
+use crate::metrics::{Metrics, Record, now_ns};
 use crate::peripherals::{self, Ends};
-use crate::placement::{Placed, Placement};
+use crate::placement::{Loop, Placed, Placement};
 use crate::pmem;
-use crate::vcpu::Vcpu;
+use crate::processors::{Maker, Processors, Shared};
 use crate::vsock;
 
 /// What a kernel is told whose memory can grow: to use what is plugged in without being told to, and
@@ -32,6 +33,9 @@ const PLUG_CMDLINE: &str = "memhp_default_state=online memory_hotplug.online_pol
 pub struct Vmm {
     control: Arc<Control>,
     vcpus: Vec<VcpuFd>,
+    most_vcpus: u8,
+    /// There if the VM can have more vCPUs than it starts with.
+    maker: Option<Maker>,
     placed: Placed,
     console: ConsoleLog,
     ends: Ends,
@@ -77,12 +81,14 @@ impl Vmm {
         Host::after_vcpus(&vm, config.vcpus).map_err(step("finish the interrupt controller"))?;
         describe(&config, &ram, entry, &placed.devices)?;
         for (index, vcpu) in (0..).zip(&vcpus) {
-            Host::reset_vcpu(&kvm, vcpu, index, config.vcpus, &entry)
+            Host::reset_vcpu(&kvm, vcpu, index, config.most_vcpus(), &entry)
                 .map_err(step("set a vCPU's registers"))?;
         }
         record.built_ns = now_ns();
         record.activities = mem::take(&mut placed.activities);
-        Ok(Vmm { control, vcpus, placed, console, ends, record, vm, ram })
+        let most_vcpus = config.most_vcpus();
+        let maker = (most_vcpus > config.vcpus).then_some(Maker { kvm, entry });
+        Ok(Vmm { control, vcpus, most_vcpus, maker, placed, console, ends, record, vm, ram })
     }
 
     /// The host's end of the socket device, if the VM has one: streams may be connected and
@@ -98,40 +104,35 @@ impl Vmm {
 
     /// Starts the machine's threads, and with them the guest.
     pub fn start(self) -> Result<VmHandle, Error> {
-        let Placed { buses, vmm_loop, io_loop, .. } = self.placed;
+        let Placed { buses, vmm_loop, io_loop, spares, .. } = self.placed;
+        let has_spares = !spares.is_empty();
+        let names = self.record.activities.iter().map(|(name, _)| name.clone()).collect();
+        let shared = Shared {
+            memory: self.ram.memory().clone(),
+            buses: Arc::new(buses),
+            control: self.control.clone(),
+        };
         let mut handle = VmHandle {
             control: self.control,
-            vcpus: Vec::with_capacity(self.vcpus.len()),
+            processors: Processors::new(shared, self.maker, self.most_vcpus),
             console: self.console,
             ends: self.ends,
-            counters: Vec::with_capacity(self.vcpus.len()),
             record: self.record,
+            slots: Slots::new(self.ram.device_memory().clone(), names, spares),
             loops: Vec::with_capacity(2),
-            _vm: self.vm,
+            vm: self.vm,
             _ram: self.ram,
         };
-        for (name, subscribers) in [("vmm", vmm_loop), ("io", io_loop)] {
-            if !subscribers.is_empty() {
-                let event_loop = EventLoop::start(name, subscribers)
+        for (kind, subscribers) in [(Loop::Vmm, vmm_loop), (Loop::Io, io_loop)] {
+            if !subscribers.is_empty() || has_spares {
+                let event_loop = EventLoop::start(kind.name(), subscribers)
                     .map_err(|source| Error::Start { what: "an event loop", source })?;
                 handle.loops.push(event_loop);
             }
         }
-        let buses = Arc::new(buses);
-        for (index, fd) in (0..).zip(self.vcpus) {
-            let counter = Arc::new(Mutex::new(Counter::default()));
-            handle.counters.push(counter.clone());
-            let vcpu = Vcpu {
-                index,
-                fd,
-                memory: handle._ram.memory().clone(),
-                buses: buses.clone(),
-                control: handle.control.clone(),
-                counter,
-            };
-            let thread =
-                vcpu.start().map_err(|source| Error::Start { what: "a vCPU thread", source })?;
-            handle.vcpus.push(thread);
+        for vcpu in self.vcpus {
+            let start = |source| Error::Start { what: "a vCPU thread", source };
+            handle.processors.start(vcpu).map_err(start)?;
         }
         Ok(handle)
     }
@@ -214,7 +215,7 @@ fn describe(
     devices: &[MmioDevice],
 ) -> Result<(), Error> {
     let cmdline = cmdline(config, devices);
-    let machine = Machine { vcpus: config.vcpus, cmdline: &cmdline, entry, devices };
+    let machine = Machine { vcpus: config.most_vcpus(), cmdline: &cmdline, entry, devices };
     Host::describe(ram.memory(), &machine).map_err(step("describe the machine to the guest"))
 }
 
@@ -225,6 +226,10 @@ fn cmdline(config: &VmConfig, devices: &[MmioDevice]) -> String {
     let mut words = vec![Host::DEFAULT_CMDLINE.to_owned(), console.to_owned()];
     if config.memory.pluggable_mib != 0 {
         words.push(PLUG_CMDLINE.to_owned());
+    }
+    if config.most_vcpus() > config.vcpus {
+        // It would wait ten seconds for each of the others.
+        words.push(format!("maxcpus={}", config.vcpus));
     }
     words.extend(devices.iter().filter_map(Host::cmdline_device));
     words.extend(Some(config.boot.cmdline.trim().to_owned()).filter(|own| !own.is_empty()));
@@ -295,6 +300,16 @@ mod tests {
         config.memory.pluggable_mib = 128;
 
         assert!(cmdline(&config, &[]).contains(" memhp_default_state=online "));
+    }
+
+    #[test]
+    fn a_kernel_starts_no_more_vcpus_than_there_are() {
+        let mut config = VmConfig::new("/k".into());
+        assert!(!cmdline(&config, &[]).contains("maxcpus"));
+        config.vcpus = 2;
+        config.max_vcpus = Some(4);
+
+        assert!(cmdline(&config, &[]).ends_with(" maxcpus=2"));
     }
 
     #[test]

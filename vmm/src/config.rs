@@ -16,6 +16,9 @@ pub use rate_limit::RateLimitConfig;
 /// Most vCPUs of one VM: what the guest kernels we build are configured for.
 pub const MAX_VCPUS: u8 = 64;
 
+/// Most devices that can be attached to a running VM: interrupt lines are few.
+pub const MAX_SPARE_SLOTS: u8 = 8;
+
 /// Least RAM, in MiB: below it no kernel finds room for itself and its initrd.
 pub const MIN_MEMORY_MIB: u32 = 16;
 
@@ -46,6 +49,10 @@ pub struct VmConfig {
     /// Number of virtual processors, 1 to [`MAX_VCPUS`].
     #[serde(default = "one")]
     pub vcpus: u8,
+    /// How many of them there can be in all, `vcpus` (the default) to [`MAX_VCPUS`]: the guest is told
+    /// of so many, starts with `vcpus`, and can bring further ones online once they are granted.
+    #[serde(default)]
+    pub max_vcpus: Option<u8>,
     /// Guest RAM.
     #[serde(default)]
     pub memory: MemoryConfig,
@@ -75,6 +82,10 @@ pub struct VmConfig {
     /// The memory balloon, if there is one.
     #[serde(default)]
     pub balloon: Option<BalloonConfig>,
+    /// How many disks and network interfaces can be attached while the guest runs, 0 to
+    /// [`MAX_SPARE_SLOTS`]; each costs the guest a look at its boot.
+    #[serde(default)]
+    pub spare_slots: u8,
 }
 
 /// Guest RAM.
@@ -253,6 +264,7 @@ impl VmConfig {
     pub fn new(kernel: PathBuf) -> Self {
         VmConfig {
             vcpus: one(),
+            max_vcpus: None,
             memory: MemoryConfig::default(),
             boot: BootConfig { kernel, initrd: None, cmdline: String::new() },
             console: ConsoleConfig::default(),
@@ -263,12 +275,19 @@ impl VmConfig {
             vsock: None,
             rng: yes(),
             balloon: None,
+            spare_slots: 0,
         }
+    }
+
+    /// How many vCPUs the guest can ever have.
+    pub fn most_vcpus(&self) -> u8 {
+        self.max_vcpus.unwrap_or(self.vcpus)
     }
 
     /// Checks every rule that needs no look at the host.
     pub fn validate(&self) -> Result<(), ConfigError> {
         in_range("vcpus", self.vcpus, 1, MAX_VCPUS)?;
+        in_range("max_vcpus", self.most_vcpus(), self.vcpus, MAX_VCPUS)?;
         in_range("memory.size_mib", self.memory.size_mib, MIN_MEMORY_MIB, MAX_MEMORY_MIB)?;
         in_range("memory.pluggable_mib", self.memory.pluggable_mib, 0, MAX_MEMORY_MIB)?;
         if self.memory.pluggable_mib % BLOCK_MIB != 0 {
@@ -279,6 +298,7 @@ impl VmConfig {
         validate_nets(&self.nets)?;
         validate_pmem(&self.pmem)?;
         validate_shares(&self.shares)?;
+        in_range("spare_slots", self.spare_slots, 0, MAX_SPARE_SLOTS)?;
         if let Some(balloon) = &self.balloon {
             in_range("balloon.target_mib", balloon.target_mib, 0, self.memory.size_mib - 1)?;
         }
@@ -329,6 +349,11 @@ impl NetConfig {
             receive_limit: RateLimitConfig::default(),
             transmit_limit: RateLimitConfig::default(),
         }
+    }
+
+    /// Checks every rule that needs no look at the host.
+    pub(crate) fn validate(&self) -> Result<(), ConfigError> {
+        validate_nets(std::slice::from_ref(self))
     }
 
     /// Whether the guest may receive or transmit only so much.
@@ -502,6 +527,18 @@ mod tests {
     fn no_vcpu_is_refused() {
         let error = refused(r#"{"vcpus": 0, "boot": {"kernel": "/k"}}"#);
         assert_eq!(error, "vcpus: must be 1 to 64, not 0");
+    }
+
+    #[test]
+    fn there_can_be_no_fewer_vcpus_than_there_are() {
+        let error = refused(r#"{"vcpus": 4, "max_vcpus": 2, "boot": {"kernel": "/k"}}"#);
+        assert_eq!(error, "max_vcpus: must be 4 to 64, not 2");
+    }
+
+    #[test]
+    fn a_machine_has_no_more_spare_slots_than_lines() {
+        let error = refused(r#"{"spare_slots": 9, "boot": {"kernel": "/k"}}"#);
+        assert_eq!(error, "spare_slots: must be 0 to 8, not 9");
     }
 
     #[test]

@@ -42,7 +42,6 @@ enum Wish {
 
 /// Shared by all vCPU threads and every holder of the VM.
 pub struct Control {
-    vcpus: usize,
     group: Mutex<Group>,
     changed: Condvar,
     ended: EventFd,
@@ -50,6 +49,8 @@ pub struct Control {
 
 struct Group {
     wish: Wish,
+    /// How many vCPU threads there are, or will be at once.
+    vcpus: usize,
     /// Kernel ids of the vCPU threads that passed their first checkpoint.
     threads: Vec<pid_t>,
     /// How many of them wait at a checkpoint.
@@ -64,13 +65,13 @@ impl Control {
         register_signal_handler(SIGRTMIN(), leave_guest)?;
         let group = Group {
             wish: Wish::Run,
+            vcpus: vcpus.into(),
             threads: Vec::with_capacity(vcpus.into()),
             parked: 0,
             first_entry_ns: 0,
             outcome: None,
         };
         Ok(Control {
-            vcpus: vcpus.into(),
             group: Mutex::new(group),
             changed: Condvar::new(),
             ended: EventFd::new(EFD_NONBLOCK)?,
@@ -86,6 +87,15 @@ impl Control {
         // SAFETY: gettid has no preconditions.
         group.threads.push(unsafe { libc::gettid() });
         Ok(())
+    }
+
+    /// Makes room for a vCPU whose thread is started by `start`: from now on a pause waits for it, too.
+    pub fn add_vcpu<T, E>(&self, start: impl FnOnce() -> Result<T, E>) -> Result<T, E> {
+        self.lock().vcpus += 1;
+        start().inspect_err(|_| {
+            self.lock().vcpus -= 1;
+            self.changed.notify_all();
+        })
     }
 
     /// Called by a vCPU thread outside the guest: waits while the VM is paused, and says whether the
@@ -111,7 +121,7 @@ impl Control {
             group.wish = Wish::Pause;
             group.kick();
         }
-        while group.wish == Wish::Pause && group.parked < self.vcpus {
+        while group.wish == Wish::Pause && group.parked < group.vcpus {
             group = self.wait(group);
         }
     }
@@ -124,7 +134,8 @@ impl Control {
             group.wish = Wish::Pause;
             group.kick();
         }
-        let is_waiting = |group: &mut Group| group.wish == Wish::Pause && group.parked < self.vcpus;
+        let is_waiting =
+            |group: &mut Group| group.wish == Wish::Pause && group.parked < group.vcpus;
         let (mut group, wait) = self
             .changed
             .wait_timeout_while(group, patience, is_waiting)
@@ -280,6 +291,24 @@ mod tests {
         control.resume();
 
         assert!(vcpus.into_iter().all(|vcpu| vcpu.join().unwrap()));
+    }
+
+    #[test]
+    fn a_pause_waits_for_a_vcpu_that_came_later_and_for_none_that_did_not_come() {
+        let control = Arc::new(Control::new(1).unwrap());
+        let start = || {
+            let control = control.clone();
+            thread::spawn(move || while control.checkpoint() {})
+        };
+        let first = start();
+
+        let second = control.add_vcpu(|| Ok::<_, ()>(start())).unwrap();
+        assert_eq!(control.add_vcpu(|| Err::<(), _>(7)), Err(7));
+        control.pause();
+
+        assert_eq!(control.lock().parked, 2);
+        control.end(Exit::Stopped);
+        [first, second].into_iter().for_each(|vcpu| vcpu.join().unwrap());
     }
 
     #[test]

@@ -2,7 +2,6 @@
 
 use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex};
-use std::thread::JoinHandle;
 use std::time::Duration;
 
 use arch::VmFd;
@@ -10,27 +9,31 @@ use devices::virtio::balloon::Host as BalloonHost;
 use devices::virtio::mem::Host as MemHost;
 use devices::virtio::vsock::Host as VsockHost;
 
+use crate::attachment::{AttachError, Attachment, DetachError, Slots, of_device};
+use crate::config::{ConfigError, DiskConfig, NetConfig};
 use crate::console::ConsoleLog;
 use crate::control::{Control, Exit};
 use crate::event_loop::EventLoop;
 use crate::memory::GuestRam;
-use crate::metrics::{Counter, Metrics, Record};
-use crate::peripherals::Ends;
+use crate::metrics::{DeviceCounts, Metrics, Record};
+use crate::peripherals::{self, Ends};
+use crate::placement::Loop;
+use crate::processors::{GrantError, Processors};
 
 /// A running virtual machine; dropping it stops the guest and joins every thread.
 ///
 /// The methods with `&self` may be called from any thread, in any order, also after the end.
 pub struct VmHandle {
     pub(crate) control: Arc<Control>,
-    pub(crate) vcpus: Vec<JoinHandle<()>>,
+    pub(crate) processors: Processors,
     pub(crate) console: ConsoleLog,
     pub(crate) ends: Ends,
-    pub(crate) counters: Vec<Arc<Mutex<Counter>>>,
     pub(crate) record: Record,
+    pub(crate) slots: Slots,
     /// Stopped before guest RAM goes: devices work on it.
     pub(crate) loops: Vec<EventLoop>,
     /// Closed after the vCPU threads are gone, and before guest RAM goes.
-    pub(crate) _vm: VmFd,
+    pub(crate) vm: VmFd,
     pub(crate) _ram: GuestRam,
 }
 
@@ -76,6 +79,48 @@ impl VmHandle {
         self.control.outcome()
     }
 
+    /// How many vCPUs the guest may use: those it started with, and those it was granted.
+    pub fn vcpus(&self) -> u8 {
+        self.processors.count()
+    }
+
+    /// Grants the guest vCPUs until it has `count`, at least what it has and at most what the
+    /// configuration allows. They are idle until the guest brings them online, which is up to an agent
+    /// there. Not for a thread of a device.
+    pub fn grant_vcpus(&self, count: u8) -> Result<(), GrantError> {
+        self.processors.grant(&self.vm, count)
+    }
+
+    /// Attaches a disk to the running machine: opens it, and puts it into a free place. The guest's
+    /// driver has to be bound to the place then. Not for a thread of a device.
+    pub fn attach_disk(&self, config: &DiskConfig) -> Result<Attachment, AttachError> {
+        config.validate().map_err(device_field)?;
+        let name = peripherals::disk_name(&config.id);
+        self.slots.attach(&self.vm, &self.loops, ("id", &name), Loop::Io, |_| {
+            Ok(Arc::new(Mutex::new(peripherals::open_disk(config)?)))
+        })
+    }
+
+    /// Takes an attached disk away, whether or not the guest has let go of it. Waits for the request
+    /// that is being served. Not for a thread of a device.
+    pub fn detach_disk(&self, id: &str) -> Result<(), DetachError> {
+        self.slots.detach(&self.vm, &self.loops, &peripherals::disk_name(id))
+    }
+
+    /// Attaches a network interface, as [`VmHandle::attach_disk`] does a disk.
+    pub fn attach_net(&self, config: &NetConfig) -> Result<Attachment, AttachError> {
+        config.validate().map_err(device_field)?;
+        let name = peripherals::net_name(&config.tap);
+        self.slots.attach(&self.vm, &self.loops, ("tap", &name), Loop::Vmm, |memory| {
+            Ok(Arc::new(Mutex::new(peripherals::open_net(0, config, memory)?)))
+        })
+    }
+
+    /// Takes the attached network interface on `tap` away, as [`VmHandle::detach_disk`] does a disk.
+    pub fn detach_net(&self, tap: &str) -> Result<(), DetachError> {
+        self.slots.detach(&self.vm, &self.loops, &peripherals::net_name(tap))
+    }
+
     /// The last lines the guest printed on its consoles: at most 8 KiB, without control characters.
     pub fn console_tail(&self) -> String {
         self.console.tail()
@@ -109,9 +154,10 @@ impl VmHandle {
     pub fn metrics(&self) -> Metrics {
         let first_entry_ns = self.control.first_entry_ns();
         let mut metrics = Metrics { first_entry_ns, ..self.record.metrics() };
-        for counter in &self.counters {
-            counter.lock().expect("nothing panics while it counts").add_to(&mut metrics.exits);
+        for (name, activity) in self.slots.activities() {
+            metrics.devices.insert(name, DeviceCounts::of(&activity));
         }
+        self.processors.add_to(&mut metrics.exits);
         metrics
     }
 }
@@ -119,10 +165,11 @@ impl VmHandle {
 impl Drop for VmHandle {
     fn drop(&mut self) {
         self.control.end(Exit::Stopped);
-        for vcpu in self.vcpus.drain(..) {
-            // A panic of that thread was printed by the thread.
-            let _ = vcpu.join();
-        }
+        self.processors.join();
         self.loops.clear();
     }
+}
+
+fn device_field(error: ConfigError) -> AttachError {
+    AttachError::Config(ConfigError { field: of_device(&error.field), ..error })
 }

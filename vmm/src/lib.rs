@@ -12,6 +12,7 @@
 //! devices that answer at once and, if there are any, one (`io`) for devices that block on files.
 //! The running machine is reached through its [`VmHandle`] only.
 
+mod attachment;
 mod builder;
 mod check;
 pub mod config;
@@ -27,9 +28,11 @@ mod metrics;
 mod peripherals;
 mod placement;
 mod pmem;
+mod processors;
 pub mod prometheus;
 mod vcpu;
 
+pub use attachment::{AttachError, Attachment, DetachError};
 pub use builder::Vmm;
 pub use check::check;
 pub use config::{
@@ -43,6 +46,7 @@ pub use footprint::{give_back_startup_memory, use_one_heap};
 pub use handle::VmHandle;
 pub use json::from_json;
 pub use metrics::{DeviceCounts, ExitCounts, Metrics};
+pub use processors::GrantError;
 
 /// The host's end of the guest's memory balloon.
 pub mod balloon {

@@ -42,6 +42,14 @@ pub struct DeviceCounts {
     pub chains: u64,
 }
 
+impl DeviceCounts {
+    /// What `activity` counted so far.
+    pub(crate) fn of(activity: &Activity) -> Self {
+        let counts = activity.counts();
+        DeviceCounts { kicks: counts.kicks, interrupts: counts.interrupts, chains: counts.chains }
+    }
+}
+
 /// How often vCPUs left the guest for user space, and why.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct ExitCounts {
@@ -87,14 +95,6 @@ pub struct Record {
 impl Record {
     /// The metrics of a VM whose vCPUs did nothing yet.
     pub fn metrics(&self) -> Metrics {
-        let counts = |activity: &Activity| {
-            let counts = activity.counts();
-            DeviceCounts {
-                kicks: counts.kicks,
-                interrupts: counts.interrupts,
-                chains: counts.chains,
-            }
-        };
         let devices = self.activities.iter();
         Metrics {
             started_ns: self.started_ns,
@@ -102,7 +102,9 @@ impl Record {
             devices_ns: self.devices_ns,
             loaded_ns: self.loaded_ns,
             built_ns: self.built_ns,
-            devices: devices.map(|(name, activity)| (name.clone(), counts(activity))).collect(),
+            devices: devices
+                .map(|(name, activity)| (name.clone(), DeviceCounts::of(activity)))
+                .collect(),
             ..Metrics::default()
         }
     }

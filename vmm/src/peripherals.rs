@@ -78,15 +78,24 @@ pub fn place_all(
     if let Some(vsock) = &config.vsock {
         host = Some(place_vsock(vsock, placement)?);
     }
-    config.disks.iter().try_for_each(|disk| place_disk(disk, placement))?;
+    for disk in &config.disks {
+        place(&disk_name(&disk.id), open_disk(disk)?, Loop::Io, placement)?;
+    }
     config.shares.iter().try_for_each(|share| place_share(share, placement))?;
-    (0..).zip(&config.nets).try_for_each(|(index, net)| place_net(index, net, placement))?;
+    for (index, net) in (0..).zip(&config.nets) {
+        let device = open_net(index, net, placement.memory())?;
+        place(&net_name(&net.tap), device, Loop::Vmm, placement)?;
+    }
     for file in files {
         place(&file.name, Pmem::new(file.start.0, file.bytes), Loop::Vmm, placement)?;
     }
     let balloon =
         config.balloon.as_ref().map(|balloon| place_balloon(balloon, placement)).transpose()?;
     let pluggable = pluggable.map(|region| place_mem(&region, placement)).transpose()?;
+    for number in 0..config.spare_slots {
+        let name = format!("(spare slot {number})");
+        placement.reserve().map_err(error_at(&name))?;
+    }
     let console = Some(console).filter(|_| !config.console.serial);
     Ok(Ends { console, vsock: host, balloon, pluggable })
 }
@@ -103,15 +112,24 @@ fn place_serial(log: &ConsoleLog, placement: &mut Placement<'_>) -> Result<(), E
     Ok(())
 }
 
-fn place_disk(config: &DiskConfig, placement: &mut Placement<'_>) -> Result<(), Error> {
-    let name = format!("disk {}", config.id);
+/// What log lines and metrics call a disk.
+pub fn disk_name(id: &str) -> String {
+    format!("disk {id}")
+}
+
+/// What log lines and metrics call a network interface.
+pub fn net_name(tap: &str) -> String {
+    format!("net {tap}")
+}
+
+/// Opens a disk.
+pub fn open_disk(config: &DiskConfig) -> Result<Block, Error> {
+    let name = disk_name(&config.id);
     let access = Access { read_only: config.read_only, direct: config.direct };
     let disk = Disk::open(&config.path, access).map_err(device(&name))?;
     let limiter = RateLimiter::new(config.rate_limit.limits()).map_err(device(&name))?;
     let ring = open_ring(config.engine, &name)?;
-    let block = Block::new(disk, &config.id, config.queues, limiter, ring);
-    place(&name, block, Loop::Io, placement)?;
-    Ok(())
+    Ok(Block::new(disk, &config.id, config.queues, limiter, ring))
 }
 
 fn open_ring(engine: DiskEngine, name: &str) -> Result<Option<Ring>, Error> {
@@ -150,8 +168,13 @@ fn place_vsock(config: &VsockConfig, placement: &mut Placement<'_>) -> Result<Vs
     Ok(handle)
 }
 
-fn place_net(index: usize, config: &NetConfig, placement: &mut Placement<'_>) -> Result<(), Error> {
-    let name = format!("net {}", config.tap);
+/// Opens network interface number `index` of a configuration, for a driver that works on `memory`.
+pub fn open_net(
+    index: usize,
+    config: &NetConfig,
+    memory: &GuestMemoryMmap,
+) -> Result<Net<Tap>, Error> {
+    let name = net_name(&config.tap);
     let taps = open_taps(config).map_err(|error| match error {
         TapError::Missing(tap) => Error::Config(ConfigError {
             field: format!("nets[{index}].tap"),
@@ -163,16 +186,14 @@ fn place_net(index: usize, config: &NetConfig, placement: &mut Placement<'_>) ->
         error => device(&name)(error),
     })?;
     let mac = config.mac_bytes().expect("validate() checked the address");
-    let vhost = open_vhost(config, &taps, placement.memory()).map_err(device(&name))?;
+    let vhost = open_vhost(config, &taps, memory).map_err(device(&name))?;
     let receive = RateLimiter::new(config.receive_limit.limits()).map_err(device(&name))?;
     let transmit = RateLimiter::new(config.transmit_limit.limits()).map_err(device(&name))?;
     let net = Net::new(taps, mac).limited(receive, transmit);
-    let net = match vhost {
+    Ok(match vhost {
         Some(vhost) => net.served_by(vhost),
         None => net,
-    };
-    place(&name, net, Loop::Vmm, placement)?;
-    Ok(())
+    })
 }
 
 /// The host's kernel as the one who serves the queues of `taps`, if `config` asks for it or it just

@@ -11,10 +11,12 @@ use devices::interrupt::IrqLine;
 use devices::virtio::VirtioDevice;
 use devices::virtio::activity::Activity;
 use devices::virtio::mmio::{MMIO_WINDOW, MmioTransport};
+use devices::virtio::slot::Slot;
 use devices::virtio::subscriber::Subscriber;
 use kvm_ioctls::IoEventAddress;
 use vm_allocator::{AddressAllocator, AllocPolicy, IdAllocator};
 use vm_memory::{GuestAddress, GuestMemoryMmap};
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::event_loop::BoxedSubscriber;
 use crate::vcpu::Buses;
@@ -29,6 +31,16 @@ pub enum Loop {
     Vmm,
     /// Devices that may block on files, and must never delay the others.
     Io,
+}
+
+impl Loop {
+    /// What its thread is called.
+    pub fn name(self) -> &'static str {
+        match self {
+            Loop::Vmm => "vmm",
+            Loop::Io => "io",
+        }
+    }
 }
 
 /// Which step of placing a device failed.
@@ -54,6 +66,26 @@ pub enum PlacementError {
     },
 }
 
+/// A place for a device that may come while the guest runs.
+pub struct SpareSlot {
+    /// Its number among all devices the guest is told about.
+    pub number: usize,
+    /// Where it is.
+    pub place: MmioDevice,
+    /// What the bus shows there.
+    pub slot: Arc<Mutex<Slot>>,
+}
+
+/// A device that is connected to KVM, but not on the bus yet.
+pub struct Wired {
+    /// What the bus has to show.
+    pub transport: MmioTransport,
+    /// What a loop has to serve.
+    pub subscriber: Subscriber,
+    /// Its interrupt line.
+    pub line: Arc<IrqLine>,
+}
+
 /// The machine while devices are being put into it.
 pub struct Placement<'a> {
     vm: &'a VmFd,
@@ -66,6 +98,7 @@ pub struct Placement<'a> {
     activities: Vec<(String, Arc<Activity>)>,
     vmm_loop: Vec<BoxedSubscriber>,
     io_loop: Vec<BoxedSubscriber>,
+    spares: Vec<SpareSlot>,
 }
 
 /// A machine that is complete.
@@ -80,6 +113,8 @@ pub struct Placed {
     pub vmm_loop: Vec<BoxedSubscriber>,
     /// What the `io` loop serves.
     pub io_loop: Vec<BoxedSubscriber>,
+    /// Where devices can come while the guest runs.
+    pub spares: Vec<SpareSlot>,
 }
 
 impl<'a> Placement<'a> {
@@ -103,6 +138,7 @@ impl<'a> Placement<'a> {
             activities: Vec::new(),
             vmm_loop: Vec::new(),
             io_loop: Vec::new(),
+            spares: Vec::new(),
         })
     }
 
@@ -118,36 +154,37 @@ impl<'a> Placement<'a> {
         device: Arc<Mutex<dyn VirtioDevice>>,
         served_by: Loop,
     ) -> Result<(), PlacementError> {
+        let place = self.find_place()?;
+        let wired = Wired::new(self.vm, self.memory, &place, name, device)?;
+        self.activities.push((name.to_owned(), wired.transport.activity().clone()));
+        let subscriber = Box::new(wired.subscriber);
+        match served_by {
+            Loop::Vmm => self.vmm_loop.push(subscriber),
+            Loop::Io => self.io_loop.push(subscriber),
+        }
+        self.place_at(Space::Memory, place.base.0, MMIO_WINDOW, wired.transport)
+    }
+
+    /// Keeps a place free for a device that may come while the guest runs.
+    pub fn reserve(&mut self) -> Result<(), PlacementError> {
+        let place = self.find_place()?;
+        let slot = Arc::new(Mutex::new(Slot::default()));
+        let range = place.base.0..place.base.0 + MMIO_WINDOW;
+        self.memory_bus.place(range, slot.clone()).map_err(PlacementError::Bus)?;
+        self.spares.push(SpareSlot { number: self.placed.len() - 1, place, slot });
+        Ok(())
+    }
+
+    /// The next free window and interrupt line, which the guest is told about.
+    fn find_place(&mut self) -> Result<MmioDevice, PlacementError> {
         let window = self
             .windows
             .allocate(MMIO_WINDOW, MMIO_WINDOW, AllocPolicy::FirstMatch)
             .map_err(PlacementError::Full)?;
         let gsi = self.lines.allocate_id().map_err(PlacementError::Full)?;
-        let line = self.irq_line(gsi)?;
-        let transport = MmioTransport::new(self.memory.clone(), device.clone(), line)
-            .map_err(PlacementError::Eventfd)?;
-
-        let mut kicks = Vec::with_capacity(transport.kicks().len());
-        let notify = IoEventAddress::Mmio(window.start() + QUEUE_NOTIFY);
-        for (queue, kick) in (0u32..).zip(transport.kicks()) {
-            if !transport.serves_at_once(queue as usize) {
-                self.vm.register_ioevent(kick, &notify, queue).map_err(|source| {
-                    PlacementError::Connect { what: "queue notification", source }
-                })?;
-            }
-            kicks.push(kick.try_clone().map_err(PlacementError::Eventfd)?);
-        }
-        let activity = transport.activity().clone();
-        self.activities.push((name.to_owned(), activity.clone()));
-        let subscriber = Box::new(Subscriber::new(name.to_owned(), kicks, device, activity));
-        match served_by {
-            Loop::Vmm => self.vmm_loop.push(subscriber),
-            Loop::Io => self.io_loop.push(subscriber),
-        }
-
-        let base = GuestAddress(window.start());
-        self.placed.push(MmioDevice { base, size: MMIO_WINDOW, gsi });
-        self.place_at(Space::Memory, base.0, MMIO_WINDOW, transport)
+        let place = MmioDevice { base: GuestAddress(window.start()), size: MMIO_WINDOW, gsi };
+        self.placed.push(place);
+        Ok(place)
     }
 
     /// Places a device of the platform at `size` addresses from `base` on.
@@ -167,11 +204,7 @@ impl<'a> Placement<'a> {
 
     /// An interrupt line that raises `gsi`.
     pub fn irq_line(&self, gsi: u32) -> Result<Arc<IrqLine>, PlacementError> {
-        let line = IrqLine::new().map_err(PlacementError::Eventfd)?;
-        self.vm
-            .register_irqfd(line.event(), gsi)
-            .map_err(|source| PlacementError::Connect { what: "interrupt", source })?;
-        Ok(Arc::new(line))
+        irq_line(self.vm, gsi)
     }
 
     /// Freezes the machine.
@@ -182,6 +215,63 @@ impl<'a> Placement<'a> {
             buses: Buses { memory: self.memory_bus.build(), ports: self.ports.build() },
             vmm_loop: self.vmm_loop,
             io_loop: self.io_loop,
+            spares: self.spares,
         }
     }
+}
+
+impl Wired {
+    /// Connects `device`, called `name` in log lines, to KVM at `place`.
+    pub fn new(
+        vm: &VmFd,
+        memory: &GuestMemoryMmap,
+        place: &MmioDevice,
+        name: &str,
+        device: Arc<Mutex<dyn VirtioDevice>>,
+    ) -> Result<Self, PlacementError> {
+        let line = irq_line(vm, place.gsi)?;
+        let transport = MmioTransport::new(memory.clone(), device.clone(), line.clone())
+            .map_err(PlacementError::Eventfd)?;
+        let connected = connect_kicks(vm, place, &transport);
+        let kicks = connected.inspect_err(|_| unwire(vm, place, &transport, &line))?;
+        let activity = transport.activity().clone();
+        let subscriber = Subscriber::new(name.to_owned(), kicks, device, activity);
+        Ok(Wired { transport, subscriber, line })
+    }
+}
+
+/// Has KVM signal the eventfd of each queue that the driver kicks; returns another end of each.
+fn connect_kicks(
+    vm: &VmFd,
+    place: &MmioDevice,
+    transport: &MmioTransport,
+) -> Result<Vec<EventFd>, PlacementError> {
+    let notify = IoEventAddress::Mmio(place.base.0 + QUEUE_NOTIFY);
+    let mut kicks = Vec::with_capacity(transport.kicks().len());
+    for (queue, kick) in (0u32..).zip(transport.kicks()) {
+        if !transport.serves_at_once(queue as usize) {
+            vm.register_ioevent(kick, &notify, queue)
+                .map_err(|source| PlacementError::Connect { what: "queue notification", source })?;
+        }
+        kicks.push(kick.try_clone().map_err(PlacementError::Eventfd)?);
+    }
+    Ok(kicks)
+}
+
+/// Disconnects a device at `place` from KVM, however far it was connected.
+pub fn unwire(vm: &VmFd, place: &MmioDevice, transport: &MmioTransport, line: &IrqLine) {
+    let notify = IoEventAddress::Mmio(place.base.0 + QUEUE_NOTIFY);
+    for (queue, kick) in (0u32..).zip(transport.kicks()) {
+        // It only fails for what is not connected.
+        let _ = vm.unregister_ioevent(kick, &notify, queue);
+    }
+    let _ = vm.unregister_irqfd(line.event(), place.gsi);
+}
+
+/// An interrupt line that raises `gsi`.
+fn irq_line(vm: &VmFd, gsi: u32) -> Result<Arc<IrqLine>, PlacementError> {
+    let line = IrqLine::new().map_err(PlacementError::Eventfd)?;
+    vm.register_irqfd(line.event(), gsi)
+        .map_err(|source| PlacementError::Connect { what: "interrupt", source })?;
+    Ok(Arc::new(line))
 }

@@ -255,3 +255,190 @@ fn a_check_of_a_right_configuration_says_nothing() {
     assert_eq!(output.status.code(), Some(0), "{output:?}");
     assert!(output.stderr.is_empty(), "{output:?}");
 }
+
+/// `(status, field, rule)` of the refusal.
+fn refusal(program: &Program, method: &str, path: &str, body: &Value) -> (u16, String, String) {
+    let (status, answer) = program.ask(method, path, &body.to_string());
+    let answer: Value =
+        serde_json::from_str(&answer).unwrap_or_else(|_| panic!("{status}: {answer}"));
+    let text = |name| answer["error"][name].as_str().unwrap().to_owned();
+    (status, text("field"), text("rule"))
+}
+
+fn assert_refused(program: &Program, request: (&str, &str, Value), expected: (u16, &str, &str)) {
+    let (method, path, body) = request;
+    let (status, field, rule) = refusal(program, method, path, &body);
+    assert_eq!((status, &*field), (expected.0, expected.1), "{path} {body}: {rule}");
+    assert!(rule.contains(expected.2), "{path} {body}: {rule}");
+}
+
+/// How many vCPU threads a process has.
+fn threads(process: u32) -> usize {
+    let tasks = std::fs::read_dir(format!("/proc/{process}/task")).unwrap();
+    let names = tasks.map(|task| std::fs::read_to_string(task.unwrap().path().join("comm")));
+    names.filter(|name| name.as_ref().is_ok_and(|name| name.starts_with("vcpu"))).count()
+}
+
+#[test]
+#[ignore = "needs /dev/kvm"]
+fn vcpus_are_granted_up_to_the_limit_and_stop_with_the_machine() {
+    let program = Program::start(&[print_for_ever(b'x')], &["--max-vcpus=4"]);
+    program.wait_for_writes_beyond(0);
+    // A thread gives itself its name.
+    let await_threads = |count: usize| {
+        let deadline = Instant::now() + PATIENCE;
+        while threads(program.child.id()) != count {
+            assert!(Instant::now() < deadline, "there are not {count} vCPU threads");
+        }
+    };
+    assert_eq!(program.get("/v1/vm/vcpus"), json!({"count": 1, "max_vcpus": 4}));
+    await_threads(1);
+
+    let put = |count: u8| ("PUT", "/v1/vm/vcpus", json!({ "count": count }));
+    let (status, answer) = program.ask("PUT", "/v1/vm/vcpus", r#"{"count": 3}"#);
+    assert_eq!((status, answer), (200, r#"{"count":3,"max_vcpus":4}"#.to_owned()));
+    await_threads(3);
+    assert_refused(&program, put(2), (400, "count", "must be 3 to 4"));
+    assert_refused(&program, put(5), (400, "count", "must be 3 to 4"));
+
+    // Those that came later take part in everything.
+    assert_eq!(program.become_state("paused"), 204);
+    assert_eq!(program.ask("PUT", "/v1/vm/vcpus", r#"{"count": 4}"#).0, 200);
+    assert_eq!(program.become_state("running"), 204);
+    assert_eq!(program.become_state("paused"), 204);
+    assert_eq!(program.become_state("stopped"), 204);
+    assert_eq!(program.ended().status.code(), Some(5));
+}
+
+#[test]
+#[ignore = "needs /dev/kvm"]
+fn memory_is_asked_for_as_far_as_there_is_any() {
+    let program = Program::start(
+        &[print_for_ever(b'x')],
+        &["--pluggable-memory=256", "--balloon=statistics"],
+    );
+    program.wait_for_writes_beyond(0);
+    let memory = |pluggable: u32| {
+        json!({"size_mib": 32, "max_pluggable_mib": 256, "pluggable_mib": pluggable,
+               "plugged_mib": 0})
+    };
+    assert_eq!(program.get("/v1/vm/memory"), memory(0));
+
+    let (status, answer) = program.ask("PUT", "/v1/vm/memory", r#"{"pluggable_mib": 128}"#);
+    assert_eq!((status, serde_json::from_str(&answer).unwrap()), (200, memory(128)));
+    let put = |mib: u32| ("PUT", "/v1/vm/memory", json!({ "pluggable_mib": mib }));
+    assert_refused(&program, put(127), (400, "pluggable_mib", "multiple of 2"));
+    assert_refused(&program, put(258), (400, "pluggable_mib", "up to 256"));
+    assert_eq!(program.get("/v1/vm/memory"), memory(128));
+
+    assert_eq!(program.ask("PUT", "/v1/vm/balloon", r#"{"target_mib": 8}"#).0, 204);
+    let put = |mib: u32| ("PUT", "/v1/vm/balloon", json!({ "target_mib": mib }));
+    assert_refused(&program, put(32), (400, "target_mib", "must be 0 to 31, not 32"));
+    let balloon = program.get("/v1/vm/balloon");
+    // This guest has no driver.
+    assert_eq!((&balloon["target_mib"], &balloon["size_mib"]), (&json!(8), &json!(0)));
+    assert_eq!(balloon["statistics"], Value::Null);
+    assert_eq!(program.become_state("stopped"), 204);
+}
+
+#[test]
+#[ignore = "needs /dev/kvm"]
+fn what_the_machine_was_built_without_is_refused() {
+    let program = Program::start(&[print_for_ever(b'x')], &["--paused"]);
+    let disk = json!({"id": "a", "path": "/dev/null"});
+    let requests = [
+        ("PUT", "/v1/vm/memory", json!({"pluggable_mib": 128}), "pluggable_mib"),
+        ("PUT", "/v1/vm/balloon", json!({"target_mib": 1}), "balloon"),
+        ("GET", "/v1/vm/balloon", Value::Null, "balloon"),
+        ("POST", "/v1/vm/disks", disk, "spare_slots"),
+    ];
+
+    for (method, path, body, _) in requests.clone() {
+        assert_refused(&program, (method, path, body), (409, "state", "is created"));
+    }
+    assert_eq!(program.become_state("running"), 204);
+    for (method, path, body, field) in requests {
+        assert_refused(&program, (method, path, body), (409, field, "built with"));
+    }
+    for path in ["/v1/vm/vcpus", "/v1/vm/disks", "/v1/vm/disks/a", "/v1/vm/nets/t"] {
+        assert_refused(&program, ("PATCH", path, Value::Null), (405, "method", "must be"));
+    }
+    assert_eq!(program.become_state("stopped"), 204);
+}
+
+#[test]
+#[ignore = "needs /dev/kvm"]
+fn disks_come_and_go_and_a_wrong_one_changes_nothing() {
+    let image = tempfile::NamedTempFile::new().unwrap();
+    image.as_file().set_len(1 << 20).unwrap();
+    let boot = format!("--disk=id=boot,path={}", image.path().display());
+    let program = Program::start(&[print_for_ever(b'x')], &["--spare-slots=2", &boot]);
+    program.wait_for_writes_beyond(0);
+    let disk = |id: &str| json!({"id": id, "path": image.path(), "read_only": true});
+    let post = |body: Value| ("POST", "/v1/vm/disks", body);
+    let delete = |id: &str| ("DELETE", format!("/v1/vm/disks/{id}"));
+    let open = || {
+        let fds = std::fs::read_dir(format!("/proc/{}/fd", program.child.id())).unwrap();
+        let files = fds.filter_map(|fd| std::fs::read_link(fd.unwrap().path()).ok());
+        files.filter(|file| file == image.path()).count()
+    };
+
+    // Console, entropy and the disk of the start are devices 0 to 2.
+    let (status, answer) = program.ask("POST", "/v1/vm/disks", &disk("one").to_string());
+    assert_eq!(status, 201, "{answer}");
+    let place: Value = serde_json::from_str(&answer).unwrap();
+    assert_eq!(place, json!({"number": 3, "names": ["virtio-mmio.3", "LNRO0005:03"]}));
+    assert_eq!(open(), 2);
+    assert_refused(&program, post(disk("one")), (400, "id", "disk one is there already"));
+    assert_refused(&program, post(disk("boot")), (400, "id", "disk boot is there already"));
+    assert_refused(&program, post(json!({"id": "x"})), (400, "(document)", "path"));
+    let queues = json!({"id": "x", "path": image.path(), "queues": 0});
+    assert_refused(&program, post(queues), (400, "queues", "must be 1 to"));
+    let missing = json!({"id": "x", "path": "/nowhere/disk"});
+    assert_refused(&program, post(missing), (400, "(document)", "No such file"));
+
+    assert_eq!(program.ask("POST", "/v1/vm/disks", &disk("two").to_string()).0, 201);
+    assert_refused(&program, post(disk("three")), (409, "spare_slots", "spare_slots = 2"));
+    let (method, path) = delete("boot");
+    assert_refused(&program, (method, &path, Value::Null), (409, "id", "was there when"));
+    let (method, path) = delete("three");
+    assert_refused(&program, (method, &path, Value::Null), (404, "id", "no disk three"));
+    assert_eq!(program.get("/v1/vm")["config"]["disks"].as_array().unwrap().len(), 3);
+    assert!(program.get("/v1/metrics")["devices"]["disk two"].is_object());
+
+    let (method, path) = delete("one");
+    assert_eq!(program.ask(method, &path, "").0, 204);
+    assert_eq!(open(), 2);
+    let (_, answer) = program.ask("POST", "/v1/vm/disks", &disk("three").to_string());
+    assert_eq!(serde_json::from_str::<Value>(&answer).unwrap()["number"], 3, "{answer}");
+
+    program.wait_for_writes_beyond(program.writes());
+    assert_eq!(program.become_state("paused"), 204);
+    assert_refused(&program, post(disk("four")), (409, "state", "is paused"));
+    assert_eq!(program.become_state("stopped"), 204);
+    assert_eq!(program.ended().status.code(), Some(5));
+}
+
+#[test]
+#[ignore = "needs /dev/kvm and CAP_NET_ADMIN"]
+fn interfaces_come_and_go_and_a_wrong_one_changes_nothing() {
+    let program = Program::start(&[print_for_ever(b'x')], &["--spare-slots=1"]);
+    program.wait_for_writes_beyond(0);
+    let net = |tap: &str, create: bool| json!({"tap": tap, "create": create, "vhost": "off", "mac": "02:00:00:00:00:01"});
+    let post = |body: Value| ("POST", "/v1/vm/nets", body);
+    let exists = || std::path::Path::new("/sys/class/net/vmmapi0").exists();
+
+    assert_refused(&program, post(net("vmmapi0", false)), (400, "tap", "must name a tap"));
+    assert_refused(&program, post(json!({"tap": "t", "mac": "x"})), (400, "mac", "address of one"));
+    let (status, answer) = program.ask("POST", "/v1/vm/nets", &net("vmmapi0", true).to_string());
+    assert_eq!(status, 201, "{answer}");
+    assert!(exists());
+    assert_refused(&program, post(net("vmmapi0", true)), (400, "tap", "is there already"));
+
+    assert_eq!(program.ask("DELETE", "/v1/vm/nets/vmmapi0", "").0, 204);
+    assert!(!exists());
+    let again = ("DELETE", "/v1/vm/nets/vmmapi0", Value::Null);
+    assert_refused(&program, again, (404, "tap", "no net vmmapi0"));
+    program.wait_for_writes_beyond(program.writes());
+    assert_eq!(program.become_state("stopped"), 204);
+}

@@ -154,6 +154,7 @@ pub(super) fn config(
     };
     VmConfig {
         vcpus: size.vcpus,
+        max_vcpus: None,
         memory: MemoryConfig { size_mib: size.memory_mib, ..MemoryConfig::default() },
         boot: BootConfig {
             kernel: settings.kernel.clone(),
@@ -168,6 +169,7 @@ pub(super) fn config(
         vsock: Some(VsockConfig { cid: GUEST_CID, socket: None }),
         rng: true,
         balloon: Some(BalloonConfig { free_page_reporting: true, ..BalloonConfig::default() }),
+        spare_slots: 0,
     }
 }
 

@@ -66,6 +66,11 @@ impl DiskConfig {
             rate_limit: RateLimitConfig::default(),
         }
     }
+
+    /// Checks every rule that needs no look at the host.
+    pub(crate) fn validate(&self) -> Result<(), ConfigError> {
+        validate(std::slice::from_ref(self))
+    }
 }
 
 /// Checks every rule about `disks` that needs no look at the host.

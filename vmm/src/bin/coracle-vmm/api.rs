@@ -5,8 +5,10 @@ use vmm::{VmConfig, from_json, prometheus};
 
 use crate::http::{Request, Response};
 use crate::machine::{Error, Machine, State};
+use crate::resources;
 
-const PATHS: &str = "must be /v1/vm, /v1/vm/state, /v1/metrics or /metrics";
+const PATHS: &str = "must be /v1/vm, /v1/vm/{state,vcpus,memory,balloon,disks,nets}, /v1/metrics or \
+                     /metrics";
 
 #[derive(Serialize)]
 struct Vm<'a> {
@@ -43,7 +45,8 @@ pub fn answer(machine: &mut Machine, request: &Request) -> Response {
             Response::text(prometheus::CONTENT_TYPE, machine.metrics().to_prometheus())
         }
         "/v1/vm" | "/v1/metrics" | "/metrics" => Response::wrong_method("GET"),
-        _ => Response::failure(404, "path", PATHS),
+        _ => resources::answer(machine, request)
+            .unwrap_or_else(|| Response::failure(404, "path", PATHS)),
     }
 }
 

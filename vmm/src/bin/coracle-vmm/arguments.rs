@@ -7,10 +7,13 @@ use anyhow::Context;
 use clap::Parser;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
-use vmm::{ConsoleOutput, DiskConfig, NetConfig, ShareConfig, VmConfig, VsockConfig};
+use vmm::{
+    BalloonConfig, ConsoleOutput, DiskConfig, NetConfig, PmemConfig, ShareConfig, VmConfig,
+    VsockConfig,
+};
 
 /// Fields of devices that are numbers; the others are text, even if it looks like a number.
-const NUMBERS: [&str; 3] = ["cid", "queue_pairs", "queues"];
+const NUMBERS: [&str; 4] = ["cid", "queue_pairs", "queues", "target_mib"];
 
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -42,9 +45,15 @@ pub struct Arguments {
     /// Number of virtual processors; overrides vcpus
     #[arg(long, value_name = "N")]
     vcpus: Option<u8>,
+    /// How many of them there can be once more are granted; overrides max_vcpus
+    #[arg(long, value_name = "N")]
+    max_vcpus: Option<u8>,
     /// Guest memory in MiB; overrides memory.size_mib
     #[arg(long, value_name = "MIB")]
     memory: Option<u32>,
+    /// How much more can be plugged in, in MiB; overrides memory.pluggable_mib
+    #[arg(long, value_name = "MIB")]
+    pluggable_memory: Option<u32>,
     /// Let the host merge equal pages of different guests; sets memory.mergeable
     #[arg(long)]
     mergeable: bool,
@@ -67,6 +76,15 @@ pub struct Arguments {
     /// Give the guest a socket device, as cid=3,socket=vm.sock; overrides vsock
     #[arg(long, value_name = "FIELDS", value_parser = fields::<VsockConfig>)]
     vsock: Option<VsockConfig>,
+    /// Map a file into guest memory, as id=image,path=image.erofs,read_only
+    #[arg(long = "pmem", value_name = "FIELDS", value_parser = fields::<PmemConfig>)]
+    pmem: Vec<PmemConfig>,
+    /// Give the guest a memory balloon, as target_mib=64,deflate_on_oom,statistics; overrides balloon
+    #[arg(long, value_name = "FIELDS", value_parser = fields::<BalloonConfig>)]
+    balloon: Option<BalloonConfig>,
+    /// How many disks and network interfaces can be attached while it runs; overrides spare_slots
+    #[arg(long, value_name = "N")]
+    spare_slots: Option<u8>,
     /// Leave the entropy device out; clears rng
     #[arg(long)]
     no_rng: bool,
@@ -101,6 +119,13 @@ impl Arguments {
         if self.vsock.is_some() {
             config.vsock.clone_from(&self.vsock);
         }
+        config.pmem.extend_from_slice(&self.pmem);
+        if self.balloon.is_some() {
+            config.balloon.clone_from(&self.balloon);
+        }
+        if let Some(slots) = self.spare_slots {
+            config.spare_slots = slots;
+        }
         config.rng &= !self.no_rng;
         Ok(config)
     }
@@ -120,6 +145,10 @@ impl Arguments {
         }
         if let Some(memory) = self.memory {
             config.memory.size_mib = memory;
+        }
+        config.max_vcpus = self.max_vcpus.or(config.max_vcpus);
+        if let Some(pluggable) = self.pluggable_memory {
+            config.memory.pluggable_mib = pluggable;
         }
         config.memory.mergeable |= self.mergeable;
         if self.console {
@@ -164,6 +193,24 @@ mod tests {
         let disk = DiskConfig { read_only: true, ..DiskConfig::new("a", "/d=1".into()) };
         assert_eq!(config.disks, [disk]);
         assert_eq!(config.vsock, Some(VsockConfig { cid: 3, socket: Some("/s".into()) }));
+    }
+
+    #[test]
+    fn what_can_change_later_is_asked_for_by_flags() {
+        let config = parse(&[
+            "--max-vcpus=4",
+            "--pluggable-memory=512",
+            "--spare-slots=2",
+            "--balloon=target_mib=64,statistics",
+            "--pmem=id=image,path=/image,read_only",
+        ]);
+
+        assert_eq!((config.most_vcpus(), config.spare_slots), (4, 2));
+        assert_eq!(config.memory.pluggable_mib, 512);
+        let balloon =
+            BalloonConfig { target_mib: 64, statistics: true, ..BalloonConfig::default() };
+        assert_eq!(config.balloon, Some(balloon));
+        assert_eq!((config.pmem[0].id.as_str(), config.pmem[0].read_only), ("image", true));
     }
 
     #[test]

@@ -88,9 +88,22 @@ impl Machine {
         Ok(Machine { config, is_interactive, stage })
     }
 
-    /// What it was built from.
+    /// What it was built from, and what was attached to it since.
     pub fn config(&self) -> &VmConfig {
         &self.config
+    }
+
+    /// The same, for what comes and goes while it runs.
+    pub fn config_mut(&mut self) -> &mut VmConfig {
+        &mut self.config
+    }
+
+    /// The machine while it runs or is paused.
+    pub fn handle(&self) -> Option<&VmHandle> {
+        match &self.stage {
+            Stage::Started { vm, .. } if !vm.has_ended() => Some(vm),
+            _ => None,
+        }
     }
 
     /// What it is doing.

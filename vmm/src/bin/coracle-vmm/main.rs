@@ -6,6 +6,7 @@ mod arguments;
 mod http;
 mod logger;
 mod machine;
+mod resources;
 mod server;
 mod signals;
 mod terminal;

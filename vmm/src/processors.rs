@@ -1,0 +1,149 @@
+//! The vCPUs of a running machine: those it started with, and those that are granted to it later.
+//!
+//! A vCPU that is not granted costs the host nothing: neither KVM nor the scheduler knows of it. The
+//! guest knows all of them, and finds that one which is not granted does not start. Once granted, a
+//! vCPU stays: KVM takes none back. A guest that takes it offline lets its thread sleep.
+
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::thread::JoinHandle;
+
+use arch::machine::Entry;
+use arch::{Arch, ArchError, Host, Kvm, VcpuFd, VmFd};
+use vm_memory::GuestMemoryMmap;
+
+use crate::control::Control;
+use crate::metrics::{Counter, ExitCounts};
+use crate::vcpu::{Buses, Vcpu};
+
+/// Why a machine did not get more vCPUs.
+#[derive(Debug, thiserror::Error)]
+pub enum GrantError {
+    /// It has more already, or can never have so many.
+    #[error(
+        "must be {least} to {most}: the machine has {least} vCPUs, which it keeps, and `max_vcpus` \
+         is {most}"
+    )]
+    Count {
+        /// How many it has.
+        least: u8,
+        /// How many it can have.
+        most: u8,
+    },
+    /// KVM refused to make one.
+    #[error("create a vCPU")]
+    Create(#[source] kvm_ioctls::Error),
+    /// KVM refused its registers.
+    #[error("set a vCPU's registers")]
+    Reset(#[source] ArchError),
+    /// The host cannot run another thread.
+    #[error("start a vCPU thread")]
+    Start(#[source] std::io::Error),
+}
+
+/// What every vCPU of a machine shares.
+pub struct Shared {
+    /// Guest RAM, for exits that refer to it.
+    pub memory: GuestMemoryMmap,
+    /// Where accesses go.
+    pub buses: Arc<Buses>,
+    /// Run, pause or stop.
+    pub control: Arc<Control>,
+}
+
+/// What it takes to make another vCPU.
+pub struct Maker {
+    /// KVM itself, which knows what a vCPU can do.
+    pub kvm: Kvm,
+    /// Where the first vCPU started.
+    pub entry: Entry,
+}
+
+/// The vCPUs of a running machine.
+pub struct Processors {
+    shared: Shared,
+    /// Not there for a machine that has all its vCPUs from the start.
+    maker: Option<Maker>,
+    most: u8,
+    granted: Mutex<Granted>,
+}
+
+struct Granted {
+    threads: Vec<JoinHandle<()>>,
+    counters: Vec<Arc<Mutex<Counter>>>,
+}
+
+impl Processors {
+    /// None yet, of `most` in all.
+    pub fn new(shared: Shared, maker: Option<Maker>, most: u8) -> Self {
+        let granted = Granted { threads: Vec::new(), counters: Vec::new() };
+        Processors { shared, maker, most, granted: Mutex::new(granted) }
+    }
+
+    /// Starts the thread of the next vCPU, whose registers are set.
+    pub fn start(&self, fd: VcpuFd) -> std::io::Result<()> {
+        self.lock().start(&self.shared, fd)
+    }
+
+    /// How many there are.
+    pub fn count(&self) -> u8 {
+        self.lock().count()
+    }
+
+    /// Makes vCPUs until there are `count`, each waiting for the guest to start it.
+    pub fn grant(&self, vm: &VmFd, count: u8) -> Result<(), GrantError> {
+        let mut granted = self.lock();
+        let (least, most) = (granted.count(), self.most);
+        if !(least..=most).contains(&count) {
+            return Err(GrantError::Count { least, most });
+        }
+        let Some(maker) = &self.maker else { return Ok(()) };
+        for index in least..count {
+            let fd = vm.create_vcpu(index.into()).map_err(GrantError::Create)?;
+            Host::reset_vcpu(&maker.kvm, &fd, index, most, &maker.entry)
+                .map_err(GrantError::Reset)?;
+            let control = &self.shared.control;
+            control.add_vcpu(|| granted.start(&self.shared, fd)).map_err(GrantError::Start)?;
+        }
+        Ok(())
+    }
+
+    /// Adds what all of them did to `sum`.
+    pub fn add_to(&self, sum: &mut ExitCounts) {
+        for counter in &self.lock().counters {
+            counter.lock().expect("nothing panics while it counts").add_to(sum);
+        }
+    }
+
+    /// Waits until the threads of a machine that ended are gone.
+    pub fn join(&self) {
+        for thread in self.lock().threads.drain(..) {
+            // A panic of that thread was printed by the thread.
+            let _ = thread.join();
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Granted> {
+        self.granted.lock().expect("nothing panics while it starts a thread")
+    }
+}
+
+impl Granted {
+    fn count(&self) -> u8 {
+        u8::try_from(self.threads.len()).expect("no more than the configuration allows")
+    }
+
+    fn start(&mut self, shared: &Shared, fd: VcpuFd) -> std::io::Result<()> {
+        let counter = Arc::new(Mutex::new(Counter::default()));
+        let vcpu = Vcpu {
+            index: self.count(),
+            fd,
+            memory: shared.memory.clone(),
+            buses: shared.buses.clone(),
+            control: shared.control.clone(),
+            counter: counter.clone(),
+        };
+        self.threads.push(vcpu.start()?);
+        self.counters.push(counter);
+        Ok(())
+    }
+}
