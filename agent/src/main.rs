@@ -13,6 +13,7 @@ mod kmsg;
 mod lifecycle;
 mod limits;
 mod network;
+mod processors;
 mod reaper;
 mod server;
 mod stdio;

@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use agent_protocol::frame::FrameError;
@@ -28,7 +28,7 @@ use crate::failure::{Context, failed, failed_with};
 use crate::greeting::{Greeting, Progress};
 use crate::lifecycle::Pending;
 use crate::stdio::{CHUNK_BYTES, Stdio, set_non_blocking};
-use crate::{HOST_CID, init, reaper};
+use crate::{HOST_CID, init, processors, reaper};
 
 /// Streams that may wait for their hello or their process. The host opens three per process before
 /// it asks for that, and processes are made one by one: this many it may ask for at once.
@@ -222,6 +222,9 @@ impl Server {
             Request::Resume { container } => self.freeze(&container, false),
             Request::Update { container, files } => {
                 self.container(&container)?.cgroup.write_files(&files)
+            }
+            Request::SetProcessors { online } => {
+                processors::set_online(Path::new(processors::PROCESSORS), online)
             }
             Request::Processes { container } => return self.list(&container),
             Request::Stats { container } => {
