@@ -16,7 +16,8 @@ use tempfile::TempDir;
 const PATIENCE: Duration = Duration::from_secs(20);
 
 struct Program {
-    child: Child,
+    /// There until somebody waits for it.
+    child: Option<Child>,
     folder: TempDir,
     _payload: Payload,
 }
@@ -36,7 +37,11 @@ impl Program {
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();
-        Program { child, folder, _payload: payload }
+        Program { child: Some(child), folder, _payload: payload }
+    }
+
+    fn id(&self) -> u32 {
+        self.child.as_ref().unwrap().id()
     }
 
     fn socket(&self) -> PathBuf {
@@ -88,8 +93,18 @@ impl Program {
         }
     }
 
-    fn ended(self) -> Output {
-        self.child.wait_with_output().unwrap()
+    fn ended(mut self) -> Output {
+        self.child.take().unwrap().wait_with_output().unwrap()
+    }
+}
+
+impl Drop for Program {
+    /// A test that failed leaves no guest behind that runs for ever.
+    fn drop(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
     }
 }
 
@@ -210,7 +225,7 @@ fn sockets_go_with_a_program_that_a_signal_ends() {
     let program = Program::start(&[HANG.to_vec()], &[&flag]);
     program.get("/v1/vm");
     assert!(vsock.exists());
-    let (process, socket) = (program.child.id(), program.socket());
+    let (process, socket) = (program.id(), program.socket());
 
     // SAFETY: the process is a child that was not waited for, so its number is its own.
     assert_eq!(unsafe { libc::kill(i32::try_from(process).unwrap(), libc::SIGTERM) }, 0);
@@ -287,7 +302,7 @@ fn vcpus_are_granted_up_to_the_limit_and_stop_with_the_machine() {
     // A thread gives itself its name.
     let await_threads = |count: usize| {
         let deadline = Instant::now() + PATIENCE;
-        while threads(program.child.id()) != count {
+        while threads(program.id()) != count {
             assert!(Instant::now() < deadline, "there are not {count} vCPU threads");
         }
     };
@@ -378,7 +393,7 @@ fn disks_come_and_go_and_a_wrong_one_changes_nothing() {
     let post = |body: Value| ("POST", "/v1/vm/disks", body);
     let delete = |id: &str| ("DELETE", format!("/v1/vm/disks/{id}"));
     let open = || {
-        let fds = std::fs::read_dir(format!("/proc/{}/fd", program.child.id())).unwrap();
+        let fds = std::fs::read_dir(format!("/proc/{}/fd", program.id())).unwrap();
         let files = fds.filter_map(|fd| std::fs::read_link(fd.unwrap().path()).ok());
         files.filter(|file| file == image.path()).count()
     };
