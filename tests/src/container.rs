@@ -14,16 +14,21 @@ pub struct Container {
 impl Container {
     /// Creates a container that will run `args`.
     pub fn create(id: &'static str, args: &[&str]) -> Self {
-        Container::launch("create", id, args)
+        Container::launch("create", id, Bundle::new(args))
     }
 
     /// Creates and starts a container that runs `args`.
     pub fn running(id: &'static str, args: &[&str]) -> Self {
-        Container::launch("run --detach", id, args)
+        Container::launch("run --detach", id, Bundle::new(args))
     }
 
-    fn launch(verb: &str, id: &'static str, args: &[&str]) -> Self {
-        let container = Container { id, bundle: Bundle::new(args) };
+    /// Creates and starts the container of `bundle`.
+    pub fn running_bundle(id: &'static str, bundle: Bundle) -> Self {
+        Container::launch("run --detach", id, bundle)
+    }
+
+    fn launch(verb: &str, id: &'static str, bundle: Bundle) -> Self {
+        let container = Container { id, bundle };
         let bundle = container.bundle.path().display().to_string();
         // A file and no pipe of ours: the workload would hold that open until it ends.
         let launched = shell(&format!(

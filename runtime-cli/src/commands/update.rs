@@ -71,11 +71,11 @@ pub fn run(globals: &Globals, args: &Args) -> anyhow::Result<()> {
         None => from_flags(args)?,
     };
     let files = translate::cgroup_files(&resources)?;
-    sandbox::limit(&state, &resources)?;
-    if files.is_empty() {
-        return Ok(());
-    }
-    Ok(Client::connect(&dir)?.update(files)?)
+    let client = Client::connect(&dir)?;
+    let room = client.room()?;
+    let change = room.change(&resources)?;
+    sandbox::limit(&state, &resources, &room, change)?;
+    Ok(client.update(change, files)?)
 }
 
 fn read(path: &Path) -> anyhow::Result<LinuxResources> {

@@ -48,6 +48,8 @@ pub(super) enum Asker {
     Start(u64),
     /// The client that freezes (`true`) or thaws it.
     Freeze(u64, bool),
+    /// The client that changes the machine, and still has these cgroup files to be written.
+    Update(u64, Vec<(String, String)>),
     /// The client that starts a process of this name.
     Exec(u64, String),
 }

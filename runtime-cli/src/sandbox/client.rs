@@ -8,6 +8,7 @@ use agent_protocol::{ExitStatus, ProcessInfo, Stats, WindowSize, frame};
 
 use super::Error;
 use super::control::{self, Answer, Request};
+use super::machine::{Change, Room};
 use crate::state::ContainerDir;
 
 /// How long an answer may take that only has to cross the guest and come back. Starting a program
@@ -56,9 +57,18 @@ impl Client {
         self.order(&Request::Resume, Some(ANSWER_TIMEOUT))
     }
 
-    /// Writes cgroup files in the guest, as `translate::cgroup_files` gives them.
-    pub fn update(&self, files: Vec<(String, String)>) -> Result<(), Error> {
-        self.order(&Request::Update { files }, Some(ANSWER_TIMEOUT))
+    /// Changes the machine, and writes cgroup files in the guest, as `translate::cgroup_files` gives
+    /// them.
+    pub fn update(&self, change: Change, files: Vec<(String, String)>) -> Result<(), Error> {
+        self.order(&Request::Update { change, files }, Some(ANSWER_TIMEOUT))
+    }
+
+    /// What the machine can have.
+    pub fn room(&self) -> Result<Room, Error> {
+        match self.ask(&Request::Room, Some(ANSWER_TIMEOUT))? {
+            Answer::Room(room) => Ok(room),
+            _ => Err(Error::Unexpected),
+        }
     }
 
     /// The container's processes, with pids of the guest.

@@ -17,6 +17,7 @@ use nix::sys::socket::{
 };
 use serde::{Deserialize, Serialize};
 
+use super::machine::{Change, Room};
 use crate::state::ContainerDir;
 
 /// Name of the socket in the state folder.
@@ -48,8 +49,10 @@ pub(super) enum Request {
     Pause,
     /// Thaw it.
     Resume,
-    /// Write cgroup files in the guest.
-    Update { files: Vec<(String, String)> },
+    /// Change the machine, and write cgroup files in the guest.
+    Update { change: Change, files: Vec<(String, String)> },
+    /// Say what the machine can have.
+    Room,
     /// List the container's processes.
     Processes,
     /// Read its counters.
@@ -65,6 +68,8 @@ pub(super) enum Answer {
     Processes(Vec<ProcessInfo>),
     /// The container's counters.
     Stats(Box<Stats>),
+    /// What the machine can have.
+    Room(Room),
     /// Not done.
     Failed(Failed),
     /// The process started over this connection has ended.
@@ -222,7 +227,8 @@ mod tests {
         let (client, mut peer, _root) = connected();
         let files = vec![("a".repeat(CHUNK_BYTES), "b".repeat(CHUNK_BYTES))];
 
-        send(&client, &Request::Update { files: files.clone() }, &[]).unwrap();
+        send(&client, &Request::Update { change: Change::default(), files: files.clone() }, &[])
+            .unwrap();
 
         let request = loop {
             assert!(peer.receive().unwrap());
@@ -230,7 +236,7 @@ mod tests {
                 break request;
             }
         };
-        assert!(matches!(request, Request::Update { files: arrived } if arrived == files));
+        assert!(matches!(request, Request::Update { files: arrived, .. } if arrived == files));
     }
 
     #[test]

@@ -5,6 +5,8 @@ use std::path::Path;
 
 use agent_protocol::SHARE_TAG;
 use oci_spec::runtime::{LinuxCpu, LinuxMemory, LinuxResources};
+use serde::{Deserialize, Serialize};
+use vmm::config::MAX_MEMORY_MIB;
 use vmm::{
     BalloonConfig, BootConfig, ConsoleConfig, ConsoleOutput, MemoryConfig, NetConfig, ShareConfig,
     VmConfig, VsockConfig,
@@ -28,8 +30,15 @@ const CONSOLE_FILE: &str = "console.log";
 
 const MIB: u64 = 1 << 20;
 
+/// Most virtual processors that a guest is told of beside those it starts with: it keeps memory for
+/// each.
+const MOST_LATER_VCPUS: u8 = 8;
+
+/// Linux takes memory in pieces of this size, in MiB.
+const PLUG_MIB: u32 = 128;
+
 /// The size of a virtual machine.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Size {
     pub(super) vcpus: u8,
     pub(super) memory_mib: u32,
@@ -68,6 +77,94 @@ impl Size {
     }
 }
 
+/// What a virtual machine has, and what it can have while it runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Room {
+    /// What it starts with.
+    pub(super) size: Size,
+    /// Fewest processors, whatever the quota.
+    least_vcpus: u8,
+    /// Most processors.
+    most_vcpus: u8,
+    /// How much memory can be added.
+    pluggable_mib: u32,
+}
+
+/// What a virtual machine shall be changed to.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Change {
+    /// How many processors shall be online.
+    pub(super) vcpus: Option<u8>,
+    /// How much memory shall be added to what it started with.
+    pub(super) plugged_mib: Option<u32>,
+}
+
+/// A machine cannot become as large as a limit says.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "a memory limit of {limit_mib} MiB is more than the virtual machine can have: it can grow from \
+     {size_mib} MiB by {pluggable_mib} MiB, and needs {GUEST_OVERHEAD_MIB} MiB beside the limit \
+     (one that is created with a memory limit can grow up to the host's memory)"
+)]
+pub struct TooLarge {
+    limit_mib: u64,
+    size_mib: u32,
+    pluggable_mib: u32,
+}
+
+impl Room {
+    /// The machine for a container that `resources` are set for, on a host of size `host`. Only one
+    /// with a memory limit can get more memory: it costs all others nothing to be unable to.
+    pub(super) fn of(settings: &Settings, resources: &LinuxResources, host: Size) -> Self {
+        let size = Size::of(settings, resources, host);
+        let more_mib = match memory_limit(resources) {
+            Some(_) => host.memory_mib.min(MAX_MEMORY_MIB).saturating_sub(size.memory_mib),
+            None => 0,
+        };
+        Room {
+            size,
+            least_vcpus: settings.vcpus,
+            most_vcpus: size.vcpus.max(host.vcpus.min(MOST_LATER_VCPUS)).min(MAX_VCPUS),
+            pluggable_mib: more_mib / PLUG_MIB * PLUG_MIB,
+        }
+    }
+
+    /// What `resources` change of the machine.
+    pub fn change(&self, resources: &LinuxResources) -> Result<Change, TooLarge> {
+        let vcpus = cpu_limit(resources);
+        let vcpus = vcpus.map(|cpus| cpus.min(self.most_vcpus).max(self.least_vcpus));
+        let plugged_mib = memory_limit(resources).map(|limit| self.plug(limit)).transpose()?;
+        // Nothing to take back where nothing can be added.
+        Ok(Change { vcpus, plugged_mib: plugged_mib.filter(|_| self.pluggable_mib != 0) })
+    }
+
+    /// How much memory must be added for a limit of so many bytes, in MiB.
+    fn plug(&self, limit: u64) -> Result<u32, TooLarge> {
+        let limit_mib = limit.div_ceil(MIB);
+        let needed_mib = limit_mib.saturating_add(GUEST_OVERHEAD_MIB.into());
+        let more_mib = needed_mib.saturating_sub(self.size.memory_mib.into());
+        let more_mib = u32::try_from(more_mib).ok().and_then(|mib| {
+            mib.checked_next_multiple_of(PLUG_MIB).filter(|mib| *mib <= self.pluggable_mib)
+        });
+        let Room { size, pluggable_mib, .. } = *self;
+        more_mib.ok_or(TooLarge { limit_mib, size_mib: size.memory_mib, pluggable_mib })
+    }
+
+    /// What of `resources` changes on the host: memory only if the machine grows. What it gives back
+    /// it gives back in its own time, and is never squeezed out of.
+    pub(super) fn host_update(&self, resources: &LinuxResources, change: Change) -> LinuxResources {
+        let mut host = host_changes(resources);
+        let grown = change.plugged_mib.filter(|mib| *mib != 0);
+        if let (Some(memory), Some(limit), Some(plugged_mib)) =
+            (resources.memory(), memory_limit(resources), grown)
+        {
+            let memory_mib = self.size.memory_mib + plugged_mib;
+            host.set_memory(Some(host_memory(memory, limit, Size { memory_mib, ..self.size })));
+        }
+        host
+    }
+}
+
 /// The container's memory limit, in bytes, if it has one.
 fn memory_limit(resources: &LinuxResources) -> Option<u64> {
     let limit = resources.memory().as_ref()?.limit()?;
@@ -94,9 +191,8 @@ pub(super) fn host_resources(resources: &LinuxResources, size: Size) -> LinuxRes
     host
 }
 
-/// What of `resources` can be changed on the host while the sandbox runs: all but its memory, as a
-/// virtual machine has what it was created with.
-pub(super) fn host_changes(resources: &LinuxResources) -> LinuxResources {
+/// What of `resources` can be changed on the host while the sandbox runs, whatever its size.
+fn host_changes(resources: &LinuxResources) -> LinuxResources {
     let mut host = LinuxResources::default();
     host.set_cpu(
         resources.cpu().as_ref().map(what_is_set).filter(|cpu| *cpu != LinuxCpu::default()),
@@ -142,7 +238,7 @@ fn host_memory(memory: &LinuxMemory, limit: u64, size: Size) -> LinuxMemory {
 /// The virtual machine of a container.
 pub(super) fn config(
     settings: &Settings,
-    size: Size,
+    room: &Room,
     share: &Path,
     nets: Vec<NetConfig>,
     state_dir: &Path,
@@ -153,9 +249,13 @@ pub(super) fn config(
         ConsoleOutput::Discard
     };
     VmConfig {
-        vcpus: size.vcpus,
-        max_vcpus: None,
-        memory: MemoryConfig { size_mib: size.memory_mib, ..MemoryConfig::default() },
+        vcpus: room.size.vcpus,
+        max_vcpus: Some(room.most_vcpus),
+        memory: MemoryConfig {
+            size_mib: room.size.memory_mib,
+            pluggable_mib: room.pluggable_mib,
+            ..MemoryConfig::default()
+        },
         boot: BootConfig {
             kernel: settings.kernel.clone(),
             initrd: Some(settings.initrd.clone()),
@@ -267,5 +367,71 @@ mod tests {
         let host = host_resources(&limited, HOST);
 
         assert_eq!(host, LinuxResources::default());
+    }
+
+    fn room(text: &str) -> Room {
+        Room::of(&Settings::default(), &resources(text), HOST)
+    }
+
+    #[test]
+    fn a_machine_with_a_memory_limit_can_grow_to_what_the_host_has() {
+        assert_eq!(room("{}").pluggable_mib, 0);
+        // 64 MiB beside the limit, and whole pieces of 128 MiB.
+        assert_eq!(room(r#"{"memory":{"limit":201326592}}"#).pluggable_mib, 8192 - 256);
+        assert_eq!(room(r#"{"memory":{"limit":202375168}}"#).pluggable_mib, 8192 - 256 - 128);
+    }
+
+    #[test]
+    fn a_larger_memory_limit_is_memory_added_and_a_smaller_one_memory_taken_back() {
+        let room = room(r#"{"memory":{"limit":201326592}}"#);
+        let change = |limit_mib: u64| {
+            let text = format!(r#"{{"memory":{{"limit":{}}}}}"#, limit_mib << 20);
+            room.change(&resources(&text)).map(|change| change.plugged_mib)
+        };
+
+        assert_eq!(change(192).unwrap(), Some(0));
+        assert_eq!(change(193).unwrap(), Some(128));
+        assert_eq!(change(1024).unwrap(), Some(896));
+        assert_eq!(change(100).unwrap(), Some(0));
+        assert!(change(8192).is_err());
+    }
+
+    #[test]
+    fn a_machine_that_cannot_grow_says_so() {
+        let fixed = room("{}");
+        let change = |limit: &str| fixed.change(&resources(limit));
+
+        assert_eq!(change(r#"{"memory":{"limit":1048576}}"#).unwrap(), Change::default());
+        let error = change(r#"{"memory":{"limit":1073741824}}"#).unwrap_err().to_string();
+        assert!(error.contains("1024 MiB is more than"), "{error}");
+        assert!(error.contains("grow from 256 MiB by 0 MiB"), "{error}");
+    }
+
+    #[test]
+    fn a_quota_becomes_processors_online() {
+        let room = room("{}");
+        let vcpus = |quota: i64| {
+            let text = format!(r#"{{"cpu":{{"quota":{quota},"period":100000}}}}"#);
+            room.change(&resources(&text)).unwrap().vcpus
+        };
+
+        assert_eq!(vcpus(150_000), Some(2));
+        assert_eq!(vcpus(50_000), Some(1));
+        assert_eq!(vcpus(10_000_000), Some(HOST.vcpus));
+        assert_eq!(vcpus(-1), None);
+    }
+
+    #[test]
+    fn the_host_lets_a_machine_grow_and_never_squeezes_one_that_shrinks() {
+        let room = room(r#"{"memory":{"limit":201326592}}"#);
+        let host = |limit_mib: u64| {
+            let text = format!(r#"{{"memory":{{"limit":{}}}}}"#, limit_mib << 20);
+            let resources = resources(&text);
+            let change = room.change(&resources).unwrap();
+            room.host_update(&resources, change).memory().and_then(|memory| memory.limit())
+        };
+
+        assert_eq!(host(320), Some(i64::from(256 + 128 + VMM_OVERHEAD_MIB) << 20));
+        assert_eq!(host(100), None);
     }
 }

@@ -27,6 +27,7 @@ mod network;
 mod pidfd;
 mod probe;
 mod process;
+mod resize;
 mod serve;
 mod share;
 mod signals;
@@ -46,6 +47,7 @@ use serde::{Deserialize, Serialize};
 pub use client::Client;
 pub use error::Error;
 pub use exec::{ExecOptions, ExecOutcome, exec};
+use machine::{Change, Room};
 pub use probe::boot;
 
 use crate::bundle::Bundle;
@@ -167,9 +169,15 @@ pub fn destroy(dir: &ContainerDir, state: &State) -> Result<(), Error> {
     Ok(())
 }
 
-/// Changes what the host grants the sandbox of a container. Its memory stays what it was.
-pub fn limit(state: &State, resources: &LinuxResources) -> Result<(), Error> {
-    let changes = machine::host_changes(resources);
+/// Changes what the host grants the sandbox of a container, whose machine has `room` and becomes what
+/// `change` says.
+pub fn limit(
+    state: &State,
+    resources: &LinuxResources,
+    room: &Room,
+    change: Change,
+) -> Result<(), Error> {
+    let changes = room.host_update(resources, change);
     match &state.cgroup_path {
         Some(path) if changes != LinuxResources::default() => {
             let name = cgroup::Name { path: path.clone(), systemd: state.systemd_cgroup };

@@ -5,10 +5,11 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 
 use nix::errno::Errno;
+use oci_spec::runtime::LinuxResources;
 use vmm::Vmm;
 
 use super::boot::{self, Boot};
-use super::machine::{self, Size};
+use super::machine::{self, Room, Size};
 use super::process;
 use super::signals::Signals;
 use crate::settings::Settings;
@@ -33,8 +34,9 @@ pub enum Error {
 /// Boots the guest of `settings` without a container; what there is to say about it.
 pub fn boot(settings: &Settings) -> Result<String, Error> {
     let size = Size { vcpus: settings.vcpus, memory_mib: settings.memory_mib };
+    let room = Room::of(settings, &LinuxResources::default(), size);
     let quiet = Settings { debug_console: false, ..settings.clone() };
-    let mut config = machine::config(&quiet, size, Path::new("/"), Vec::new(), Path::new("/"));
+    let mut config = machine::config(&quiet, &room, Path::new("/"), Vec::new(), Path::new("/"));
     config.shares.clear();
     let mut signals = Signals::collect().map_err(Error::Signals)?;
     let (caller, _keep_open) = UnixStream::pair().map_err(Error::Connect)?;

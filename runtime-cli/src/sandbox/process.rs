@@ -19,7 +19,7 @@ use super::agent::{Agent, Asker};
 use super::boot::{self, Boot};
 use super::cgroup::{self, Cgroup};
 use super::launch::Starter;
-use super::machine::{self, Size};
+use super::machine::{self, Room, Size};
 use super::namespaces::{self, HostNamespaces, Netns};
 use super::network::{self, Network};
 use super::serve::{Parts, Serving};
@@ -179,10 +179,9 @@ fn create(
     let stdio = Stdio::take(bundle.terminal(), options.console_socket.as_deref())?;
     stdio::let_go()?;
     let resources = resources(&bundle);
-    let size = Size::of(&settings, &resources, Size::of_host());
-
+    let room = Room::of(&settings, &resources, Size::of_host());
     let name = cgroup_name(&bundle, options, &order.id);
-    let limits = machine::host_resources(&resources, size);
+    let limits = machine::host_resources(&resources, room.size);
     let cgroup = Cgroup::find(name.clone(), &order.id)?;
     // From here on `delete` finds what a killed process leaves behind.
     let state = creating(&bundle, &order.id, &name, &netns);
@@ -198,7 +197,7 @@ fn create(
     let mut tree = ShareTree::new(&folder::share(dir), &bundle.rootfs)?;
     let container = container(&bundle, dir, &state, &stdio, &mut tree)?;
     tree.seal()?;
-    let config = machine::config(&settings, size, tree.path(), network.devices(), dir.path());
+    let config = machine::config(&settings, &room, tree.path(), network.devices(), dir.path());
     let vm = Vmm::new(config)?;
     network.join()?;
     let (vm, mut agent) = listen(vm).map_err(Error::Connect)?;
@@ -220,7 +219,8 @@ fn create(
 
     let listener = control::listen(dir).map_err(Error::Listen)?;
     let poststart = hook_list(&bundle, Hooks::poststart);
-    let mut parts = Parts { vm, agent, listener, signals, console, init, state, host, poststart };
+    let mut parts =
+        Parts { vm, room, agent, listener, signals, console, init, state, host, poststart };
     parts.state.status = Status::Created;
     dir.save(&parts.state)?;
     Ok(parts)

@@ -19,6 +19,7 @@ use super::boot;
 use super::console::Console;
 use super::control::{Answer, Peer, Request};
 use super::hooks;
+use super::machine::Room;
 use super::namespaces::HostNamespaces;
 use super::signals::Signals;
 use super::streams::{Outputs, Owner, Running};
@@ -43,6 +44,7 @@ const GUEST_END_TIMEOUT: Duration = Duration::from_secs(2);
 /// What `create` made.
 pub(super) struct Parts {
     pub(super) vm: VmHandle,
+    pub(super) room: Room,
     pub(super) agent: Agent<Asker>,
     pub(super) listener: UnixListener,
     pub(super) signals: Signals,
@@ -56,8 +58,8 @@ pub(super) struct Parts {
 /// A container between `create` and its end.
 pub(super) struct Serving<'a> {
     dir: &'a ContainerDir,
-    parts: Parts,
-    container: String,
+    pub(super) parts: Parts,
+    pub(super) container: String,
     peers: BTreeMap<u64, Peer>,
     next_peer: u64,
     execs: BTreeMap<String, Running>,
@@ -247,6 +249,10 @@ impl<'a> Serving<'a> {
                 }
                 self.answer(peer, &answer);
             }
+            Asker::Update(peer, files) => match answer {
+                Answer::Failed(_) => self.answer(peer, &answer),
+                _ => self.write_files(peer, files),
+            },
             Asker::Exec(peer, name) => {
                 if !done {
                     self.execs.remove(&name);
@@ -335,7 +341,8 @@ impl<'a> Serving<'a> {
                 return self.ask(&Order::Resume { container }, Asker::Freeze(peer, false));
             }
             Request::Resize { process, size } => Order::Resize { container, process, size },
-            Request::Update { files } => Order::Update { container, files },
+            Request::Update { change, files } => return self.update(peer, change, files),
+            Request::Room => return self.answer(peer, &Answer::Room(self.parts.room)),
             Request::Processes => Order::Processes { container },
             Request::Stats => Order::Stats { container },
         };
@@ -390,21 +397,21 @@ impl<'a> Serving<'a> {
         self.kill_deadline.get_or_insert_with(|| Instant::now() + KILL_TIMEOUT);
     }
 
-    fn ask(&mut self, order: &Order, asker: Asker) {
+    pub(super) fn ask(&mut self, order: &Order, asker: Asker) {
         if let Err(error) = self.parts.agent.ask(order, asker) {
             log::debug!("{}", chain(&error));
             self.agent_deadline.get_or_insert_with(|| Instant::now() + GUEST_END_TIMEOUT);
         }
     }
 
-    fn answer(&mut self, number: u64, answer: &Answer) {
+    pub(super) fn answer(&mut self, number: u64, answer: &Answer) {
         let Some(peer) = self.peers.get_mut(&number) else { return };
         if peer.answer(answer).is_err() {
             self.leave(number);
         }
     }
 
-    fn refuse(&mut self, peer: u64, message: &str) {
+    pub(super) fn refuse(&mut self, peer: u64, message: &str) {
         let failed = Failed { message: message.into(), errno: libc::EINVAL };
         self.answer(peer, &Answer::Failed(failed));
     }

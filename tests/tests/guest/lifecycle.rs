@@ -140,6 +140,55 @@ fn limits_of_the_bundle_and_of_update_hold_inside() {
     assert_nothing_left();
 }
 
+fn inside(id: &str, script: &str) -> String {
+    coracle(&["exec", id, "sh", "-c", script]).text().to_owned()
+}
+
+#[test]
+fn update_gives_the_machine_processors_and_takes_them_back() {
+    let container = Container::running("t-cpus", &["sleep", "1000"]);
+    let update =
+        |quota| coracle(&["update", "--cpu-period", "100000", "--cpu-quota", quota, "t-cpus"]);
+    assert_eq!(inside("t-cpus", "nproc"), "1");
+
+    let grown = update("200000");
+    assert_eq!(grown.code, 0, "{grown:?}");
+    // The guest's kernel tells its cgroups of it in its own time.
+    eventually("the machine's growth", || (inside("t-cpus", "nproc") == "2").then_some(()));
+    assert_eq!(inside("t-cpus", "cat /sys/fs/cgroup/cpu.max"), "200000 100000");
+    let shrunk = update("50000");
+    assert_eq!(shrunk.code, 0, "{shrunk:?}");
+    eventually("the machine's shrinking", || (inside("t-cpus", "nproc") == "1").then_some(()));
+    drop(container);
+    assert_nothing_left();
+}
+
+#[test]
+fn update_gives_the_machine_memory_and_takes_it_back() {
+    let bundle = Bundle::new(&["sleep", "1000"]);
+    bundle.edit(|config| {
+        config["linux"]["resources"]["memory"] = json!({ "limit": 134_217_728 });
+    });
+    let container = Container::running_bundle("t-memory", bundle);
+    let total_kib = || -> u64 {
+        inside("t-memory", "grep MemTotal /proc/meminfo | tr -dc 0-9").parse().unwrap()
+    };
+    let before = total_kib();
+
+    let grown = coracle(&["update", "--memory", "256m", "t-memory"]);
+    assert_eq!(grown.code, 0, "{grown:?}");
+    eventually("the machine's growth", || (total_kib() > before + (100 << 10)).then_some(()));
+    let shrunk = coracle(&["update", "--memory", "128m", "t-memory"]);
+    assert_eq!(shrunk.code, 0, "{shrunk:?}");
+    eventually("the machine's shrinking", || (total_kib() < before + (10 << 10)).then_some(()));
+
+    let refused = coracle(&["update", "--memory", "8192g", "t-memory"]);
+    assert_eq!(refused.code, 1);
+    assert!(refused.stderr.contains("is more than the virtual machine can have"), "{refused:?}");
+    drop(container);
+    assert_nothing_left();
+}
+
 #[test]
 fn user_capabilities_and_read_only_paths_are_as_the_bundle_says() {
     let script = "id -u; id -g; grep CapEff /proc/self/status; grep NoNewPrivs /proc/self/status; \
