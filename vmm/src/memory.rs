@@ -165,7 +165,7 @@ mod tests {
             .map(|n| GuestAddress(n << 32))
             .zip(sizes_mib.iter().map(|mib| mib << 20))
             .collect();
-        let map = MemoryMap { regions, device_window: 0..0 };
+        let map = MemoryMap { regions, device_window: 0..0, extension_window: 0..0 };
         GuestRam::allocate(&map, &MemoryConfig::default()).unwrap()
     }
 
@@ -202,7 +202,11 @@ mod tests {
 
     #[test]
     fn more_ram_than_addresses_is_an_error() {
-        let map = MemoryMap { regions: vec![(GuestAddress(0), 1 << 60)], device_window: 0..0 };
+        let map = MemoryMap {
+            regions: vec![(GuestAddress(0), 1 << 60)],
+            device_window: 0..0,
+            extension_window: 0..0,
+        };
 
         let error = GuestRam::allocate(&map, &MemoryConfig::default()).err().unwrap();
 
