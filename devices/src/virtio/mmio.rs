@@ -18,8 +18,9 @@ use virtio_bindings::virtio_mmio::{
     VIRTIO_MMIO_QUEUE_AVAIL_HIGH, VIRTIO_MMIO_QUEUE_AVAIL_LOW, VIRTIO_MMIO_QUEUE_DESC_HIGH,
     VIRTIO_MMIO_QUEUE_DESC_LOW, VIRTIO_MMIO_QUEUE_NOTIFY, VIRTIO_MMIO_QUEUE_NUM,
     VIRTIO_MMIO_QUEUE_NUM_MAX, VIRTIO_MMIO_QUEUE_READY, VIRTIO_MMIO_QUEUE_SEL,
-    VIRTIO_MMIO_QUEUE_USED_HIGH, VIRTIO_MMIO_QUEUE_USED_LOW, VIRTIO_MMIO_SHM_LEN_HIGH,
-    VIRTIO_MMIO_SHM_LEN_LOW, VIRTIO_MMIO_STATUS, VIRTIO_MMIO_VENDOR_ID, VIRTIO_MMIO_VERSION,
+    VIRTIO_MMIO_QUEUE_USED_HIGH, VIRTIO_MMIO_QUEUE_USED_LOW, VIRTIO_MMIO_SHM_BASE_HIGH,
+    VIRTIO_MMIO_SHM_BASE_LOW, VIRTIO_MMIO_SHM_LEN_HIGH, VIRTIO_MMIO_SHM_LEN_LOW,
+    VIRTIO_MMIO_SHM_SEL, VIRTIO_MMIO_STATUS, VIRTIO_MMIO_VENDOR_ID, VIRTIO_MMIO_VERSION,
 };
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::{Queue, QueueT};
@@ -42,8 +43,9 @@ const MAGIC: u32 = 0x7472_6976;
 const VERSION: u32 = 2;
 /// "CRCL", read as a little-endian number.
 const VENDOR: u32 = 0x4c43_5243;
-/// What the length of a shared memory region that does not exist reads as, in each half.
-const NO_REGION: u32 = u32::MAX;
+/// What length and base of a shared memory region that does not exist read as (virtio 1.2, section
+/// 4.2.2).
+const NO_REGION: u64 = u64::MAX;
 
 /// What every device can do because its ring code can.
 const RING_FEATURES: u64 =
@@ -76,6 +78,7 @@ struct Registers {
     driver_features_select: u32,
     driver_features: u64,
     queue_select: u32,
+    region_select: u32,
     queues: Vec<QueueRegisters>,
 }
 
@@ -145,6 +148,7 @@ impl Registers {
             driver_features_select: 0,
             driver_features: 0,
             queue_select: 0,
+            region_select: 0,
             queues: queue_sizes.iter().map(|&size| QueueRegisters::new(size)).collect(),
         }
     }
@@ -276,6 +280,13 @@ impl MmioTransport {
         self.device.lock().expect("no device panics while it holds its lock")
     }
 
+    /// Length and base of the selected shared memory region.
+    fn region(&self) -> (u64, u64) {
+        self.lock_device()
+            .shared_memory(self.registers.region_select)
+            .map_or((NO_REGION, NO_REGION), |region| (region.end - region.start, region.start))
+    }
+
     fn read_register(&self, register: u32) -> u32 {
         let registers = &self.registers;
         match register {
@@ -290,7 +301,10 @@ impl MmioTransport {
             VIRTIO_MMIO_QUEUE_READY => registers.queue().map_or(0, |queue| queue.ready.into()),
             VIRTIO_MMIO_INTERRUPT_STATUS => self.shared.interrupts.load(Ordering::Acquire),
             VIRTIO_MMIO_STATUS => self.shared.status(),
-            VIRTIO_MMIO_SHM_LEN_LOW | VIRTIO_MMIO_SHM_LEN_HIGH => NO_REGION,
+            VIRTIO_MMIO_SHM_LEN_LOW => word(self.region().0, 0),
+            VIRTIO_MMIO_SHM_LEN_HIGH => word(self.region().0, 1),
+            VIRTIO_MMIO_SHM_BASE_LOW => word(self.region().1, 0),
+            VIRTIO_MMIO_SHM_BASE_HIGH => word(self.region().1, 1),
             VIRTIO_MMIO_CONFIG_GENERATION => self.shared.config_generation.load(Ordering::Acquire),
             _ => 0,
         }
@@ -306,6 +320,7 @@ impl MmioTransport {
                 self.registers.set_driver_features(value);
             }
             VIRTIO_MMIO_QUEUE_SEL => self.registers.queue_select = value,
+            VIRTIO_MMIO_SHM_SEL => self.registers.region_select = value,
             VIRTIO_MMIO_QUEUE_NOTIFY => {
                 if let Some(kick) = self.kicks.get(value as usize) {
                     // The only failure is a counter at its maximum: then the kick is pending.
@@ -440,9 +455,9 @@ fn word_shift(select: u32) -> Option<u32> {
     matches!(select, 0 | 1).then(|| select * u32::BITS)
 }
 
-#[expect(clippy::cast_possible_truncation, reason = "one word of the set is what is wanted")]
-fn word(features: u64, select: u32) -> u32 {
-    word_shift(select).map_or(0, |shift| (features >> shift) as u32)
+#[expect(clippy::cast_possible_truncation, reason = "one word of the value is what is wanted")]
+fn word(value: u64, select: u32) -> u32 {
+    word_shift(select).map_or(0, |shift| (value >> shift) as u32)
 }
 
 fn set_low(address: &mut u64, value: u32) {
@@ -455,6 +470,8 @@ fn set_high(address: &mut u64, value: u32) {
 
 #[cfg(test)]
 mod tests {
+    use std::ops::Range;
+
     use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
     use vm_memory::Bytes;
 
@@ -475,6 +492,9 @@ mod tests {
     const OFFERED: u64 = 1 << 3;
     const UNKNOWN: u64 = 1 << 4;
     const VERSION_1: u64 = 1 << 32;
+
+    /// Shared memory of the device.
+    const REGION: Range<u64> = 0x5_8000_0000..0x9_8020_0000;
 
     /// Remembers what the transport does with it.
     #[derive(Default)]
@@ -509,6 +529,10 @@ mod tests {
 
         fn queue_ready(&mut self, _index: usize) -> Result<(), QueueError> {
             Ok(())
+        }
+
+        fn shared_memory(&self, id: u32) -> Option<Range<u64>> {
+            (id == 7).then_some(REGION)
         }
     }
 
@@ -820,11 +844,30 @@ mod tests {
         assert_eq!(guest.device.lock().unwrap().config, b"set");
     }
 
+    fn shared_memory(guest: &mut Guest, id: u32) -> [u32; 4] {
+        guest.write(VIRTIO_MMIO_SHM_SEL, id);
+        [
+            VIRTIO_MMIO_SHM_LEN_LOW,
+            VIRTIO_MMIO_SHM_LEN_HIGH,
+            VIRTIO_MMIO_SHM_BASE_LOW,
+            VIRTIO_MMIO_SHM_BASE_HIGH,
+        ]
+        .map(|register| guest.read(register))
+    }
+
     #[test]
-    fn there_is_no_shared_memory() {
+    fn shared_memory_has_a_length_and_a_base_of_two_words() {
         let mut guest = Guest::new();
-        assert_eq!(guest.read(VIRTIO_MMIO_SHM_LEN_LOW), u32::MAX);
-        assert_eq!(guest.read(VIRTIO_MMIO_SHM_LEN_HIGH), u32::MAX);
+
+        assert_eq!(shared_memory(&mut guest, 7), [0x20_0000, 4, 0x8000_0000, 5]);
+    }
+
+    #[test]
+    fn shared_memory_that_is_not_there_reads_as_all_ones() {
+        let mut guest = Guest::new();
+
+        assert_eq!(shared_memory(&mut guest, 0), [u32::MAX; 4]);
+        assert_eq!(shared_memory(&mut guest, u32::MAX), [u32::MAX; 4]);
     }
 
     #[test]

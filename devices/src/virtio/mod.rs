@@ -18,6 +18,7 @@ pub mod subscriber;
 pub mod testing;
 pub mod vsock;
 
+use std::ops::Range;
 use std::os::fd::RawFd;
 use std::sync::Arc;
 
@@ -98,6 +99,12 @@ pub trait VirtioDevice: Send {
 
     /// Takes a driver write to the configuration space. Most devices have nothing writable.
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
+
+    /// Where in guest-physical memory the device's shared memory region `id` is, if it has it
+    /// (virtio 1.2, section 2.10). It never moves.
+    fn shared_memory(&self, _id: u32) -> Option<Range<u64>> {
+        None
+    }
 
     /// Starts the device with the queues the driver set up.
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError>;
