@@ -12,6 +12,7 @@ use crate::check::check_memory;
 use crate::config::{BootConfig, VmConfig};
 use crate::console::ConsoleLog;
 use crate::control::Control;
+use crate::dax;
 use crate::error::Error;
 use crate::event_loop::EventLoop;
 use crate::handle::VmHandle;
@@ -45,16 +46,19 @@ impl Vmm {
         let kvm = open_kvm()?;
         let vm = create_vm(&kvm)?;
 
-        let map = Host::memory_map(u64::from(config.memory.size_mib) << 20);
+        let mut map = Host::memory_map(u64::from(config.memory.size_mib) << 20);
         let ram = GuestRam::allocate(&map, &config.memory)?;
         ram.register(&vm)?;
+        let windows = dax::take_addresses(&config.shares, &mut map.extension_window)
+            .map_err(peripherals::device("shares"))?;
         Host::before_vcpus(&kvm, &vm).map_err(step("prepare the machine for vCPUs"))?;
         record.machine_ns = now_ns();
 
         let console = peripherals::open_console(&config.console)?;
         let mut placement =
             Placement::new(&vm, ram.memory(), &map.device_window, &Host::device_gsis())
-                .map_err(|source| Error::Place { name: "(any)".to_owned(), source })?;
+                .map_err(|source| Error::Place { name: "(any)".to_owned(), source })?
+                .with_dax_at(windows);
         let control = Control::new(config.vcpus)
             .map(Arc::new)
             .map_err(|source| Error::Start { what: "the machine's control", source })?;
@@ -90,7 +94,7 @@ impl Vmm {
 
     /// Starts the machine's threads, and with them the guest.
     pub fn start(self) -> Result<VmHandle, Error> {
-        let Placed { buses, vmm_loop, io_loop, .. } = self.placed;
+        let Placed { buses, vmm_loop, io_loop, dax, .. } = self.placed;
         let mut handle = VmHandle {
             control: self.control,
             vcpus: Vec::with_capacity(self.vcpus.len()),
@@ -118,6 +122,7 @@ impl Vmm {
                 fd,
                 memory: handle._ram.memory().clone(),
                 buses: buses.clone(),
+                windows: dax.clone(),
                 control: handle.control.clone(),
                 counter,
             };

@@ -135,8 +135,7 @@ mod tests {
         config.boot.initrd = Some("/nowhere/initrd".into());
         config.disks =
             vec![DiskConfig { read_only: true, ..DiskConfig::new("a", "/nowhere/disk".into()) }];
-        config.shares =
-            vec![ShareConfig { tag: "t".into(), path: "/nowhere/share".into(), read_only: true }];
+        config.shares = vec![ShareConfig::new("t", "/nowhere/share".into())];
         config.vsock = Some(VsockConfig { cid: 3, socket: Some("/nowhere/socket".into()) });
         config.console.output = ConsoleOutput::File("/nowhere/log".into());
 

@@ -3,6 +3,7 @@
 
 mod disk;
 mod rate_limit;
+mod share;
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -12,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 pub use disk::{DiskConfig, DiskEngine};
 pub use rate_limit::RateLimitConfig;
+pub use share::{CachePolicy, MAX_DAX_MIB, ShareConfig};
 
 /// Most vCPUs of one VM: what the guest kernels we build are configured for.
 pub const MAX_VCPUS: u8 = 64;
@@ -25,9 +27,6 @@ pub const MAX_MEMORY_MIB: u32 = 1 << 20;
 
 /// Longest name of a network interface, in bytes: IFNAMSIZ less the terminating zero.
 const MAX_TAP_BYTES: usize = 15;
-
-/// Longest file system tag, in bytes (virtio 1.2, section 5.11.4).
-const MAX_TAG_BYTES: usize = 36;
 
 /// Longest path of the guest's unix socket, in bytes: what unix(7) allows, less `_` and a port.
 const MAX_VSOCK_SOCKET_BYTES: usize = 107 - 11;
@@ -160,19 +159,6 @@ pub enum VhostUse {
     Off,
 }
 
-/// A host directory the guest can mount.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct ShareConfig {
-    /// The name the guest mounts it by, at most 36 bytes.
-    pub tag: String,
-    /// The directory.
-    pub path: PathBuf,
-    /// Whether the guest may only read it.
-    #[serde(default)]
-    pub read_only: bool,
-}
-
 /// The socket device.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -220,7 +206,7 @@ impl VmConfig {
         self.boot.validate()?;
         disk::validate(&self.disks)?;
         validate_nets(&self.nets)?;
-        validate_shares(&self.shares)?;
+        share::validate(&self.shares)?;
         match &self.vsock {
             Some(vsock) => vsock.validate(),
             None => Ok(()),
@@ -326,15 +312,6 @@ fn validate_nets(nets: &[NetConfig]) -> Result<(), ConfigError> {
                 ),
             );
         }
-    }
-    Ok(())
-}
-
-fn validate_shares(shares: &[ShareConfig]) -> Result<(), ConfigError> {
-    let mut seen = BTreeSet::new();
-    for (index, share) in shares.iter().enumerate() {
-        name_of(&format!("shares[{index}].tag"), &share.tag, MAX_TAG_BYTES, &mut seen)?;
-        not_empty(&format!("shares[{index}].path"), &share.path)?;
     }
     Ok(())
 }
@@ -559,11 +536,32 @@ mod tests {
         assert_eq!(mac("+2:00:00:ab:cd:ef"), None);
     }
 
+    fn refused_share(fields: &str) -> String {
+        let share = format!(r#"{{"tag": "t", "path": "/", {fields}}}"#);
+        refused(&format!(r#"{{"boot": {{"kernel": "/k"}}, "shares": [{share}]}}"#))
+    }
+
+    #[test]
+    fn a_window_of_half_a_slot_or_more_than_there_can_be_is_refused() {
+        let odd = refused_share(r#""dax_mib": 3"#);
+        let large = refused_share(r#""dax_mib": 16386"#);
+
+        assert_eq!(odd, "shares[0].dax_mib: must be even, not 3");
+        assert_eq!(large, "shares[0].dax_mib: must be 0 to 16384, not 16386");
+    }
+
+    #[test]
+    fn a_guest_that_believes_nothing_keeps_no_writes() {
+        let error = refused_share(r#""cache": "never", "writeback": true"#);
+
+        assert_eq!(error, "shares[0].writeback: must not be on with cache never");
+    }
+
     #[test]
     fn a_tag_of_37_bytes_is_refused() {
         let mut config = VmConfig::new("/k".into());
         let tag = "t".repeat(37);
-        config.shares = vec![ShareConfig { tag, path: "/".into(), read_only: true }];
+        config.shares = vec![ShareConfig::new(&tag, "/".into())];
 
         let error = config.validate().unwrap_err();
 

@@ -17,6 +17,7 @@ mod check;
 pub mod config;
 mod console;
 mod control;
+mod dax;
 mod error;
 mod event_loop;
 mod footprint;
@@ -32,8 +33,8 @@ mod vcpu;
 pub use builder::Vmm;
 pub use check::check;
 pub use config::{
-    BootConfig, ConfigError, ConsoleConfig, ConsoleOutput, DiskConfig, DiskEngine, MemoryConfig,
-    NetConfig, RateLimitConfig, ShareConfig, VhostUse, VmConfig, VsockConfig,
+    BootConfig, CachePolicy, ConfigError, ConsoleConfig, ConsoleOutput, DiskConfig, DiskEngine,
+    MemoryConfig, NetConfig, RateLimitConfig, ShareConfig, VhostUse, VmConfig, VsockConfig,
 };
 pub use control::Exit;
 pub use error::{Error, chain};

@@ -101,8 +101,16 @@ fn open_ring(engine: DiskEngine, name: &str) -> Result<Option<Ring>, Error> {
 
 fn place_share(config: &ShareConfig, placement: &mut Placement<'_>) -> Result<(), Error> {
     let name = format!("share {}", config.tag);
-    let server = Server::open(&config.path, config.read_only).map_err(device(&name))?;
-    place(&name, Fs::new(&config.tag, server), Loop::Io, placement)
+    let mut options = config.options();
+    let mut region_start = 0;
+    if config.dax_mib != 0 {
+        let (window, start) = placement.dax().open(config.dax_bytes()).map_err(device(&name))?;
+        options.window = Some(window);
+        region_start = start;
+    }
+    let server = Server::with_options(&config.path, options).map_err(device(&name))?;
+    let fs = Fs::new(&config.tag, server).with_window_at(region_start).map_err(device(&name))?;
+    place(&name, fs, Loop::Io, placement)
 }
 
 fn place_vsock(config: &VsockConfig, placement: &mut Placement<'_>) -> Result<VsockHost, Error> {
@@ -188,7 +196,7 @@ fn error_at(name: &str) -> impl Fn(PlacementError) -> Error {
 }
 
 /// Wraps whatever a device's constructor says went wrong.
-fn device<E>(name: &str) -> impl FnOnce(E) -> Error
+pub fn device<E>(name: &str) -> impl FnOnce(E) -> Error
 where
     E: std::error::Error + Send + Sync + 'static,
 {

@@ -10,12 +10,14 @@ use devices::bus::{BusBuilder, BusDevice, BusError};
 use devices::interrupt::IrqLine;
 use devices::virtio::VirtioDevice;
 use devices::virtio::activity::Activity;
+use devices::virtio::fs::Window;
 use devices::virtio::mmio::{MMIO_WINDOW, MmioTransport};
 use devices::virtio::subscriber::Subscriber;
 use kvm_ioctls::IoEventAddress;
 use vm_allocator::{AddressAllocator, AllocPolicy, IdAllocator};
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
+use crate::dax::Windows;
 use crate::event_loop::BoxedSubscriber;
 use crate::vcpu::Buses;
 
@@ -66,6 +68,7 @@ pub struct Placement<'a> {
     activities: Vec<(String, Arc<Activity>)>,
     vmm_loop: Vec<BoxedSubscriber>,
     io_loop: Vec<BoxedSubscriber>,
+    dax: Windows<'a>,
 }
 
 /// A machine that is complete.
@@ -80,6 +83,8 @@ pub struct Placed {
     pub vmm_loop: Vec<BoxedSubscriber>,
     /// What the `io` loop serves.
     pub io_loop: Vec<BoxedSubscriber>,
+    /// Through which the guest maps files.
+    pub dax: Arc<[Arc<Window>]>,
 }
 
 impl<'a> Placement<'a> {
@@ -103,7 +108,19 @@ impl<'a> Placement<'a> {
             activities: Vec::new(),
             vmm_loop: Vec::new(),
             io_loop: Vec::new(),
+            dax: Windows::new(vm, 0..0),
         })
+    }
+
+    /// Puts windows for mapped files at the guest-physical `addresses`.
+    pub fn with_dax_at(mut self, addresses: Range<u64>) -> Self {
+        self.dax = Windows::new(self.vm, addresses);
+        self
+    }
+
+    /// The windows for mapped files.
+    pub fn dax(&mut self) -> &mut Windows<'a> {
+        &mut self.dax
     }
 
     /// The guest's memory.
@@ -179,6 +196,7 @@ impl<'a> Placement<'a> {
             buses: Buses { memory: self.memory_bus.build(), ports: self.ports.build() },
             vmm_loop: self.vmm_loop,
             io_loop: self.io_loop,
+            dax: self.dax.finish(),
         }
     }
 }

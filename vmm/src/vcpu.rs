@@ -7,6 +7,7 @@ use std::thread::{self, JoinHandle};
 use arch::machine::{Exit as GuestExit, Space};
 use arch::{Arch, Host, VcpuFd};
 use devices::bus::Bus;
+use devices::virtio::fs::Window;
 use kvm_bindings::{
     KVM_EXIT_FAIL_ENTRY, KVM_EXIT_INTERNAL_ERROR, KVM_INTERNAL_ERROR_DELIVERY_EV,
     KVM_INTERNAL_ERROR_EMULATION, kvm_run,
@@ -37,6 +38,8 @@ pub struct Vcpu {
     pub memory: GuestMemoryMmap,
     /// Where its accesses go.
     pub buses: Arc<Buses>,
+    /// Where the guest maps files, which may be truncated meanwhile.
+    pub windows: Arc<[Arc<Window>]>,
     /// Run, pause or stop.
     pub control: Arc<Control>,
     /// Counts its exits.
@@ -73,6 +76,8 @@ impl Vcpu {
                         lock(&self.counter).signal();
                         return;
                     }
+                    // The guest accessed memory that cannot be had.
+                    libc::EFAULT if self.patch_windows() => continue,
                     // KVM had something else to do first.
                     libc::EAGAIN => continue,
                     _ => return self.fail(&format!("run the guest: {error}")),
@@ -94,6 +99,12 @@ impl Vcpu {
                 None => return self.fail_at_exit(),
             }
         }
+    }
+
+    /// Puts zeros where the guest's windows reach beyond the ends of files. Returns whether there was
+    /// anything to do, so that what failed may work now.
+    fn patch_windows(&self) -> bool {
+        self.windows.iter().filter(|window| window.patch()).count() != 0
     }
 
     /// Nobody knows how to go on after the last exit.

@@ -201,8 +201,7 @@ fn the_guest_shares_a_directory_with_the_host() {
         "mount -t virtiofs share /mnt && cat /mnt/from-host && echo hello host > /mnt/from-guest
          umount /mnt",
     );
-    guest.config.shares =
-        vec![ShareConfig { tag: "share".into(), path: folder.path().into(), read_only: false }];
+    guest.config.shares = vec![ShareConfig::new("share", folder.path().into())];
 
     let ended = guest.run();
 
@@ -216,8 +215,8 @@ fn the_guest_shares_a_directory_with_the_host() {
 fn a_read_only_share_stays_as_it_is() {
     let folder = TempDir::new().unwrap();
     let mut guest = Guest::new("mount -t virtiofs share /mnt && touch /mnt/new; echo status $?");
-    guest.config.shares =
-        vec![ShareConfig { tag: "share".into(), path: folder.path().into(), read_only: true }];
+    let share = ShareConfig::new("share", folder.path().into());
+    guest.config.shares = vec![ShareConfig { read_only: true, ..share }];
 
     let ended = guest.run();
 

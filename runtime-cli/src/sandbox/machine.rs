@@ -163,7 +163,7 @@ pub(super) fn config(
         console: ConsoleConfig { serial: settings.debug_console, output },
         disks: Vec::new(),
         nets,
-        shares: vec![ShareConfig { tag: SHARE_TAG.into(), path: share.into(), read_only: false }],
+        shares: vec![ShareConfig::new(SHARE_TAG, share.into())],
         vsock: Some(VsockConfig { cid: GUEST_CID, socket: None }),
         rng: true,
     }
