@@ -94,7 +94,8 @@ fn map(
     if file_bytes == 0 {
         return Err(PmemError::Empty);
     }
-    // A length is at most 2^63 - 1. Linux takes nothing smaller than a huge page, and KVM maps it with huge pages where the page cache has them.
+    // A length is at most 2^63 - 1. Linux takes nothing smaller than a huge page, and KVM maps it
+    // with huge pages where the page cache has them.
     let huge_page = HUGE_PAGE as u64;
     let bytes = file_bytes.next_multiple_of(huge_page);
     let start = addresses
