@@ -8,6 +8,7 @@ use arch::machine::{BootFiles, Entry, Machine, MmioDevice};
 use arch::{Arch, Host, Kvm, VcpuFd, VmFd};
 
 use crate::config::{BootConfig, VmConfig};
+use crate::confinement::Confinement;
 use crate::console::ConsoleLog;
 use crate::control::Control;
 use crate::error::Error;
@@ -17,6 +18,7 @@ use crate::memory::GuestRam;
 use crate::metrics::{Counter, now_ns};
 use crate::peripherals;
 use crate::placement::{Placed, Placement};
+use crate::seccomp::{self, Kind};
 use crate::vcpu::Vcpu;
 use crate::vsock;
 
@@ -29,6 +31,7 @@ pub struct Vmm {
     vsock: Option<vsock::Host>,
     started_ns: u64,
     built_ns: u64,
+    confinement: Confinement,
     vm: VmFd,
     ram: GuestRam,
 }
@@ -39,6 +42,9 @@ impl Vmm {
     pub fn new(config: VmConfig) -> Result<Vmm, Error> {
         let started_ns = now_ns();
         config.validate()?;
+        if config.seccomp && !seccomp::is_available() {
+            return Err(Error::NoFilter);
+        }
         let mut boot = open_boot_files(&config.boot)?;
         let kvm = open_kvm()?;
         let vm = create_vm(&kvm)?;
@@ -67,8 +73,18 @@ impl Vmm {
             Host::reset_vcpu(&kvm, vcpu, index, config.vcpus, &entry)
                 .map_err(step("set a vCPU's registers"))?;
         }
-        let built_ns = now_ns();
-        Ok(Vmm { control, vcpus, placed, console, vsock, started_ns, built_ns, vm, ram })
+        Ok(Vmm {
+            control,
+            vcpus,
+            placed,
+            console,
+            vsock,
+            started_ns,
+            built_ns: now_ns(),
+            confinement: Confinement::of(&config),
+            vm,
+            ram,
+        })
     }
 
     /// The host's end of the socket device, if the VM has one: streams may be connected and
@@ -79,6 +95,7 @@ impl Vmm {
 
     /// Starts the machine's threads, and with them the guest.
     pub fn start(self) -> Result<VmHandle, Error> {
+        let confinement = self.confinement;
         let Placed { buses, vmm_loop, io_loop, .. } = self.placed;
         let mut handle = VmHandle {
             control: self.control,
@@ -92,9 +109,9 @@ impl Vmm {
             _vm: self.vm,
             _ram: self.ram,
         };
-        for (name, subscribers) in [("vmm", vmm_loop), ("io", io_loop)] {
+        for (kind, subscribers) in [(Kind::Vmm, vmm_loop), (Kind::Io, io_loop)] {
             if !subscribers.is_empty() {
-                let event_loop = EventLoop::start(name, subscribers)
+                let event_loop = EventLoop::start(kind, subscribers, &confinement)
                     .map_err(|source| Error::Start { what: "an event loop", source })?;
                 handle.loops.push(event_loop);
             }
@@ -111,8 +128,9 @@ impl Vmm {
                 control: handle.control.clone(),
                 counter,
             };
-            let thread =
-                vcpu.start().map_err(|source| Error::Start { what: "a vCPU thread", source })?;
+            let thread = vcpu
+                .start(&confinement)
+                .map_err(|source| Error::Start { what: "a vCPU thread", source })?;
             handle.vcpus.push(thread);
         }
         Ok(handle)

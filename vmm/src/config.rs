@@ -59,6 +59,10 @@ pub struct VmConfig {
     /// Whether the guest gets an entropy device.
     #[serde(default = "yes")]
     pub rng: bool,
+    /// Whether each thread of the machine may make only the system calls it needs, and ends the
+    /// process with any other. To start with it fails where nobody has written those down.
+    #[serde(default = "yes")]
+    pub seccomp: bool,
 }
 
 /// Guest RAM.
@@ -181,6 +185,7 @@ impl VmConfig {
             shares: Vec::new(),
             vsock: None,
             rng: yes(),
+            seccomp: yes(),
         }
     }
 

@@ -15,6 +15,12 @@ pub enum Error {
     /// A value of the configuration cannot be.
     #[error("invalid machine configuration")]
     Config(#[from] ConfigError),
+    /// Nobody has written down what this architecture's threads need.
+    #[error(
+        "this build has no system call filters for its architecture: to run without them, set \
+         `seccomp` to false (coracle-vmm --no-seccomp)"
+    )]
+    NoFilter,
     /// /dev/kvm cannot be used.
     #[error("open /dev/kvm: {remedy}")]
     OpenKvm {

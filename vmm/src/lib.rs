@@ -14,6 +14,7 @@
 
 mod builder;
 pub mod config;
+mod confinement;
 mod console;
 mod control;
 mod error;
@@ -24,6 +25,7 @@ mod memory;
 mod metrics;
 mod peripherals;
 mod placement;
+mod seccomp;
 mod vcpu;
 
 pub use builder::Vmm;

@@ -53,6 +53,9 @@ struct Arguments {
     /// console.serial
     #[arg(long)]
     serial: bool,
+    /// Let the machine's threads make any system call; sets seccomp to false
+    #[arg(long)]
+    no_seccomp: bool,
     /// Write what the machine cost to this file when it ends (JSON)
     #[arg(long, value_name = "FILE")]
     metrics: Option<PathBuf>,
@@ -137,6 +140,7 @@ fn configuration(arguments: &Arguments) -> anyhow::Result<VmConfig> {
         config.console.output = ConsoleOutput::Stdout;
     }
     config.console.serial |= arguments.serial;
+    config.seccomp &= !arguments.no_seccomp;
     Ok(config)
 }
 

@@ -166,6 +166,7 @@ pub(super) fn config(
         shares: vec![ShareConfig { tag: SHARE_TAG.into(), path: share.into(), read_only: false }],
         vsock: Some(VsockConfig { cid: GUEST_CID }),
         rng: true,
+        seccomp: true,
     }
 }
 

@@ -1,0 +1,157 @@
+//! What is left to the threads of a running machine, and to whom `coracle-vmm` is of use.
+
+mod payload;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::Read;
+use std::os::unix::fs::PermissionsExt;
+use std::process::{Child, Command, Stdio};
+
+use payload::{HANG, Payload, TRIPLE_FAULT, print, print_for_ever};
+use tempfile::NamedTempFile;
+use vmm::{ConsoleOutput, DiskConfig, VmConfig, VsockConfig};
+
+/// Gives the rest of the command line a /dev/kvm that everybody may open, and nothing else of root.
+const AS_NOBODY: &str = "set -e
+mount -t tmpfs -o mode=755 kvm /mnt
+mknod -m 666 /mnt/kvm c 10 232
+mount --bind /mnt/kvm /dev/kvm
+exec setpriv --reuid 65534 --regid 65534 --clear-groups --inh-caps=-all --bounding-set=-all \"$@\"";
+
+/// A machine with what it needs on disk.
+struct Machine {
+    config: VmConfig,
+    _payload: Payload,
+    disk: NamedTempFile,
+}
+
+impl Machine {
+    fn of(code: &[Vec<u8>]) -> Self {
+        let payload = Payload::elf(code);
+        let mut config = payload.config();
+        config.console.output = ConsoleOutput::Stdout;
+        config.vsock = Some(VsockConfig { cid: 3 });
+        Machine { config, _payload: payload, disk: NamedTempFile::new().unwrap() }
+    }
+
+    fn with_a_disk(mut self) -> Self {
+        let path = self.disk.path().to_owned();
+        self.config.disks = vec![DiskConfig { id: "data".into(), path, read_only: false }];
+        self
+    }
+
+    /// The configuration as a file that, like the kernel, everybody may read.
+    fn file(&self) -> NamedTempFile {
+        let file = NamedTempFile::new().unwrap();
+        serde_json::to_writer(file.as_file(), &self.config).unwrap();
+        for path in [file.path(), &self.config.boot.kernel] {
+            fs::set_permissions(path, fs::Permissions::from_mode(0o644)).unwrap();
+        }
+        file
+    }
+}
+
+/// A program that is killed at the end of the test.
+struct Running {
+    program: Child,
+    _config: NamedTempFile,
+}
+
+impl Running {
+    /// Starts `machine` and waits until its guest prints.
+    fn start(machine: &Machine) -> Self {
+        let config = machine.file();
+        let mut program = Command::new(env!("CARGO_BIN_EXE_coracle-vmm"))
+            .arg("--config")
+            .arg(config.path())
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        program.stdout.as_mut().unwrap().read_exact(&mut [0]).unwrap();
+        Running { program, _config: config }
+    }
+
+    /// What the kernel says about each thread, by the thread's name.
+    fn threads(&self) -> BTreeMap<String, Status> {
+        fs::read_dir(format!("/proc/{}/task", self.program.id()))
+            .unwrap()
+            .map(|task| {
+                let path = task.unwrap().path();
+                let name = fs::read_to_string(path.join("comm")).unwrap();
+                (name.trim().to_owned(), Status(fs::read_to_string(path.join("status")).unwrap()))
+            })
+            .collect()
+    }
+
+    /// The threads of the machine itself.
+    fn device_threads(&self) -> BTreeMap<String, Status> {
+        let mut threads = self.threads();
+        threads.remove("coracle-vmm").unwrap();
+        // KVM keeps workers in the process that never leave the kernel.
+        threads.retain(|name, _| !name.starts_with("kvm-"));
+        threads
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.program.kill().unwrap();
+        self.program.wait().unwrap();
+    }
+}
+
+/// `/proc/PID/task/TID/status`
+struct Status(String);
+
+impl Status {
+    fn field(&self, name: &str) -> &str {
+        let line = self.0.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+        line.strip_prefix(':').unwrap().trim()
+    }
+}
+
+#[test]
+#[ignore = "needs /dev/kvm"]
+fn every_thread_of_a_machine_has_its_filter() {
+    let machine = Running::start(&Machine::of(&[print("up"), HANG.to_vec()]).with_a_disk());
+
+    let threads = machine.device_threads();
+
+    assert_eq!(threads.keys().collect::<Vec<_>>(), ["io", "vcpu 0", "vmm"]);
+    for (name, status) in threads {
+        // SECCOMP_MODE_FILTER
+        assert_eq!(status.field("Seccomp"), "2", "{name}");
+        assert_eq!(status.field("NoNewPrivs"), "1", "{name}");
+    }
+}
+
+#[test]
+#[ignore = "needs /dev/kvm"]
+fn a_machine_without_filters_has_none() {
+    let mut unfiltered = Machine::of(&[print_for_ever(b'x')]);
+    unfiltered.config.seccomp = false;
+    let machine = Running::start(&unfiltered);
+
+    assert!(machine.device_threads().values().all(|status| status.field("Seccomp") == "0"));
+}
+
+#[test]
+#[ignore = "needs /dev/kvm and root"]
+fn a_user_who_may_open_kvm_runs_a_machine() {
+    let machine = Machine::of(&[print("hello"), TRIPLE_FAULT.to_vec()]);
+    let config = machine.file();
+
+    let output = Command::new("unshare")
+        .args(["--mount", "sh", "-c", AS_NOBODY, "sh", env!("CARGO_BIN_EXE_coracle-vmm")])
+        .arg("--config")
+        .arg(config.path())
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+
+    assert_eq!(output.stdout, b"hello", "{output:?}");
+    // The guest's processor gave up, as it should.
+    assert_eq!(output.status.code(), Some(4), "{output:?}");
+}
