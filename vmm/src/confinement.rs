@@ -1,26 +1,51 @@
 //! Threads that give up, before they do anything else, what their work does not need.
 //!
 //! What a thread gives up it cannot get back, nor can what it starts. The thread that started the
-//! machine keeps everything: it has more to do than to run a guest.
+//! machine keeps everything: it may have more to do than to run a guest.
 
 use std::io;
 use std::sync::mpsc::sync_channel;
 use std::thread::{Builder, JoinHandle};
 
+use caps::{CapSet, Capability, CapsHashSet};
+
 use crate::config::VmConfig;
 use crate::seccomp::{self, Kind};
+
+/// What serving files takes: to do for every user of the guest what its kernel has allowed already.
+const FILE_SERVING: [Capability; 9] = [
+    // SETATTR of the owner.
+    Capability::CAP_CHOWN,
+    // The permission bits were looked at in the guest.
+    Capability::CAP_DAC_OVERRIDE,
+    // LINK, which names the file by descriptor (linkat(2), AT_EMPTY_PATH).
+    Capability::CAP_DAC_READ_SEARCH,
+    // SETATTR of mode and times of somebody else's file.
+    Capability::CAP_FOWNER,
+    // A changed file keeps its set-user-id bits unless the guest's kernel says otherwise.
+    Capability::CAP_FSETID,
+    // Device nodes; the guest cannot open the host's devices with them.
+    Capability::CAP_MKNOD,
+    // Capabilities of programs: the extended attribute security.capability.
+    Capability::CAP_SETFCAP,
+    // Whom a new file belongs to.
+    Capability::CAP_SETGID,
+    Capability::CAP_SETUID,
+];
 
 /// What the threads of one machine are left with.
 #[derive(Debug, Clone, Copy)]
 pub struct Confinement {
     /// Only the system calls that they need.
     pub seccomp: bool,
+    /// Whether one of them serves files to the guest.
+    pub serves_files: bool,
 }
 
 impl Confinement {
     /// What a machine of `config` can do with.
     pub fn of(config: &VmConfig) -> Self {
-        Confinement { seccomp: config.seccomp }
+        Confinement { seccomp: config.seccomp, serves_files: !config.shares.is_empty() }
     }
 
     /// Starts a thread of `kind` that runs `body` once it is confined; fails if it cannot be.
@@ -48,9 +73,38 @@ impl Confinement {
 
     /// Confines the calling thread.
     fn enter(self, kind: Kind) -> io::Result<()> {
+        give_up_new_privileges()?;
+        let needed = if self.serves_files && kind == Kind::Io { &FILE_SERVING[..] } else { &[] };
+        keep_capabilities(needed)?;
         if self.seccomp {
             seccomp::install(kind).map_err(io::Error::other)?;
         }
         Ok(())
     }
+}
+
+/// Gives up every capability of the calling thread, and that executing a program could give it any.
+/// For the thread that started a machine, if it needs none.
+pub fn give_up_privileges() -> io::Result<()> {
+    give_up_new_privileges()?;
+    keep_capabilities(&[])
+}
+
+/// Programs the thread executes have no more rights than the thread (prctl(2), `PR_SET_NO_NEW_PRIVS`).
+fn give_up_new_privileges() -> io::Result<()> {
+    // SAFETY: this operation takes numbers only.
+    match unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Gives up every capability of the calling thread but those of `needed` that it has.
+fn keep_capabilities(needed: &[Capability]) -> io::Result<()> {
+    let had = caps::read(None, CapSet::Permitted).map_err(io::Error::other)?;
+    let kept: CapsHashSet = needed.iter().copied().filter(|one| had.contains(one)).collect();
+    // No program will be executed that could inherit one; without these there are no ambient ones.
+    caps::clear(None, CapSet::Inheritable).map_err(io::Error::other)?;
+    caps::set(None, CapSet::Effective, &kept).map_err(io::Error::other)?;
+    caps::set(None, CapSet::Permitted, &kept).map_err(io::Error::other)
 }

@@ -1,17 +1,17 @@
 //! `coracle-vmm`: starts one virtual machine from a configuration file, and ends as it ends.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io::{self, IsTerminal, Write};
 use std::mem;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::ptr;
 
 use anyhow::{Context, bail};
 use clap::Parser;
 use log::{LevelFilter, Log, Metadata, Record};
-use vmm::{ConsoleConfig, ConsoleOutput, Exit, VmConfig, VmHandle, Vmm};
+use vmm::{ConsoleConfig, ConsoleOutput, Exit, Metrics, VmConfig, VmHandle, Vmm};
 use vmm_sys_util::terminal::Terminal;
 
 const EXIT_CODES: &str = "\
@@ -88,15 +88,35 @@ fn run(arguments: &Arguments) -> anyhow::Result<u8> {
         return Ok(0);
     }
     let terminal = interactive.then(RawTerminal::open).transpose().context("use the terminal")?;
+    let metrics = arguments.metrics.as_deref().map(Report::create).transpose()?;
     let machine = machine.start()?;
+    // Nothing is opened from here on.
+    vmm::give_up_privileges().context("give up privileges")?;
     let signal = wait_for_end(&machine, &signals).context("wait for the machine")?;
     drop(terminal);
     machine.stop();
-    if let Some(path) = &arguments.metrics {
-        let metrics = serde_json::to_string_pretty(&machine.metrics())?;
-        fs::write(path, metrics).with_context(|| format!("write {path:?}"))?;
+    if let Some(metrics) = metrics {
+        metrics.write(&machine.metrics())?;
     }
     exit_code(finish(machine, signals, signal), signal)
+}
+
+/// A file for what the machine cost.
+struct Report<'a> {
+    path: &'a Path,
+    file: File,
+}
+
+impl<'a> Report<'a> {
+    fn create(path: &'a Path) -> anyhow::Result<Self> {
+        let file = File::create(path).with_context(|| format!("create {path:?}"))?;
+        Ok(Report { path, file })
+    }
+
+    fn write(mut self, metrics: &Metrics) -> anyhow::Result<()> {
+        let text = serde_json::to_string_pretty(metrics)?;
+        self.file.write_all(text.as_bytes()).with_context(|| format!("write {:?}", self.path))
+    }
 }
 
 /// Says how `machine` ended, and lets its devices finish, unless a signal says not to: one of them

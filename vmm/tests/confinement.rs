@@ -9,8 +9,8 @@ use std::os::unix::fs::PermissionsExt;
 use std::process::{Child, Command, Stdio};
 
 use payload::{HANG, Payload, TRIPLE_FAULT, print, print_for_ever};
-use tempfile::NamedTempFile;
-use vmm::{ConsoleOutput, DiskConfig, VmConfig, VsockConfig};
+use tempfile::{NamedTempFile, TempDir};
+use vmm::{ConsoleOutput, DiskConfig, ShareConfig, VmConfig, VsockConfig};
 
 /// Gives the rest of the command line a /dev/kvm that everybody may open, and nothing else of root.
 const AS_NOBODY: &str = "set -e
@@ -82,6 +82,8 @@ impl Running {
                 let name = fs::read_to_string(path.join("comm")).unwrap();
                 (name.trim().to_owned(), Status(fs::read_to_string(path.join("status")).unwrap()))
             })
+            // KVM keeps workers in the process that never leave the kernel.
+            .filter(|(name, _)| !name.starts_with("kvm-"))
             .collect()
     }
 
@@ -89,8 +91,6 @@ impl Running {
     fn device_threads(&self) -> BTreeMap<String, Status> {
         let mut threads = self.threads();
         threads.remove("coracle-vmm").unwrap();
-        // KVM keeps workers in the process that never leave the kernel.
-        threads.retain(|name, _| !name.starts_with("kvm-"));
         threads
     }
 }
@@ -110,6 +110,10 @@ impl Status {
         let line = self.0.lines().find_map(|line| line.strip_prefix(name)).unwrap();
         line.strip_prefix(':').unwrap().trim()
     }
+
+    fn capabilities(&self, set: &str) -> u64 {
+        u64::from_str_radix(self.field(set), 16).unwrap()
+    }
 }
 
 #[test]
@@ -125,6 +129,37 @@ fn every_thread_of_a_machine_has_its_filter() {
         assert_eq!(status.field("Seccomp"), "2", "{name}");
         assert_eq!(status.field("NoNewPrivs"), "1", "{name}");
     }
+}
+
+#[test]
+#[ignore = "needs /dev/kvm and root"]
+fn no_thread_keeps_a_capability_it_does_not_need() {
+    let machine = Running::start(&Machine::of(&[print("up"), HANG.to_vec()]).with_a_disk());
+
+    for (name, status) in machine.threads() {
+        for set in ["CapInh", "CapPrm", "CapEff", "CapAmb"] {
+            assert_eq!(status.capabilities(set), 0, "{name} {set}");
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs /dev/kvm and root"]
+fn the_thread_that_serves_files_keeps_what_that_takes() {
+    let folder = TempDir::new().unwrap();
+    let mut machine = Machine::of(&[print("up"), HANG.to_vec()]);
+    machine.config.shares =
+        vec![ShareConfig { tag: "share".into(), path: folder.path().into(), read_only: false }];
+    let machine = Running::start(&machine);
+
+    let threads = machine.threads();
+
+    // chown, dac_override, dac_read_search, fowner, fsetid, setgid, setuid, mknod, setfcap
+    assert_eq!(threads["io"].capabilities("CapEff"), 0x8800_00df);
+    assert_eq!(threads["io"].capabilities("CapPrm"), 0x8800_00df);
+    assert_eq!(threads["vmm"].capabilities("CapPrm"), 0);
+    assert_eq!(threads["vcpu 0"].capabilities("CapPrm"), 0);
+    assert_eq!(threads["coracle-vmm"].capabilities("CapPrm"), 0);
 }
 
 #[test]
