@@ -90,6 +90,16 @@ pub fn give_up_privileges() -> io::Result<()> {
     keep_capabilities(&[])
 }
 
+/// Keeps the memory of this process and of its guest out of core dumps; for the program's start.
+pub fn forbid_core_dumps() -> io::Result<()> {
+    let none = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: `none` is a valid rlimit, and outlives the call that reads it.
+    match unsafe { libc::setrlimit(libc::RLIMIT_CORE, &raw const none) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 /// Programs the thread executes have no more rights than the thread (prctl(2), `PR_SET_NO_NEW_PRIVS`).
 fn give_up_new_privileges() -> io::Result<()> {
     // SAFETY: this operation takes numbers only.

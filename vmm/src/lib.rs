@@ -33,7 +33,7 @@ pub use config::{
     BootConfig, ConfigError, ConsoleConfig, ConsoleOutput, DiskConfig, MemoryConfig, NetConfig,
     ShareConfig, VmConfig, VsockConfig,
 };
-pub use confinement::give_up_privileges;
+pub use confinement::{forbid_core_dumps, give_up_privileges};
 pub use control::Exit;
 pub use error::Error;
 pub use footprint::{give_back_startup_memory, use_one_heap};

@@ -83,6 +83,7 @@ fn run(arguments: &Arguments) -> anyhow::Result<u8> {
     let interactive = takes_keys(&config.console) && io::stdin().is_terminal();
     // Before the first thread starts, so that every thread leaves these signals to this one.
     let signals = Signals::open().context("receive signals")?;
+    vmm::forbid_core_dumps().context("forbid core dumps")?;
     let machine = Vmm::new(config)?;
     if arguments.check {
         return Ok(0);

@@ -164,6 +164,17 @@ fn the_thread_that_serves_files_keeps_what_that_takes() {
 
 #[test]
 #[ignore = "needs /dev/kvm"]
+fn a_machine_leaves_no_core_dump() {
+    let machine = Running::start(&Machine::of(&[print("up"), HANG.to_vec()]));
+
+    let limits = fs::read_to_string(format!("/proc/{}/limits", machine.program.id())).unwrap();
+
+    let line = limits.lines().find_map(|line| line.strip_prefix("Max core file size")).unwrap();
+    assert_eq!(line.split_whitespace().collect::<Vec<_>>(), ["0", "0", "bytes"]);
+}
+
+#[test]
+#[ignore = "needs /dev/kvm"]
 fn a_machine_without_filters_has_none() {
     let mut unfiltered = Machine::of(&[print_for_ever(b'x')]);
     unfiltered.config.seccomp = false;
