@@ -7,13 +7,14 @@ use std::sync::{Arc, Mutex};
 use arch::machine::{BootFiles, Entry, Machine, MmioDevice};
 use arch::{Arch, Host, Kvm, VcpuFd, VmFd};
 
-use crate::config::{BootConfig, VmConfig};
+use crate::config::{BootConfig, ShareConfig, VmConfig};
 use crate::confinement::Confinement;
 use crate::console::ConsoleLog;
 use crate::control::Control;
 use crate::error::Error;
 use crate::event_loop::EventLoop;
 use crate::handle::VmHandle;
+use crate::jail::Jail;
 use crate::memory::GuestRam;
 use crate::metrics::{Counter, now_ns};
 use crate::peripherals;
@@ -61,7 +62,8 @@ impl Vmm {
         let control = Control::new(config.vcpus)
             .map(Arc::new)
             .map_err(|source| Error::Start { what: "the machine's control", source })?;
-        let vsock = peripherals::place_all(&config, &console, &mut placement)?;
+        let jail = build_jail(&config.shares)?;
+        let vsock = peripherals::place_all(&config, &console, jail.as_deref(), &mut placement)?;
         let placed = placement.finish();
 
         let entry = Host::load(ram.memory(), &mut boot)
@@ -81,7 +83,7 @@ impl Vmm {
             vsock,
             started_ns,
             built_ns: now_ns(),
-            confinement: Confinement::of(&config),
+            confinement: Confinement::of(&config, jail),
             vm,
             ram,
         })
@@ -139,6 +141,14 @@ impl Vmm {
 
 fn step(step: &'static str) -> impl FnOnce(arch::ArchError) -> Error {
     move |source| Error::Arch { step, source }
+}
+
+/// An unprivileged user cannot build one, and has little that it could keep from a thread.
+fn build_jail(shares: &[ShareConfig]) -> Result<Option<Arc<Jail>>, Error> {
+    if !Jail::is_allowed() {
+        return Ok(None);
+    }
+    Ok(Some(Arc::new(Jail::build(shares.iter().map(|share| share.path.as_path()))?)))
 }
 
 fn open_boot_files(boot: &BootConfig) -> Result<BootFiles, Error> {

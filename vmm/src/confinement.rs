@@ -4,12 +4,14 @@
 //! machine keeps everything: it may have more to do than to run a guest.
 
 use std::io;
+use std::sync::Arc;
 use std::sync::mpsc::sync_channel;
 use std::thread::{Builder, JoinHandle};
 
 use caps::{CapSet, Capability, CapsHashSet};
 
 use crate::config::VmConfig;
+use crate::jail::Jail;
 use crate::seccomp::{self, Kind};
 
 /// What serving files takes: to do for every user of the guest what its kernel has allowed already.
@@ -34,8 +36,10 @@ const FILE_SERVING: [Capability; 9] = [
 ];
 
 /// What the threads of one machine are left with.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Confinement {
+    /// The only file systems they see, if the process may choose.
+    pub jail: Option<Arc<Jail>>,
     /// Only the system calls that they need.
     pub seccomp: bool,
     /// Whether one of them serves files to the guest.
@@ -43,9 +47,9 @@ pub struct Confinement {
 }
 
 impl Confinement {
-    /// What a machine of `config` can do with.
-    pub fn of(config: &VmConfig) -> Self {
-        Confinement { seccomp: config.seccomp, serves_files: !config.shares.is_empty() }
+    /// What a machine of `config` in `jail` can do with.
+    pub fn of(config: &VmConfig, jail: Option<Arc<Jail>>) -> Self {
+        Confinement { jail, seccomp: config.seccomp, serves_files: !config.shares.is_empty() }
     }
 
     /// Starts a thread of `kind` that runs `body` once it is confined; fails if it cannot be.
@@ -55,7 +59,7 @@ impl Confinement {
         kind: Kind,
         body: impl FnOnce() + Send + 'static,
     ) -> io::Result<JoinHandle<()>> {
-        let confinement = *self;
+        let confinement = self.clone();
         let (report, outcome) = sync_channel(1);
         let thread = builder.spawn(move || {
             let confined = confinement.enter(kind);
@@ -73,6 +77,9 @@ impl Confinement {
 
     /// Confines the calling thread.
     fn enter(self, kind: Kind) -> io::Result<()> {
+        if let Some(jail) = self.jail {
+            jail.enter()?;
+        }
         give_up_new_privileges()?;
         let needed = if self.serves_files && kind == Kind::Io { &FILE_SERVING[..] } else { &[] };
         keep_capabilities(needed)?;

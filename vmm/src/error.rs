@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use arch::ArchError;
 
 use crate::config::ConfigError;
+use crate::jail::JailError;
 use crate::memory::MemoryError;
 use crate::placement::PlacementError;
 
@@ -90,6 +91,9 @@ pub enum Error {
         #[source]
         source: ArchError,
     },
+    /// The machine's threads cannot be kept apart from the host's file systems.
+    #[error("keep the machine's threads to the shared directories")]
+    Jail(#[from] JailError),
     /// A device could not be made.
     #[error("create device {name}")]
     Device {

@@ -92,7 +92,7 @@ mod tests {
 
     use super::*;
 
-    const CONFINEMENT: Confinement = Confinement { seccomp: true, serves_files: false };
+    const CONFINEMENT: Confinement = Confinement { jail: None, seccomp: true, serves_files: false };
 
     struct Echo {
         event: EventFd,

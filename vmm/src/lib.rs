@@ -21,6 +21,7 @@ mod error;
 mod event_loop;
 mod footprint;
 mod handle;
+mod jail;
 mod memory;
 mod metrics;
 mod peripherals;

@@ -1,6 +1,7 @@
 //! Opens and places every device the configuration asks for.
 
 use std::fs::File;
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use arch::machine::PlatformDevice;
@@ -17,6 +18,7 @@ use devices::virtio::vsock::{Host as VsockHost, Vsock};
 use crate::config::{ConsoleConfig, ConsoleOutput, DiskConfig, NetConfig, ShareConfig, VmConfig};
 use crate::console::{self, ConsoleLog};
 use crate::error::Error;
+use crate::jail::Jail;
 use crate::placement::{Loop, Placement, PlacementError};
 
 /// Registers of a 16550, in bytes.
@@ -37,6 +39,7 @@ pub fn open_console(config: &ConsoleConfig) -> Result<ConsoleLog, Error> {
 pub fn place_all(
     config: &VmConfig,
     log: &ConsoleLog,
+    jail: Option<&Jail>,
     placement: &mut Placement<'_>,
 ) -> Result<Option<VsockHost>, Error> {
     if config.console.serial {
@@ -55,7 +58,9 @@ pub fn place_all(
         host = Some(handle);
     }
     config.disks.iter().try_for_each(|disk| place_disk(disk, placement))?;
-    config.shares.iter().try_for_each(|share| place_share(share, placement))?;
+    for (index, share) in config.shares.iter().enumerate() {
+        place_share(share, jail.map(|jail| (jail, index)), placement)?;
+    }
     config.nets.iter().try_for_each(|net| place_net(net, placement))?;
     Ok(host)
 }
@@ -78,9 +83,20 @@ fn place_disk(config: &DiskConfig, placement: &mut Placement<'_>) -> Result<(), 
     place(&name, Block::new(disk, config.read_only, &config.id), Loop::Io, placement)
 }
 
-fn place_share(config: &ShareConfig, placement: &mut Placement<'_>) -> Result<(), Error> {
+/// Opens the directory in the jail, if there is one, where it has the number given with it: from
+/// there no name leads anywhere else.
+fn place_share(
+    config: &ShareConfig,
+    jail: Option<(&Jail, usize)>,
+    placement: &mut Placement<'_>,
+) -> Result<(), Error> {
     let name = format!("share {}", config.tag);
-    let server = Server::open(&config.path, config.read_only).map_err(device(&name))?;
+    let open = |path: &Path| Server::open(path, config.read_only);
+    let server = match jail {
+        Some((jail, index)) => jail.run(|| open(&Jail::path_of(index))).map_err(device(&name))?,
+        None => open(&config.path),
+    };
+    let server = server.map_err(device(&name))?;
     place(&name, Fs::new(&config.tag, server), Loop::Io, placement)
 }
 
