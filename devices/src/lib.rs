@@ -4,5 +4,6 @@
 
 pub mod bus;
 pub mod interrupt;
+pub mod listener;
 pub mod serial;
 pub mod virtio;

@@ -45,7 +45,7 @@ pub fn guest(image: &Path, verbose: bool) -> Result<()> {
     let mut config = VmConfig::new(image.join("kernel"));
     config.boot.initrd = Some(image.join("initrd"));
     config.memory.size_mib = 256;
-    config.vsock = Some(VsockConfig { cid: 3 });
+    config.vsock = Some(VsockConfig { cid: 3, socket: None });
     let share = tempfile::tempdir()?;
     config.shares =
         vec![ShareConfig { tag: "coracle".into(), path: share.path().into(), read_only: false }];

@@ -12,6 +12,8 @@ use time::OffsetDateTime;
 use time::format_description::BorrowedFormatItem;
 use time::macros::format_description;
 
+pub use vmm::chain;
+
 /// Go's `time.RFC3339`, which logrus writes: no fraction of a second.
 const TIME_FORMAT: &[BorrowedFormatItem<'_>] =
     format_description!("[year]-[month]-[day]T[hour]:[minute]:[second]Z");
@@ -141,22 +143,6 @@ fn open(path: &Path) -> Result<File, Error> {
         .create(true)
         .open(path)
         .map_err(|source| Error::Open { path: path.into(), source })
-}
-
-/// An error and its causes as one line, outermost first. A cause whose text its parent already
-/// ends with is not repeated.
-pub fn chain(error: &(dyn std::error::Error + 'static)) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(cause) = next {
-        let cause_text = cause.to_string();
-        if !text.ends_with(&cause_text) {
-            text.push_str(": ");
-            text.push_str(&cause_text);
-        }
-        next = cause.source();
-    }
-    text
 }
 
 enum Sink {

@@ -1,13 +1,15 @@
 //! From a configuration to a machine whose guest can run: the boot, top to bottom.
 
 use std::fs::File;
+use std::mem;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use arch::machine::{BootFiles, Entry, Machine, MmioDevice};
 use arch::{Arch, Host, Kvm, VcpuFd, VmFd};
 
-use crate::config::{BootConfig, ShareConfig, VmConfig};
+use crate::check::{check_memory, parent};
+use crate::config::{BootConfig, VmConfig};
 use crate::confinement::Confinement;
 use crate::console::ConsoleLog;
 use crate::control::Control;
@@ -16,7 +18,7 @@ use crate::event_loop::EventLoop;
 use crate::handle::VmHandle;
 use crate::jail::Jail;
 use crate::memory::GuestRam;
-use crate::metrics::{Counter, now_ns};
+use crate::metrics::{Counter, Metrics, Record, now_ns};
 use crate::peripherals;
 use crate::placement::{Placed, Placement};
 use crate::seccomp::{self, Kind};
@@ -30,8 +32,7 @@ pub struct Vmm {
     placed: Placed,
     console: ConsoleLog,
     vsock: Option<vsock::Host>,
-    started_ns: u64,
-    built_ns: u64,
+    record: Record,
     confinement: Confinement,
     vm: VmFd,
     ram: GuestRam,
@@ -41,11 +42,12 @@ impl Vmm {
     /// Opens and builds everything `config` names. The guest does not run yet.
     #[expect(clippy::needless_pass_by_value, reason = "one configuration makes one machine")]
     pub fn new(config: VmConfig) -> Result<Vmm, Error> {
-        let started_ns = now_ns();
+        let mut record = Record { started_ns: now_ns(), ..Record::default() };
         config.validate()?;
         if config.seccomp && !seccomp::is_available() {
             return Err(Error::NoFilter);
         }
+        check_memory(&config.memory)?;
         let mut boot = open_boot_files(&config.boot)?;
         let kvm = open_kvm()?;
         let vm = create_vm(&kvm)?;
@@ -54,6 +56,7 @@ impl Vmm {
         let ram = GuestRam::allocate(&map, &config.memory)?;
         ram.register(&vm)?;
         Host::before_vcpus(&kvm, &vm).map_err(step("prepare the machine for vCPUs"))?;
+        record.machine_ns = now_ns();
 
         let console = peripherals::open_console(&config.console)?;
         let mut placement =
@@ -62,12 +65,14 @@ impl Vmm {
         let control = Control::new(config.vcpus)
             .map(Arc::new)
             .map_err(|source| Error::Start { what: "the machine's control", source })?;
-        let jail = build_jail(&config.shares)?;
+        let jail = build_jail(&config)?;
         let vsock = peripherals::place_all(&config, &console, jail.as_deref(), &mut placement)?;
-        let placed = placement.finish();
+        let mut placed = placement.finish();
+        record.devices_ns = now_ns();
 
         let entry = Host::load(ram.memory(), &mut boot)
             .map_err(|source| Error::LoadKernel { path: config.boot.kernel.clone(), source })?;
+        record.loaded_ns = now_ns();
         let vcpus = create_vcpus(&vm, config.vcpus)?;
         Host::after_vcpus(&vm, config.vcpus).map_err(step("finish the interrupt controller"))?;
         describe(&config, &ram, entry, &placed.devices)?;
@@ -75,18 +80,10 @@ impl Vmm {
             Host::reset_vcpu(&kvm, vcpu, index, config.vcpus, &entry)
                 .map_err(step("set a vCPU's registers"))?;
         }
-        Ok(Vmm {
-            control,
-            vcpus,
-            placed,
-            console,
-            vsock,
-            started_ns,
-            built_ns: now_ns(),
-            confinement: Confinement::of(&config, jail),
-            vm,
-            ram,
-        })
+        record.built_ns = now_ns();
+        record.activities = mem::take(&mut placed.activities);
+        let confinement = Confinement::of(&config, jail);
+        Ok(Vmm { control, vcpus, placed, console, vsock, record, confinement, vm, ram })
     }
 
     /// The host's end of the socket device, if the VM has one: streams may be connected and
@@ -95,19 +92,24 @@ impl Vmm {
         self.vsock.as_ref()
     }
 
+    /// What it cost so far.
+    pub fn metrics(&self) -> Metrics {
+        self.record.metrics()
+    }
+
     /// Starts the machine's threads, and with them the guest.
     pub fn start(self) -> Result<VmHandle, Error> {
         let confinement = self.confinement;
-        let Placed { buses, vmm_loop, io_loop, .. } = self.placed;
+        let Placed { buses, vmm_loop, io_loop, socket_files, .. } = self.placed;
         let mut handle = VmHandle {
             control: self.control,
             vcpus: Vec::with_capacity(self.vcpus.len()),
             console: self.console,
             vsock: self.vsock,
             counters: Vec::with_capacity(self.vcpus.len()),
-            started_ns: self.started_ns,
-            built_ns: self.built_ns,
+            record: self.record,
             loops: Vec::with_capacity(2),
+            _socket_files: socket_files,
             _vm: self.vm,
             _ram: self.ram,
         };
@@ -144,21 +146,23 @@ fn step(step: &'static str) -> impl FnOnce(arch::ArchError) -> Error {
 }
 
 /// An unprivileged user cannot build one, and has little that it could keep from a thread.
-fn build_jail(shares: &[ShareConfig]) -> Result<Option<Arc<Jail>>, Error> {
+fn build_jail(config: &VmConfig) -> Result<Option<Arc<Jail>>, Error> {
     if !Jail::is_allowed() {
         return Ok(None);
     }
-    Ok(Some(Arc::new(Jail::build(shares.iter().map(|share| share.path.as_path()))?)))
+    let shares = config.shares.iter().map(|share| share.path.as_path());
+    let socket = config.vsock.as_ref().and_then(|vsock| vsock.socket.as_deref());
+    Ok(Some(Arc::new(Jail::build(shares, socket.map(parent))?)))
 }
 
 fn open_boot_files(boot: &BootConfig) -> Result<BootFiles, Error> {
     Ok(BootFiles {
-        kernel: open_file("kernel", &boot.kernel)?,
-        initrd: boot.initrd.as_deref().map(|path| open_file("initrd", path)).transpose()?,
+        kernel: open_boot_file("kernel", &boot.kernel)?,
+        initrd: boot.initrd.as_deref().map(|path| open_boot_file("initrd", path)).transpose()?,
     })
 }
 
-fn open_file(what: &'static str, path: &Path) -> Result<File, Error> {
+pub(crate) fn open_boot_file(what: &'static str, path: &Path) -> Result<File, Error> {
     let open = |source| Error::Open { what, path: path.to_owned(), source };
     let metadata = std::fs::metadata(path).map_err(open)?;
     // Opening a FIFO would wait for a writer, for ever.

@@ -1,10 +1,17 @@
 //! What a virtual machine consists of, as plain data: written by a JSON file, the sandbox or a test,
 //! read once by the builder.
 
+mod disk;
+mod rate_limit;
+
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
+use devices::virtio::net::MAX_PAIRS;
 use serde::{Deserialize, Serialize};
+
+pub use disk::{DiskConfig, DiskEngine};
+pub use rate_limit::RateLimitConfig;
 
 /// Most vCPUs of one VM: what the guest kernels we build are configured for.
 pub const MAX_VCPUS: u8 = 64;
@@ -19,11 +26,11 @@ pub const MAX_MEMORY_MIB: u32 = 1 << 20;
 /// Longest name of a network interface, in bytes: IFNAMSIZ less the terminating zero.
 const MAX_TAP_BYTES: usize = 15;
 
-/// Longest disk id, in bytes (virtio 1.2, section 5.2.6: the serial number of a block device).
-const MAX_DISK_ID_BYTES: usize = 20;
-
 /// Longest file system tag, in bytes (virtio 1.2, section 5.11.4).
 const MAX_TAG_BYTES: usize = 36;
+
+/// Longest path of the guest's unix socket, in bytes: what unix(7) allows, less `_` and a port.
+const MAX_VSOCK_SOCKET_BYTES: usize = 107 - 11;
 
 /// First context identifier a guest may have; 0 to 2 name hypervisor, loopback and host
 /// (virtio 1.2, section 5.10.4).
@@ -117,27 +124,44 @@ pub enum ConsoleOutput {
     File(PathBuf),
 }
 
-/// A block device.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct DiskConfig {
-    /// The serial number the guest sees, at most 20 bytes.
-    pub id: String,
-    /// A raw image file or a block device.
-    pub path: PathBuf,
-    /// Whether the guest may only read it.
-    #[serde(default)]
-    pub read_only: bool,
-}
-
 /// A network interface.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NetConfig {
-    /// Name of the host's tap interface in this process's network namespace; made if it is not there.
+    /// Name of the host's tap interface in this process's network namespace.
     pub tap: String,
+    /// Whether the tap is made if it is not there, to vanish with the VM. Else that is an error.
+    #[serde(default)]
+    pub create: bool,
     /// The guest's hardware address, as `02:00:00:00:00:01`.
     pub mac: String,
+    /// Number of queue pairs, 1 to [`MAX_PAIRS`]; a guest uses at most one a vCPU. A tap that
+    /// is not made here must have been made with `multi_queue` if there are several.
+    #[serde(default = "one")]
+    pub queue_pairs: u16,
+    /// Whether the host's kernel moves the frames.
+    #[serde(default)]
+    pub vhost: VhostUse,
+    /// How much the guest may receive, counting frames without virtio headers; what is too much
+    /// waits in the tap, which drops frames when it is full. Not with `vhost` on.
+    #[serde(default)]
+    pub receive_limit: RateLimitConfig,
+    /// How much the guest may transmit; what is too much waits in the guest. Not with `vhost` on.
+    #[serde(default)]
+    pub transmit_limit: RateLimitConfig,
+}
+
+/// Whether the host's kernel (vhost-net) moves the frames between tap and guest instead of the VMM.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum VhostUse {
+    /// If it can, and need not keep to a limit.
+    #[default]
+    Auto,
+    /// Yes, or there is no VM.
+    On,
+    /// No.
+    Off,
 }
 
 /// A host directory the guest can mount.
@@ -160,6 +184,11 @@ pub struct VsockConfig {
     /// The guest's context identifier, at least 3. It needs to be unique only within this VM: no
     /// kernel of the host takes part.
     pub cid: u32,
+    /// A unix socket to be made here, through which processes of the host reach the guest: they say
+    /// `CONNECT <port>\n` and read `OK <host port>\n`. Connections of the guest to port P of the
+    /// host go to the unix socket `<socket>_<P>`. At most 96 bytes.
+    #[serde(default)]
+    pub socket: Option<PathBuf>,
 }
 
 /// A field whose value cannot be, and the rule it breaks.
@@ -194,12 +223,11 @@ impl VmConfig {
         in_range("vcpus", self.vcpus, 1, MAX_VCPUS)?;
         in_range("memory.size_mib", self.memory.size_mib, MIN_MEMORY_MIB, MAX_MEMORY_MIB)?;
         self.boot.validate()?;
-        validate_disks(&self.disks)?;
+        disk::validate(&self.disks)?;
         validate_nets(&self.nets)?;
         validate_shares(&self.shares)?;
         match &self.vsock {
-            // All ones means "any" (VMADDR_CID_ANY).
-            Some(vsock) => in_range("vsock.cid", vsock.cid, MIN_GUEST_CID, u32::MAX - 1),
+            Some(vsock) => vsock.validate(),
             None => Ok(()),
         }
     }
@@ -218,7 +246,41 @@ impl BootConfig {
     }
 }
 
+impl VsockConfig {
+    fn validate(&self) -> Result<(), ConfigError> {
+        // All ones means "any" (VMADDR_CID_ANY).
+        in_range("vsock.cid", self.cid, MIN_GUEST_CID, u32::MAX - 1)?;
+        let Some(socket) = &self.socket else { return Ok(()) };
+        not_empty("vsock.socket", socket)?;
+        let bytes = socket.as_os_str().len();
+        if bytes > MAX_VSOCK_SOCKET_BYTES {
+            let rule = format!("must have at most {MAX_VSOCK_SOCKET_BYTES} bytes, not {bytes}");
+            return refuse("vsock.socket", &rule);
+        }
+        Ok(())
+    }
+}
+
 impl NetConfig {
+    /// An interface of one queue pair on the existing `tap`, with the hardware address `mac`.
+    pub fn new(tap: impl Into<String>, mac: impl Into<String>) -> Self {
+        NetConfig {
+            tap: tap.into(),
+            create: false,
+            mac: mac.into(),
+            queue_pairs: one(),
+            vhost: VhostUse::default(),
+            receive_limit: RateLimitConfig::default(),
+            transmit_limit: RateLimitConfig::default(),
+        }
+    }
+
+    /// Whether the guest may receive or transmit only so much.
+    pub(crate) fn is_limited(&self) -> bool {
+        let unlimited = RateLimitConfig::default();
+        self.receive_limit != unlimited || self.transmit_limit != unlimited
+    }
+
     /// The hardware address as bytes; `None` unless it is six hexadecimal bytes with colons between
     /// and names one station.
     pub fn mac_bytes(&self) -> Option<[u8; 6]> {
@@ -240,28 +302,26 @@ impl Default for MemoryConfig {
     }
 }
 
-fn one() -> u8 {
-    1
+fn one<N: From<u8>>() -> N {
+    1.into()
 }
 
 fn yes() -> bool {
     true
 }
 
-fn validate_disks(disks: &[DiskConfig]) -> Result<(), ConfigError> {
-    let mut seen = BTreeSet::new();
-    for (index, disk) in disks.iter().enumerate() {
-        let field = |name: &str| format!("disks[{index}].{name}");
-        name_of(&field("id"), &disk.id, MAX_DISK_ID_BYTES, &mut seen)?;
-        not_empty(&field("path"), &disk.path)?;
-    }
-    Ok(())
-}
-
 fn validate_nets(nets: &[NetConfig]) -> Result<(), ConfigError> {
     let mut seen = BTreeSet::new();
     for (index, net) in nets.iter().enumerate() {
         name_of(&format!("nets[{index}].tap"), &net.tap, MAX_TAP_BYTES, &mut seen)?;
+        in_range(&format!("nets[{index}].queue_pairs"), net.queue_pairs, 1, MAX_PAIRS)?;
+        net.receive_limit.validate(&format!("nets[{index}].receive_limit"))?;
+        net.transmit_limit.validate(&format!("nets[{index}].transmit_limit"))?;
+        if net.vhost == VhostUse::On && net.is_limited() {
+            let rule =
+                "must not be on for an interface with a limit, which the kernel does not keep";
+            return refuse(&format!("nets[{index}].vhost"), rule);
+        }
         if net.mac_bytes().is_none() {
             return refuse(
                 &format!("nets[{index}].mac"),
@@ -331,6 +391,8 @@ fn refuse(field: &str, rule: &str) -> Result<(), ConfigError> {
 
 #[cfg(test)]
 mod tests {
+    use devices::virtio::rate_limit::Rate;
+
     use super::*;
 
     fn parse(json: &str) -> VmConfig {
@@ -363,7 +425,7 @@ mod tests {
     fn a_configuration_survives_being_written_and_read() {
         let mut config = VmConfig::new("/k".into());
         config.console.output = ConsoleOutput::File("/log".into());
-        config.vsock = Some(VsockConfig { cid: 3 });
+        config.vsock = Some(VsockConfig { cid: 3, socket: Some("/vsock".into()) });
 
         let json = serde_json::to_string(&config).unwrap();
 
@@ -397,6 +459,63 @@ mod tests {
         assert_eq!(error, r#"disks[1].id: must be used once, but "a" is there twice"#);
     }
 
+    fn refused_disk(fields: &str) -> String {
+        refused(&format!(
+            r#"{{"boot": {{"kernel": "/k"}}, "disks": [{{"id": "a", "path": "/1", {fields}}}]}}"#
+        ))
+    }
+
+    #[test]
+    fn too_many_queues_of_a_disk_are_refused() {
+        assert_eq!(refused_disk(r#""queues": 17"#), "disks[0].queues: must be 1 to 16, not 17");
+    }
+
+    #[test]
+    fn a_disk_is_written_through_one_queue_unless_it_says_otherwise() {
+        let config = parse(
+            r#"{"boot": {"kernel": "/k"}, "disks": [
+                {"id": "a", "path": "/1"},
+                {"id": "b", "path": "/2", "queues": 4, "direct": true, "engine": "io_uring"}]}"#,
+        );
+
+        let chosen = DiskConfig {
+            queues: 4,
+            direct: true,
+            engine: DiskEngine::IoUring,
+            ..DiskConfig::new("b", "/2".into())
+        };
+        assert_eq!(config.disks, [DiskConfig::new("a", "/1".into()), chosen]);
+        assert_eq!(config.validate(), Ok(()));
+    }
+
+    #[test]
+    fn a_rate_of_nothing_is_refused() {
+        let error = refused_disk(r#""rate_limit": {"operations_per_second": 0}"#);
+        let rule = "must be 1 to 18446744073709551615, not 0";
+        assert_eq!(error, format!("disks[0].rate_limit.operations_per_second: {rule}"));
+    }
+
+    #[test]
+    fn a_burst_without_a_rate_is_refused() {
+        let error = refused_disk(r#""rate_limit": {"bytes_burst": 4096}"#);
+        let rule = "must come with disks[0].rate_limit.bytes_per_second";
+        assert_eq!(error, format!("disks[0].rate_limit.bytes_burst: {rule}"));
+    }
+
+    #[test]
+    fn a_burst_is_a_seconds_worth_unless_given() {
+        let limits = RateLimitConfig {
+            bytes_per_second: Some(1000),
+            operations_per_second: Some(10),
+            operations_burst: Some(3),
+            ..RateLimitConfig::default()
+        }
+        .limits();
+
+        let burst = |rate: Option<Rate>| rate.unwrap().burst.get();
+        assert_eq!((burst(limits.bytes), burst(limits.operations)), (1000, 3));
+    }
+
     #[test]
     fn a_multicast_hardware_address_is_refused() {
         let error = refused(
@@ -406,8 +525,37 @@ mod tests {
     }
 
     #[test]
+    fn a_network_interface_without_a_queue_is_refused() {
+        let error = refused(
+            r#"{"boot": {"kernel": "/k"},
+                "nets": [{"tap": "t", "mac": "02:00:00:00:00:01", "queue_pairs": 0}]}"#,
+        );
+        assert_eq!(error, "nets[0].queue_pairs: must be 1 to 16, not 0");
+    }
+
+    #[test]
+    fn a_limit_the_hosts_kernel_would_not_keep_is_refused() {
+        let mut net = NetConfig::new("t", "02:00:00:00:00:01");
+        net.vhost = VhostUse::On;
+        net.transmit_limit.bytes_per_second = Some(1);
+
+        let error = validate_nets(&[net]).unwrap_err();
+
+        assert!(error.to_string().starts_with("nets[0].vhost: must not be on"), "{error}");
+    }
+
+    #[test]
+    fn a_tap_is_one_that_exists_unless_said_otherwise() {
+        let config = parse(
+            r#"{"boot": {"kernel": "/k"}, "nets": [{"tap": "t", "mac": "02:00:00:00:00:01"}]}"#,
+        );
+        assert_eq!(config.nets, [NetConfig::new("t", "02:00:00:00:00:01")]);
+        assert!(!config.nets[0].create);
+    }
+
+    #[test]
     fn a_hardware_address_is_six_bytes() {
-        let mac = |text: &str| NetConfig { tap: "t".into(), mac: text.into() }.mac_bytes();
+        let mac = |text: &str| NetConfig::new("t", text).mac_bytes();
 
         assert_eq!(mac("02:00:00:ab:CD:ef"), Some([2, 0, 0, 0xab, 0xcd, 0xef]));
         assert_eq!(mac("02:00:00:ab:cd"), None);
@@ -425,6 +573,17 @@ mod tests {
         let error = config.validate().unwrap_err();
 
         assert_eq!(error.to_string(), "shares[0].tag: must have 1 to 36 bytes, not 37");
+    }
+
+    #[test]
+    fn a_socket_path_without_room_for_a_port_is_refused() {
+        let mut config = VmConfig::new("/k".into());
+        let socket = Some(format!("/{}", "s".repeat(96)).into());
+        config.vsock = Some(VsockConfig { cid: 3, socket });
+
+        let error = config.validate().unwrap_err();
+
+        assert_eq!(error.to_string(), "vsock.socket: must have at most 96 bytes, not 97");
     }
 
     #[test]

@@ -9,6 +9,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::ptr;
 use std::sync::{Condvar, Mutex, MutexGuard};
+use std::time::Duration;
 
 use arch::VcpuFd;
 use libc::{c_int, c_void, pid_t, siginfo_t};
@@ -115,6 +116,26 @@ impl Control {
         }
     }
 
+    /// Like [`Control::pause`], but gives up after `patience`, and lets the VM go on then: a vCPU may
+    /// wait for whoever reads the guest's output. Returns whether every vCPU is out of the guest.
+    pub fn pause_within(&self, patience: Duration) -> bool {
+        let mut group = self.lock();
+        if group.wish == Wish::Run {
+            group.wish = Wish::Pause;
+            group.kick();
+        }
+        let is_waiting = |group: &mut Group| group.wish == Wish::Pause && group.parked < self.vcpus;
+        let (mut group, wait) = self
+            .changed
+            .wait_timeout_while(group, patience, is_waiting)
+            .expect("nothing panics while it holds the group");
+        if wait.timed_out() {
+            group.wish = Wish::Run;
+            self.changed.notify_all();
+        }
+        !wait.timed_out()
+    }
+
     /// Lets a paused VM go on.
     pub fn resume(&self) {
         let mut group = self.lock();
@@ -135,6 +156,11 @@ impl Control {
         group.kick();
         self.changed.notify_all();
         self.ended.write(1).expect("an eventfd takes a 1");
+    }
+
+    /// Whether the VM has ended.
+    pub fn has_ended(&self) -> bool {
+        self.lock().outcome.is_some()
     }
 
     /// Blocks until the VM has ended, and says how.
@@ -254,6 +280,15 @@ mod tests {
         control.resume();
 
         assert!(vcpus.into_iter().all(|vcpu| vcpu.join().unwrap()));
+    }
+
+    #[test]
+    fn a_pause_that_takes_too_long_is_given_up() {
+        let control = Control::new(1).unwrap();
+
+        assert!(!control.pause_within(Duration::from_millis(1)));
+
+        assert!(control.checkpoint());
     }
 
     #[test]

@@ -60,6 +60,17 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    /// A unix socket cannot be made.
+    #[error("{field}: listen on {path:?} (it must not exist yet)")]
+    Listen {
+        /// The field of the configuration that names it.
+        field: &'static str,
+        /// Where it should be.
+        path: PathBuf,
+        /// Why it cannot be made.
+        #[source]
+        source: io::Error,
+    },
     /// A kernel or initrd is something else than a file.
     #[error("{what} {path:?} is {found}, not a file")]
     NotAFile {
@@ -121,4 +132,20 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+}
+
+/// An error and its causes as one line, outermost first. A cause whose text its parent already
+/// ends with is not repeated.
+pub fn chain(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        let cause_text = cause.to_string();
+        if !text.ends_with(&cause_text) {
+            text.push_str(": ");
+            text.push_str(&cause_text);
+        }
+        next = cause.source();
+    }
+    text
 }

@@ -3,15 +3,17 @@
 use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use arch::VmFd;
+use devices::listener::SocketFile;
 use devices::virtio::vsock::Host as VsockHost;
 
 use crate::console::ConsoleLog;
 use crate::control::{Control, Exit};
 use crate::event_loop::EventLoop;
 use crate::memory::GuestRam;
-use crate::metrics::{Counter, Metrics};
+use crate::metrics::{Counter, Metrics, Record};
 
 /// A running virtual machine; dropping it stops the guest and joins every thread.
 ///
@@ -22,10 +24,11 @@ pub struct VmHandle {
     pub(crate) console: ConsoleLog,
     pub(crate) vsock: Option<VsockHost>,
     pub(crate) counters: Vec<Arc<Mutex<Counter>>>,
-    pub(crate) started_ns: u64,
-    pub(crate) built_ns: u64,
+    pub(crate) record: Record,
     /// Stopped before guest RAM goes: devices work on it.
     pub(crate) loops: Vec<EventLoop>,
+    /// The threads that serve the sockets cannot reach their files.
+    pub(crate) _socket_files: Vec<SocketFile>,
     /// Closed after the vCPU threads are gone, and before guest RAM goes.
     pub(crate) _vm: VmFd,
     pub(crate) _ram: GuestRam,
@@ -35,6 +38,12 @@ impl VmHandle {
     /// Stops the guest's processors; returns once none of them runs. Devices go on.
     pub fn pause(&self) {
         self.control.pause();
+    }
+
+    /// Like [`VmHandle::pause`], but gives up after `patience` and lets the guest go on: a processor may
+    /// wait for whoever reads the guest's output. Returns whether the guest is paused.
+    pub fn pause_within(&self, patience: Duration) -> bool {
+        self.control.pause_within(patience)
     }
 
     /// Lets a paused guest go on.
@@ -50,6 +59,11 @@ impl VmHandle {
     /// A descriptor that is readable once the VM has ended.
     pub fn ended(&self) -> BorrowedFd<'_> {
         self.control.ended()
+    }
+
+    /// Whether the VM has ended.
+    pub fn has_ended(&self) -> bool {
+        self.control.has_ended()
     }
 
     /// Blocks until the VM has ended and says how.
@@ -74,12 +88,8 @@ impl VmHandle {
 
     /// What the VM did so far.
     pub fn metrics(&self) -> Metrics {
-        let mut metrics = Metrics {
-            started_ns: self.started_ns,
-            built_ns: self.built_ns,
-            first_entry_ns: self.control.first_entry_ns(),
-            ..Metrics::default()
-        };
+        let first_entry_ns = self.control.first_entry_ns();
+        let mut metrics = Metrics { first_entry_ns, ..self.record.metrics() };
         for counter in &self.counters {
             counter.lock().expect("nothing panics while it counts").add_to(&mut metrics.exits);
         }

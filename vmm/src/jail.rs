@@ -29,14 +29,17 @@ const MOUNTS: &str = "/proc/self/mountinfo";
 /// Address space of the stack of a thread that is there for a moment.
 const STACK_BYTES: usize = 256 << 10;
 
+/// The folder with the unix sockets that the guest can connect to.
+const SOCKETS: &str = "/sockets";
+
 /// The jail's own file system holds mount points only.
 const OPTIONS: &str = "mode=0555,size=64k";
 
 /// Which step of building the jail failed.
 #[derive(Debug, thiserror::Error)]
 pub enum JailError {
-    /// What is to be shared is not there, or not a directory.
-    #[error("open shared directory {path:?}")]
+    /// What the jail shall hold is not there, or not a directory.
+    #[error("open directory {path:?}")]
     Open {
         /// The directory.
         path: PathBuf,
@@ -71,16 +74,25 @@ impl Jail {
     }
 
     /// Builds a jail in which `directories`, with everything mounted in them, are at
-    /// [`Jail::path_of`] their positions.
-    pub fn build<'a>(directories: impl Iterator<Item = &'a Path>) -> Result<Self, JailError> {
+    /// [`Jail::path_of`] their positions, and the files of the folder `sockets` are at
+    /// [`Jail::socket_path`].
+    pub fn build<'a>(
+        directories: impl Iterator<Item = &'a Path>,
+        sockets: Option<&Path>,
+    ) -> Result<Self, JailError> {
         let directories: Vec<_> = directories.collect();
-        in_thread(|| build(&directories))
+        in_thread(|| build(&directories, sockets))
             .map_err(|source| JailError::Build { step: "start a thread", source })?
     }
 
     /// Where in the jail the directory is that was the `index`th when it was built.
     pub fn path_of(index: usize) -> PathBuf {
         format!("/share/{index}").into()
+    }
+
+    /// Where in the jail the socket at `path` is, whose folder it was built with.
+    pub fn socket_path(path: &Path) -> PathBuf {
+        Path::new(SOCKETS).join(path.file_name().unwrap_or_default())
     }
 
     /// Moves the calling thread into the jail, for good: it must have no way back, so it should give
@@ -119,7 +131,7 @@ fn in_thread<T: Send>(body: impl FnOnce() -> T + Send) -> io::Result<T> {
 }
 
 /// Builds the jail around the calling thread.
-fn build(directories: &[&Path]) -> Result<Jail, JailError> {
+fn build(directories: &[&Path], sockets: Option<&Path>) -> Result<Jail, JailError> {
     let step = |step| move |source| JailError::Build { step, source };
     let refused = |step| move |error: nix::Error| JailError::Build { step, source: error.into() };
     unshare(CloneFlags::CLONE_FS | CloneFlags::CLONE_NEWNS)
@@ -130,6 +142,7 @@ fn build(directories: &[&Path]) -> Result<Jail, JailError> {
     // what is below it.
     let directories: Vec<_> =
         directories.iter().map(|path| open_directory(path)).collect::<Result<_, _>>()?;
+    let sockets = sockets.map(open_directory).transpose()?;
     // Slaves: what the host mounts and unmounts in a shared directory goes on showing there.
     change("/", MsFlags::MS_REC | MsFlags::MS_SLAVE)
         .map_err(refused("keep mounts from the host"))?;
@@ -142,6 +155,9 @@ fn build(directories: &[&Path]) -> Result<Jail, JailError> {
         let source = format!("{DESCRIPTORS}/{}", directory.as_raw_fd());
         bind(&source, &Jail::path_of(index).to_string_lossy())
             .map_err(step("keep a shared directory"))?;
+    }
+    if let Some(sockets) = sockets {
+        bind_sockets(&sockets).map_err(step("keep the folder of the sockets"))?;
     }
 
     chdir(SITE).map_err(refused("go to the jail"))?;
@@ -162,6 +178,16 @@ fn bind(source: &str, target: &str) -> io::Result<()> {
     Ok(mount(Some(source), target.as_str(), None::<&str>, flags, None::<&str>)?)
 }
 
+/// Binds `folder` such that nothing can be done there but connect to sockets and read.
+fn bind_sockets(folder: &File) -> io::Result<()> {
+    let target = format!("{SITE}{SOCKETS}");
+    fs::create_dir(&target)?;
+    let source = format!("{DESCRIPTORS}/{}", folder.as_raw_fd());
+    mount(Some(&*source), &*target, None::<&str>, MsFlags::MS_BIND, None::<&str>)?;
+    let sealed = MsFlags::MS_RDONLY | MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    Ok(change(&target, MsFlags::MS_REMOUNT | MsFlags::MS_BIND | sealed)?)
+}
+
 fn change(path: &str, flags: MsFlags) -> nix::Result<()> {
     mount(None::<&str>, path, None::<&str>, flags, None::<&str>)
 }
@@ -170,6 +196,7 @@ fn change(path: &str, flags: MsFlags) -> nix::Result<()> {
 mod tests {
     use std::collections::BTreeSet;
     use std::iter;
+    use std::os::unix::net::{UnixListener, UnixStream};
 
     use tempfile::TempDir;
 
@@ -185,7 +212,7 @@ mod tests {
     fn a_jail_holds_what_is_shared_and_nothing_else() {
         let folder = TempDir::new().unwrap();
         fs::write(folder.path().join("file"), "shared").unwrap();
-        let jail = Jail::build(iter::once(folder.path())).unwrap();
+        let jail = Jail::build(iter::once(folder.path()), None).unwrap();
 
         let (root, proc, process, shared) = jail
             .run(|| (names("/"), names("/proc"), names("/proc/self"), names("/share/0")))
@@ -201,7 +228,7 @@ mod tests {
     #[ignore = "needs root"]
     fn no_way_leads_up_from_the_jail() {
         let folder = TempDir::new().unwrap();
-        let jail = Jail::build(iter::once(folder.path())).unwrap();
+        let jail = Jail::build(iter::once(folder.path()), None).unwrap();
 
         let above = jail
             .run(|| {
@@ -218,7 +245,7 @@ mod tests {
     #[ignore = "needs root"]
     fn what_is_shared_can_be_written_and_the_jail_cannot() {
         let folder = TempDir::new().unwrap();
-        let jail = Jail::build(iter::once(folder.path())).unwrap();
+        let jail = Jail::build(iter::once(folder.path()), None).unwrap();
 
         let (inside, outside) =
             jail.run(|| (fs::write("/share/0/file", "x"), fs::write("/file", "x"))).unwrap();
@@ -226,6 +253,22 @@ mod tests {
         inside.unwrap();
         assert_eq!(outside.unwrap_err().raw_os_error(), Some(libc::EROFS));
         assert!(folder.path().join("file").exists());
+    }
+
+    #[test]
+    #[ignore = "needs root"]
+    fn a_socket_of_the_host_can_be_connected_to_and_its_folder_stays_as_it_is() {
+        let folder = TempDir::new().unwrap();
+        let path = folder.path().join("socket");
+        let _listener = UnixListener::bind(&path).unwrap();
+        let jail = Jail::build(iter::empty(), Some(folder.path())).unwrap();
+        let seen_at = Jail::socket_path(&path);
+
+        let (connected, removed) =
+            jail.run(|| (UnixStream::connect(&seen_at), fs::remove_file(&seen_at))).unwrap();
+
+        connected.unwrap();
+        assert_eq!(removed.unwrap_err().raw_os_error(), Some(libc::EROFS));
     }
 
     #[test]
@@ -240,7 +283,7 @@ mod tests {
             mount(Some("/"), host.path(), None::<&str>, all, None::<&str>).unwrap();
             chroot(host.path()).unwrap();
             chdir("/").unwrap();
-            let jail = Jail::build(iter::once(folder.path())).unwrap();
+            let jail = Jail::build(iter::once(folder.path()), None).unwrap();
             jail.run(|| (names("/"), names("/share"))).unwrap()
         })
         .unwrap();
@@ -254,7 +297,7 @@ mod tests {
     fn whoever_builds_a_jail_stays_outside() {
         let before = fs::read_link("/proc/thread-self/ns/mnt").unwrap();
 
-        Jail::build(iter::empty()).unwrap();
+        Jail::build(iter::empty(), None).unwrap();
 
         assert_eq!(fs::read_link("/proc/thread-self/ns/mnt").unwrap(), before);
         assert!(Path::new("/dev/null").exists());
@@ -263,8 +306,8 @@ mod tests {
     #[test]
     #[ignore = "needs root"]
     fn a_missing_directory_is_named() {
-        let error = Jail::build(iter::once(Path::new("/nowhere"))).unwrap_err();
+        let error = Jail::build(iter::once(Path::new("/nowhere")), None).unwrap_err();
 
-        assert_eq!(error.to_string(), "open shared directory \"/nowhere\"");
+        assert_eq!(error.to_string(), "open directory \"/nowhere\"");
     }
 }

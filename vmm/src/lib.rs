@@ -13,6 +13,7 @@
 //! The running machine is reached through its [`VmHandle`] only.
 
 mod builder;
+mod check;
 pub mod config;
 mod confinement;
 mod console;
@@ -22,24 +23,28 @@ mod event_loop;
 mod footprint;
 mod handle;
 mod jail;
+mod json;
 mod memory;
 mod metrics;
 mod peripherals;
 mod placement;
+pub mod prometheus;
 mod seccomp;
 mod vcpu;
 
 pub use builder::Vmm;
+pub use check::check;
 pub use config::{
-    BootConfig, ConfigError, ConsoleConfig, ConsoleOutput, DiskConfig, MemoryConfig, NetConfig,
-    ShareConfig, VmConfig, VsockConfig,
+    BootConfig, ConfigError, ConsoleConfig, ConsoleOutput, DiskConfig, DiskEngine, MemoryConfig,
+    NetConfig, RateLimitConfig, ShareConfig, VhostUse, VmConfig, VsockConfig,
 };
 pub use confinement::{forbid_core_dumps, give_up_privileges};
 pub use control::Exit;
-pub use error::Error;
+pub use error::{Error, chain};
 pub use footprint::{give_back_startup_memory, use_one_heap};
 pub use handle::VmHandle;
-pub use metrics::{ExitCounts, Metrics};
+pub use json::from_json;
+pub use metrics::{DeviceCounts, ExitCounts, Metrics};
 
 /// The host's end of the guest's sockets.
 pub mod vsock {

@@ -1,8 +1,10 @@
 //! What a VM costs: exits to user space by reason and address, and when its boot passed each stage.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use arch::machine::Space;
+use devices::virtio::activity::Activity;
 use serde::Serialize;
 
 /// Most addresses counted apart. The guest chooses the addresses, so there must be an end.
@@ -13,12 +15,31 @@ const MAX_ADDRESSES: usize = 64;
 pub struct Metrics {
     /// When [`crate::Vmm::new`] was called, in nanoseconds of CLOCK_MONOTONIC.
     pub started_ns: u64,
+    /// When KVM's machine and guest RAM were there, on the same clock.
+    pub machine_ns: u64,
+    /// When every device was open and had its place, on the same clock.
+    pub devices_ns: u64,
+    /// When the kernel and the initrd were in guest RAM, on the same clock.
+    pub loaded_ns: u64,
     /// When the machine was complete, on the same clock.
     pub built_ns: u64,
     /// When the first vCPU entered the guest, on the same clock; 0 before.
     pub first_entry_ns: u64,
     /// Exits of all vCPUs to user space.
     pub exits: ExitCounts,
+    /// What each virtio device had to do, by the device's name.
+    pub devices: BTreeMap<String, DeviceCounts>,
+}
+
+/// What one virtio device had to do since it was made.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct DeviceCounts {
+    /// How often its event loop served one of its queues.
+    pub kicks: u64,
+    /// How often it raised its interrupt line.
+    pub interrupts: u64,
+    /// Descriptor chains it gave back to the driver.
+    pub chains: u64,
 }
 
 /// How often vCPUs left the guest for user space, and why.
@@ -42,6 +63,48 @@ impl ExitCounts {
     /// All exits together.
     pub fn total(&self) -> u64 {
         self.reads + self.writes + self.handled + self.signals
+    }
+}
+
+/// What is known of a VM's cost before its vCPUs run: when its boot passed each stage, and where its
+/// devices count.
+#[derive(Debug, Default)]
+pub struct Record {
+    /// See [`Metrics::started_ns`].
+    pub started_ns: u64,
+    /// See [`Metrics::machine_ns`].
+    pub machine_ns: u64,
+    /// See [`Metrics::devices_ns`].
+    pub devices_ns: u64,
+    /// See [`Metrics::loaded_ns`].
+    pub loaded_ns: u64,
+    /// See [`Metrics::built_ns`].
+    pub built_ns: u64,
+    /// The name and the counters of each virtio device.
+    pub activities: Vec<(String, Arc<Activity>)>,
+}
+
+impl Record {
+    /// The metrics of a VM whose vCPUs did nothing yet.
+    pub fn metrics(&self) -> Metrics {
+        let counts = |activity: &Activity| {
+            let counts = activity.counts();
+            DeviceCounts {
+                kicks: counts.kicks,
+                interrupts: counts.interrupts,
+                chains: counts.chains,
+            }
+        };
+        let devices = self.activities.iter();
+        Metrics {
+            started_ns: self.started_ns,
+            machine_ns: self.machine_ns,
+            devices_ns: self.devices_ns,
+            loaded_ns: self.loaded_ns,
+            built_ns: self.built_ns,
+            devices: devices.map(|(name, activity)| (name.clone(), counts(activity))).collect(),
+            ..Metrics::default()
+        }
     }
 }
 

@@ -6,16 +6,23 @@ use std::sync::{Arc, Mutex};
 
 use arch::machine::PlatformDevice;
 use arch::{Arch, Host};
+use devices::listener::Listener;
 use devices::serial::Serial;
 use devices::virtio::VirtioDevice;
-use devices::virtio::block::{Block, Disk};
+use devices::virtio::block::{Access, Block, Disk, Ring};
 use devices::virtio::console::Console;
 use devices::virtio::fs::{Fs, Server};
-use devices::virtio::net::{Net, Tap};
+use devices::virtio::net::{Missing, Net, Tap, TapError, Vhost, VhostError};
+use devices::virtio::rate_limit::RateLimiter;
 use devices::virtio::rng::Rng;
 use devices::virtio::vsock::{Host as VsockHost, Vsock};
+use log::debug;
+use vm_memory::GuestMemoryMmap;
 
-use crate::config::{ConsoleConfig, ConsoleOutput, DiskConfig, NetConfig, ShareConfig, VmConfig};
+use crate::config::{
+    ConfigError, ConsoleConfig, ConsoleOutput, DiskConfig, DiskEngine, NetConfig, ShareConfig,
+    VhostUse, VmConfig, VsockConfig,
+};
 use crate::console::{self, ConsoleLog};
 use crate::error::Error;
 use crate::jail::Jail;
@@ -53,15 +60,13 @@ pub fn place_all(
     }
     let mut host = None;
     if let Some(vsock) = &config.vsock {
-        let (vsock, handle) = Vsock::new(vsock.cid).map_err(device("vsock"))?;
-        place("vsock", vsock, Loop::Vmm, placement)?;
-        host = Some(handle);
+        host = Some(place_vsock(vsock, jail, placement)?);
     }
     config.disks.iter().try_for_each(|disk| place_disk(disk, placement))?;
     for (index, share) in config.shares.iter().enumerate() {
         place_share(share, jail.map(|jail| (jail, index)), placement)?;
     }
-    config.nets.iter().try_for_each(|net| place_net(net, placement))?;
+    (0..).zip(&config.nets).try_for_each(|(index, net)| place_net(index, net, placement))?;
     Ok(host)
 }
 
@@ -79,8 +84,24 @@ fn place_serial(log: &ConsoleLog, placement: &mut Placement<'_>) -> Result<(), E
 
 fn place_disk(config: &DiskConfig, placement: &mut Placement<'_>) -> Result<(), Error> {
     let name = format!("disk {}", config.id);
-    let disk = Disk::open(&config.path, config.read_only).map_err(device(&name))?;
-    place(&name, Block::new(disk, config.read_only, &config.id), Loop::Io, placement)
+    let access = Access { read_only: config.read_only, direct: config.direct };
+    let disk = Disk::open(&config.path, access).map_err(device(&name))?;
+    let limiter = RateLimiter::new(config.rate_limit.limits()).map_err(device(&name))?;
+    let ring = open_ring(config.engine, &name)?;
+    let block = Block::new(disk, &config.id, config.queues, limiter, ring);
+    place(&name, block, Loop::Io, placement)
+}
+
+fn open_ring(engine: DiskEngine, name: &str) -> Result<Option<Ring>, Error> {
+    match engine {
+        DiskEngine::Sync => Ok(None),
+        DiskEngine::IoUring => Ring::open().map(Some).map_err(|source| {
+            let source = Box::new(source);
+            Error::Device { name: format!("{name}: io_uring"), source }
+        }),
+        // Kernels without, and hosts that forbid it, are as common as those that have it.
+        DiskEngine::Auto => Ok(Ring::open().inspect_err(|error| debug!("{name}: {error}")).ok()),
+    }
 }
 
 /// Opens the directory in the jail, if there is one, where it has the number given with it: from
@@ -100,11 +121,80 @@ fn place_share(
     place(&name, Fs::new(&config.tag, server), Loop::Io, placement)
 }
 
-fn place_net(config: &NetConfig, placement: &mut Placement<'_>) -> Result<(), Error> {
+/// The device's thread finds the sockets of the host in the jail, if there is one.
+fn place_vsock(
+    config: &VsockConfig,
+    jail: Option<&Jail>,
+    placement: &mut Placement<'_>,
+) -> Result<VsockHost, Error> {
+    let vsock = match &config.socket {
+        Some(path) => {
+            let socket = Listener::bind(path).map_err(|source| Error::Listen {
+                field: "vsock.socket",
+                path: path.clone(),
+                source,
+            })?;
+            let seen_at = jail.map_or_else(|| path.clone(), |_| Jail::socket_path(path));
+            let (socket, file) = socket.without_file(seen_at);
+            file.into_iter().for_each(|file| placement.keep(file));
+            Vsock::with_socket(config.cid, socket)
+        }
+        None => Vsock::new(config.cid),
+    };
+    let (vsock, handle) = vsock.map_err(device("vsock"))?;
+    place("vsock", vsock, Loop::Vmm, placement)?;
+    Ok(handle)
+}
+
+fn place_net(index: usize, config: &NetConfig, placement: &mut Placement<'_>) -> Result<(), Error> {
     let name = format!("net {}", config.tap);
-    let tap = Tap::open(&config.tap).map_err(device(&name))?;
+    let taps = open_taps(config).map_err(|error| match error {
+        TapError::Missing(tap) => Error::Config(ConfigError {
+            field: format!("nets[{index}].tap"),
+            rule: format!(
+                "must name a tap of this network namespace, and {tap:?} is none (make it with `ip \
+                 tuntap`, or set nets[{index}].create)"
+            ),
+        }),
+        error => device(&name)(error),
+    })?;
     let mac = config.mac_bytes().expect("validate() checked the address");
-    place(&name, Net::new(tap, mac), Loop::Vmm, placement)
+    let vhost = open_vhost(config, &taps, placement.memory()).map_err(device(&name))?;
+    let receive = RateLimiter::new(config.receive_limit.limits()).map_err(device(&name))?;
+    let transmit = RateLimiter::new(config.transmit_limit.limits()).map_err(device(&name))?;
+    let net = Net::new(taps, mac).limited(receive, transmit);
+    let net = match vhost {
+        Some(vhost) => net.served_by(vhost),
+        None => net,
+    };
+    place(&name, net, Loop::Vmm, placement)
+}
+
+/// The host's kernel as the one who serves the queues of `taps`, if `config` asks for it or it just
+/// can.
+fn open_vhost(
+    config: &NetConfig,
+    taps: &[Tap],
+    memory: &GuestMemoryMmap,
+) -> Result<Option<Vhost>, VhostError> {
+    match config.vhost {
+        VhostUse::On => Vhost::open(taps, memory).map(Some),
+        VhostUse::Auto if config.is_limited() => Ok(None),
+        VhostUse::Auto => {
+            let tried = Vhost::open(taps, memory);
+            Ok(tried.inspect_err(|error| debug!("net {}: {error}", config.tap)).ok())
+        }
+        VhostUse::Off => Ok(None),
+    }
+}
+
+/// The tap of `config`, once for each of its queue pairs.
+fn open_taps(config: &NetConfig) -> Result<Vec<Tap>, TapError> {
+    let missing = if config.create { Missing::Create } else { Missing::Refuse };
+    match config.queue_pairs {
+        1 => Tap::open(&config.tap, missing).map(|tap| vec![tap]),
+        several => Tap::open_queues(&config.tap, several.into(), missing),
+    }
 }
 
 fn place(

@@ -8,7 +8,9 @@ use arch::VmFd;
 use arch::machine::{MmioDevice, Space};
 use devices::bus::{BusBuilder, BusDevice, BusError};
 use devices::interrupt::IrqLine;
+use devices::listener::SocketFile;
 use devices::virtio::VirtioDevice;
+use devices::virtio::activity::Activity;
 use devices::virtio::mmio::{MMIO_WINDOW, MmioTransport};
 use devices::virtio::subscriber::Subscriber;
 use kvm_ioctls::IoEventAddress;
@@ -62,20 +64,26 @@ pub struct Placement<'a> {
     memory_bus: BusBuilder,
     ports: BusBuilder,
     placed: Vec<MmioDevice>,
+    activities: Vec<(String, Arc<Activity>)>,
     vmm_loop: Vec<BoxedSubscriber>,
     io_loop: Vec<BoxedSubscriber>,
+    socket_files: Vec<SocketFile>,
 }
 
 /// A machine that is complete.
 pub struct Placed {
     /// The devices the guest must be told about.
     pub devices: Vec<MmioDevice>,
+    /// What counts the activity of each virtio device, with the device's name.
+    pub activities: Vec<(String, Arc<Activity>)>,
     /// The frozen buses.
     pub buses: Buses,
     /// What the `vmm` loop serves.
     pub vmm_loop: Vec<BoxedSubscriber>,
     /// What the `io` loop serves.
     pub io_loop: Vec<BoxedSubscriber>,
+    /// To be removed when the machine ends.
+    pub socket_files: Vec<SocketFile>,
 }
 
 impl<'a> Placement<'a> {
@@ -96,9 +104,16 @@ impl<'a> Placement<'a> {
             memory_bus: BusBuilder::default(),
             ports: BusBuilder::default(),
             placed: Vec::new(),
+            activities: Vec::new(),
             vmm_loop: Vec::new(),
             io_loop: Vec::new(),
+            socket_files: Vec::new(),
         })
+    }
+
+    /// The guest's memory.
+    pub fn memory(&self) -> &GuestMemoryMmap {
+        self.memory
     }
 
     /// Places a virtio device called `name` in log lines.
@@ -124,7 +139,9 @@ impl<'a> Placement<'a> {
                 .map_err(|source| PlacementError::Connect { what: "queue notification", source })?;
             kicks.push(kick.try_clone().map_err(PlacementError::Eventfd)?);
         }
-        let subscriber = Box::new(Subscriber::new(name.to_owned(), kicks, device));
+        let activity = transport.activity().clone();
+        self.activities.push((name.to_owned(), activity.clone()));
+        let subscriber = Box::new(Subscriber::new(name.to_owned(), kicks, device, activity));
         match served_by {
             Loop::Vmm => self.vmm_loop.push(subscriber),
             Loop::Io => self.io_loop.push(subscriber),
@@ -159,13 +176,20 @@ impl<'a> Placement<'a> {
         Ok(Arc::new(line))
     }
 
+    /// Keeps `file` for as long as the machine lasts.
+    pub fn keep(&mut self, file: SocketFile) {
+        self.socket_files.push(file);
+    }
+
     /// Freezes the machine.
     pub fn finish(self) -> Placed {
         Placed {
             devices: self.placed,
+            activities: self.activities,
             buses: Buses { memory: self.memory_bus.build(), ports: self.ports.build() },
             vmm_loop: self.vmm_loop,
             io_loop: self.io_loop,
+            socket_files: self.socket_files,
         }
     }
 }

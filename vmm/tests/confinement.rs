@@ -35,13 +35,13 @@ impl Machine {
         let payload = Payload::elf(code);
         let mut config = payload.config();
         config.console.output = ConsoleOutput::Stdout;
-        config.vsock = Some(VsockConfig { cid: 3 });
+        config.vsock = Some(VsockConfig { cid: 3, socket: None });
         Machine { config, _payload: payload, disk: NamedTempFile::new().unwrap() }
     }
 
     fn with_a_disk(mut self) -> Self {
         let path = self.disk.path().to_owned();
-        self.config.disks = vec![DiskConfig { id: "data".into(), path, read_only: false }];
+        self.config.disks = vec![DiskConfig::new("data", path)];
         self
     }
 

@@ -5,7 +5,7 @@ mod payload;
 use std::time::{Duration, Instant};
 
 use payload::{HANG, Payload, TRIPLE_FAULT, print};
-use vmm::{Exit, VmConfig, VmHandle, Vmm};
+use vmm::{Error, Exit, NetConfig, VmConfig, VmHandle, Vmm};
 
 /// Generous, because this machine may be busy and its KVM emulated.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -147,4 +147,22 @@ fn a_text_file_is_no_kernel() {
     let message = format!("{error:#}");
     assert!(message.starts_with("load kernel"), "{message}");
     assert!(message.contains("not a kernel"), "{message}");
+}
+
+#[test]
+#[ignore = "needs /dev/kvm"]
+fn a_tap_that_does_not_exist_is_an_error_and_hurts_no_other_machine() {
+    let running = Payload::elf(&[HANG.to_vec()]);
+    let vm = start(running.config());
+    let payload = Payload::elf(&[TRIPLE_FAULT.to_vec()]);
+    let mut config = payload.config();
+    config.nets = vec![NetConfig::new("coracle-none", "02:00:00:00:00:01")];
+
+    let error = Vmm::new(config).err().unwrap();
+
+    let Error::Config(refused) = error else { panic!("{error:?}") };
+    assert_eq!(refused.field, "nets[0].tap");
+    assert!(refused.rule.starts_with("must name a tap"), "{}", refused.rule);
+    vm.stop();
+    assert_eq!(vm.wait(), Exit::Stopped);
 }

@@ -167,6 +167,20 @@ impl Buffers {
         }
     }
 
+    /// The pieces as system calls take them. The pointers are good until the buffers are changed or
+    /// dropped.
+    pub fn iovecs(&self) -> &[libc::iovec] {
+        &self.slices
+    }
+
+    /// Whether every piece begins at a multiple of `address` and has a multiple of `length`, both in
+    /// bytes of this process.
+    pub fn is_aligned(&self, address: usize, length: usize) -> bool {
+        self.slices
+            .iter()
+            .all(|slice| slice.iov_base.addr() % address == 0 && slice.iov_len % length == 0)
+    }
+
     /// Fills the stretch from `fd`, as far as one `readv` goes.
     pub fn read_from(&self, fd: BorrowedFd<'_>) -> io::Result<usize> {
         self.call(fd, libc::readv)
@@ -298,6 +312,19 @@ mod tests {
     fn an_address_that_overflows_is_refused() {
         let mut buffers = Buffers::new(memory());
         buffers.add([descriptor(u64::MAX, 2)].into_iter()).unwrap_err();
+    }
+
+    #[test]
+    fn one_crooked_piece_makes_the_stretch_unaligned() {
+        let mut buffers = Buffers::new(memory());
+        buffers.add([descriptor(0x1000, 512)].into_iter()).unwrap();
+        assert!(buffers.is_aligned(512, 512));
+        assert!(!buffers.is_aligned(512, 1024));
+
+        buffers.add([descriptor(0x2100, 512)].into_iter()).unwrap();
+
+        assert!(buffers.is_aligned(256, 512));
+        assert!(!buffers.is_aligned(512, 512));
     }
 
     #[test]

@@ -15,11 +15,12 @@ use virtio_bindings::virtio_mmio::{
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-use super::block::{Block, Disk};
+use super::block::{Access, Block, Disk, Ring};
 use super::console::Console;
 use super::fs::{Fs, Server};
 use super::mmio::{MMIO_WINDOW, MmioTransport};
 use super::net::{Link, Net};
+use super::rate_limit::RateLimiter;
 use super::rng::Rng;
 use super::testing::{MEMORY_BYTES, memory};
 use super::vsock::{HostStream, Vsock};
@@ -212,45 +213,78 @@ fn the_console_survives() {
     drop(ours);
 }
 
-#[test]
-fn the_block_device_survives() {
+/// A block device with two queues, and requests for it.
+fn attack_block(ring: Option<Ring>) {
     let image = tempfile::NamedTempFile::new().unwrap();
     image.as_file().set_len(1 << 20).unwrap();
-    let disk = Disk::open(image.path(), false).unwrap();
-    Hostile::attack(Block::new(disk, false, "disk"), |random| {
-        words(&[random.word(10), 0, random.word(2100), 0])
+    let disk = Disk::open(image.path(), Access::default()).unwrap();
+    let block = Block::new(disk, "disk", 2, RateLimiter::unlimited(), ring);
+    Hostile::attack(block, |random| {
+        let mut request = words(&[random.word(15), 0, random.word(2100), 0]);
+        // A range, for those who want one.
+        request.extend(words(&[random.word(2100), 0, random.size(), random.word(3)]));
+        request
     });
+}
+
+/// One end of a cable that always has frames.
+struct Cable(UnixDatagram);
+
+impl AsFd for Cable {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+impl Link for Cable {
+    fn set_offloads(&self, _: libc::c_uint) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn mtu(&self) -> Option<u16> {
+        Some(1500)
+    }
+
+    fn set_attached(&self, _: bool) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Cable {
+    fn new() -> Self {
+        let (ours, theirs) = UnixDatagram::pair().unwrap();
+        theirs.set_nonblocking(true).unwrap();
+        ours.set_nonblocking(true).unwrap();
+        std::thread::spawn(move || {
+            while ours.send(&[7; 1500]).is_ok() || ours.recv(&mut [0; 70_000]).is_ok() {}
+        });
+        Cable(theirs)
+    }
+}
+
+#[test]
+fn the_block_device_survives() {
+    attack_block(None);
+}
+
+#[test]
+#[ignore = "needs io_uring"]
+fn the_block_device_with_a_ring_survives() {
+    attack_block(Some(Ring::open().unwrap()));
 }
 
 #[test]
 fn the_network_device_survives() {
-    struct Cable(UnixDatagram);
+    Hostile::attack(Net::new(vec![Cable::new()], [2, 0, 0, 0, 0, 1]), noise);
+}
 
-    impl AsFd for Cable {
-        fn as_fd(&self) -> BorrowedFd<'_> {
-            self.0.as_fd()
-        }
-    }
-
-    impl Link for Cable {
-        fn set_offloads(&self, _: libc::c_uint) -> io::Result<()> {
-            Ok(())
-        }
-
-        fn mtu(&self) -> Option<u16> {
-            Some(1500)
-        }
-    }
-
-    let (ours, theirs) = UnixDatagram::pair().unwrap();
-    theirs.set_nonblocking(true).unwrap();
-    ours.set_nonblocking(true).unwrap();
-    let echo = ours.try_clone().unwrap();
-    std::thread::spawn(move || {
-        while echo.send(&[7; 1500]).is_ok() || echo.recv(&mut [0; 70_000]).is_ok() {}
+#[test]
+fn the_network_device_of_several_queue_pairs_survives() {
+    let cables = vec![Cable::new(), Cable::new()];
+    Hostile::attack(Net::new(cables, [2, 0, 0, 0, 0, 1]), |random| {
+        let command = [4, 0, u8::try_from(random.below(4)).unwrap(), 0];
+        if random.below(2) == 0 { command.to_vec() } else { noise(random) }
     });
-    Hostile::attack(Net::new(Cable(theirs), [2, 0, 0, 0, 0, 1]), noise);
-    drop(ours);
 }
 
 #[test]

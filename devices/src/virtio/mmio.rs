@@ -26,6 +26,7 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::{GuestAddress, GuestMemory, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::activity::Activity;
 use super::complaints::Complaints;
 use super::queue::VirtQueue;
 use super::{Activation, VirtioDevice};
@@ -95,6 +96,7 @@ struct Shared {
     status: AtomicU32,
     interrupts: AtomicU32,
     config_generation: AtomicU32,
+    activity: Arc<Activity>,
 }
 
 /// Why a driver could not start the device.
@@ -128,6 +130,7 @@ impl Shared {
     fn raise(&self, cause: u32) {
         self.interrupts.fetch_or(cause, Ordering::AcqRel);
         self.irq.raise();
+        self.activity.add_interrupt();
     }
 
     fn status(&self) -> u32 {
@@ -248,6 +251,7 @@ impl MmioTransport {
                 status: AtomicU32::new(0),
                 interrupts: AtomicU32::new(0),
                 config_generation: AtomicU32::new(0),
+                activity: Arc::default(),
             }),
             kicks,
             device_type: traits.device_type,
@@ -261,6 +265,11 @@ impl MmioTransport {
     /// does it by itself if it was told so; else a write to the register does.
     pub fn kicks(&self) -> &[EventFd] {
         &self.kicks
+    }
+
+    /// What counts this device's activity.
+    pub fn activity(&self) -> &Arc<Activity> {
+        &self.shared.activity
     }
 
     fn lock_device(&self) -> MutexGuard<'_, dyn VirtioDevice + 'static> {
@@ -381,7 +390,8 @@ impl MmioTransport {
             .map(|(index, registers)| {
                 let queue = registers.build(index, event_idx, &self.memory)?;
                 let (memory, kicks) = (self.memory.clone(), self.kicks.clone());
-                Ok(VirtQueue::new(index, queue, memory, self.shared.clone(), kicks))
+                let (interrupt, activity) = (self.shared.clone(), self.shared.activity.clone());
+                Ok(VirtQueue::new(index, queue, memory, interrupt, kicks, activity))
             })
             .collect::<Result<_, StartError>>()?;
         let interrupt = self.shared.clone();
@@ -765,6 +775,16 @@ mod tests {
         guest.negotiate(VERSION_1);
         guest.place_queue(0, 16, [0x1000, 0x4000, 0x3000]);
         assert_eq!(guest.set_status(RUNNING), RUNNING);
+    }
+
+    #[test]
+    fn interrupts_are_counted_across_a_reset() {
+        let mut guest = Guest::running();
+        guest.device.lock().unwrap().active.as_ref().unwrap().interrupt.used_buffer();
+
+        guest.set_status(0);
+
+        assert_eq!(guest.transport.activity().counts().interrupts, 1);
     }
 
     #[test]

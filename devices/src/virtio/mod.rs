@@ -1,5 +1,6 @@
 //! What a virtio device is, independent of the transport that shows it to the guest.
 
+pub mod activity;
 pub mod block;
 pub mod buffers;
 pub mod complaints;
@@ -10,6 +11,7 @@ mod hostile_tests;
 pub mod mmio;
 pub mod net;
 pub mod queue;
+pub mod rate_limit;
 pub mod rng;
 pub mod subscriber;
 #[cfg(test)]
@@ -102,6 +104,12 @@ pub trait VirtioDevice: Send {
 
     /// Drops everything `activate` handed over. Calling it on an idle device does nothing.
     fn reset(&mut self);
+
+    /// Whether the event loop is to call `queue_ready` for queue `index`; read once, before the guest
+    /// starts. Not if the host's kernel watches the kicks of that queue and serves it.
+    fn serves(&self, _index: usize) -> bool {
+        true
+    }
 
     /// Serves queue `index`, because the driver kicked it.
     fn queue_ready(&mut self, index: usize) -> Result<(), QueueError>;

@@ -9,6 +9,7 @@ use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::activity::Activity;
 use crate::interrupt::Interrupt;
 
 /// Chains served in one go. A driver can offer chains as fast as they are served, so this is what
@@ -43,6 +44,19 @@ pub enum Verdict {
     Keep,
 }
 
+/// Where the driver placed a queue, for somebody else to serve it (virtio 1.2, section 2.7).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Rings {
+    /// Number of descriptors.
+    pub size: u16,
+    /// Guest-physical address of the descriptor table.
+    pub descriptors: u64,
+    /// Guest-physical address of the available ring.
+    pub available: u64,
+    /// Guest-physical address of the used ring.
+    pub used: u64,
+}
+
 /// A queue together with what is needed to serve it: the memory it lives in, the interrupt, and
 /// the eventfd that makes the event loop look at it.
 pub struct VirtQueue {
@@ -51,27 +65,45 @@ pub struct VirtQueue {
     memory: GuestMemoryMmap,
     interrupt: Arc<dyn Interrupt>,
     kicks: Arc<[EventFd]>,
+    activity: Arc<Activity>,
     /// Where the used ring ended when the driver was last told, or was found not to care.
     notified: u16,
 }
 
 impl VirtQueue {
-    /// Wraps queue number `index` of a device. `kicks` holds the eventfds of all its queues.
+    /// Wraps queue number `index` of a device. `kicks` holds the eventfds of all its queues, and
+    /// `activity` counts their chains.
     pub fn new(
         index: u16,
         queue: Queue,
         memory: GuestMemoryMmap,
         interrupt: Arc<dyn Interrupt>,
         kicks: Arc<[EventFd]>,
+        activity: Arc<Activity>,
     ) -> Self {
         assert!(usize::from(index) < kicks.len(), "every queue has its kick eventfd");
         let notified = queue.next_used();
-        VirtQueue { index, queue, memory, interrupt, kicks, notified }
+        VirtQueue { index, queue, memory, interrupt, kicks, activity, notified }
     }
 
     /// The guest's memory.
     pub fn memory(&self) -> &GuestMemoryMmap {
         &self.memory
+    }
+
+    /// Where the driver placed the queue, in guest memory; `None` if it did not set it up.
+    pub fn rings(&self) -> Option<Rings> {
+        self.queue.ready().then(|| Rings {
+            size: self.queue.size(),
+            descriptors: self.queue.desc_table(),
+            available: self.queue.avail_ring(),
+            used: self.queue.used_ring(),
+        })
+    }
+
+    /// What the driver's kicks signal.
+    pub fn kick_event(&self) -> &EventFd {
+        &self.kicks[usize::from(self.index)]
     }
 
     /// Offers every available chain to `serve`, in order, and interrupts the driver once if it asked.
@@ -96,6 +128,7 @@ impl VirtQueue {
     /// the next [`VirtQueue::notify`].
     pub fn complete(&mut self, chains: &[(u16, u32)]) -> Result<(), QueueError> {
         let outcome = self.complete_all(chains);
+        self.activity.add_chains(chains.len() as u64);
         self.checked(outcome)
     }
 
@@ -108,7 +141,7 @@ impl VirtQueue {
     /// Makes the event loop call `queue_ready` for this queue once more, after the other devices.
     pub fn kick(&self) {
         // The only failure is a counter at its maximum, and then the kick is pending anyway.
-        let _ = self.kicks[usize::from(self.index)].write(1);
+        let _ = self.kick_event().write(1);
     }
 
     fn drain_with(
@@ -116,7 +149,7 @@ impl VirtQueue {
         serve: &mut dyn FnMut(Chain<'_>, &GuestMemoryMmap) -> Verdict,
     ) -> Result<(), virtio_queue::Error> {
         let mut left = BUDGET;
-        let mut used = false;
+        let mut used = 0;
         let VirtQueue { queue, memory, .. } = self;
         let finished = 'ring: loop {
             queue.disable_notification(memory)?;
@@ -129,7 +162,7 @@ impl VirtQueue {
                 match serve(chain, memory) {
                     Verdict::Used(written) => {
                         queue.add_used(memory, head, written)?;
-                        used = true;
+                        used += 1;
                     }
                     Verdict::Hold => {}
                     Verdict::Keep => {
@@ -154,7 +187,11 @@ impl VirtQueue {
             self.kick();
         }
         // Chains that were only held are notified of when they are complete.
-        if used { self.notify_driver() } else { Ok(()) }
+        if used == 0 {
+            return Ok(());
+        }
+        self.activity.add_chains(used);
+        self.notify_driver()
     }
 
     /// `Queue::add_used` shows each entry to the driver at once. So the entries before the last are
@@ -296,6 +333,21 @@ mod tests {
     }
 
     #[test]
+    fn chains_are_counted_when_they_are_given_back() {
+        let memory = memory();
+        let driver = Driver::new(&memory);
+        let mut queue = only_queue(&driver);
+        (0..3).for_each(|_| _ = driver.offer(0, &[], &[8]));
+        let mut verdicts = [Verdict::Used(0), Verdict::Hold, Verdict::Keep].into_iter();
+
+        queue.drain(|_, _| verdicts.next().unwrap()).unwrap();
+        assert_eq!(driver.activity().chains, 1);
+        queue.complete(&[(1, 8)]).unwrap();
+
+        assert_eq!(driver.activity().chains, 2);
+    }
+
+    #[test]
     fn completing_a_head_outside_the_table_breaks_the_queue() {
         let memory = memory();
         let driver = Driver::new(&memory);
@@ -397,7 +449,7 @@ mod tests {
         let interrupt = driver.activation().interrupt;
         let queue = Queue::new(64).unwrap();
 
-        let mut queue = VirtQueue::new(0, queue, memory.clone(), interrupt, kicks);
+        let mut queue = VirtQueue::new(0, queue, memory.clone(), interrupt, kicks, Arc::default());
 
         queue.drain(|_, _| Verdict::Used(0)).unwrap();
     }

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::activity::Activity;
 use super::complaints::Complaints;
 use super::{Backend, VirtioDevice};
 
@@ -14,27 +15,38 @@ const FIRST_BACKEND: u32 = 1 << 16;
 
 /// Turns readiness of a device's kick eventfds and backends into calls on the device.
 pub struct Subscriber {
-    kicks: Vec<EventFd>,
+    /// Each with the number of its queue.
+    kicks: Vec<(u32, EventFd)>,
     backends: Vec<Backend>,
     device: Arc<Mutex<dyn VirtioDevice>>,
+    activity: Arc<Activity>,
     complaints: Complaints,
 }
 
 impl Subscriber {
     /// `name` is what log lines call the device; `kicks` holds one eventfd per queue, to which KVM
-    /// writes when the driver kicks that queue.
-    pub fn new(name: String, kicks: Vec<EventFd>, device: Arc<Mutex<dyn VirtioDevice>>) -> Self {
-        let backends = device.lock().expect("fresh lock").backends();
-        Subscriber { kicks, backends, device, complaints: Complaints::of(name) }
+    /// writes when the driver kicks that queue, and `activity` counts these kicks.
+    pub fn new(
+        name: String,
+        kicks: Vec<EventFd>,
+        device: Arc<Mutex<dyn VirtioDevice>>,
+        activity: Arc<Activity>,
+    ) -> Self {
+        let locked = device.lock().expect("fresh lock");
+        let kicks = (0..).zip(kicks).filter(|(index, _)| locked.serves(*index as usize)).collect();
+        let backends = locked.backends();
+        drop(locked);
+        Subscriber { kicks, backends, device, activity, complaints: Complaints::of(name) }
     }
 }
 
 impl MutEventSubscriber for Subscriber {
     fn init(&mut self, ops: &mut EventOps) {
         // Edge-triggered, so that nobody needs to read the counter: each kick is an edge.
-        for (kick, data) in self.kicks.iter().zip(0..) {
+        for (index, kick) in &self.kicks {
             let events = EventSet::IN | EventSet::EDGE_TRIGGERED;
-            ops.add(Events::with_data(kick, data, events)).expect("a fresh eventfd can be polled");
+            ops.add(Events::with_data(kick, *index, events))
+                .expect("a fresh eventfd can be polled");
         }
         for (backend, data) in self.backends.iter().zip(FIRST_BACKEND..) {
             let events = backend.events | EventSet::EDGE_TRIGGERED;
@@ -47,7 +59,10 @@ impl MutEventSubscriber for Subscriber {
         let mut device = self.device.lock().expect("no device panics while it holds its lock");
         let outcome = match events.data().checked_sub(FIRST_BACKEND) {
             Some(index) => device.backend_ready(index as usize, events.event_set()),
-            None => device.queue_ready(events.data() as usize),
+            None => {
+                self.activity.add_kick();
+                device.queue_ready(events.data() as usize)
+            }
         };
         if let Err(error) = outcome {
             // The queue has already told the driver that the device needs a reset.
@@ -94,10 +109,18 @@ mod tests {
     }
 
     fn watched(device: &Arc<Mutex<Sink>>) -> (EventManager<Subscriber>, EventFd) {
+        counted(device, Arc::default())
+    }
+
+    fn counted(
+        device: &Arc<Mutex<Sink>>,
+        activity: Arc<Activity>,
+    ) -> (EventManager<Subscriber>, EventFd) {
         let kick = EventFd::new(EFD_NONBLOCK).unwrap();
         let kicks = vec![kick.try_clone().unwrap()];
         let mut manager = EventManager::new().unwrap();
-        manager.add_subscriber(Subscriber::new("sink".to_owned(), kicks, device.clone()));
+        let subscriber = Subscriber::new("sink".to_owned(), kicks, device.clone(), activity);
+        manager.add_subscriber(subscriber);
         (manager, kick)
     }
 
@@ -118,6 +141,20 @@ mod tests {
     }
 
     #[test]
+    fn kicks_are_counted() {
+        let device = Arc::new(Mutex::new(Sink::default()));
+        let activity = Arc::new(Activity::default());
+        let (mut manager, kick) = counted(&device, activity.clone());
+
+        for _ in 0..3 {
+            kick.write(1).unwrap();
+            manager.run_with_timeout(1000).unwrap();
+        }
+
+        assert_eq!(activity.counts().kicks, 3);
+    }
+
+    #[test]
     fn a_broken_queue_resets_the_device() {
         let memory = memory();
         let driver = Driver::new(&memory);
@@ -131,5 +168,48 @@ mod tests {
 
         assert!(device.lock().unwrap().0.is_none());
         assert!(driver.told_to_reset());
+    }
+
+    /// Serves its second queue only, and remembers what it was called for.
+    #[derive(Default)]
+    struct Half(Vec<usize>);
+
+    impl VirtioDevice for Half {
+        fn traits(&self) -> DeviceTraits {
+            DeviceTraits { device_type: VIRTIO_ID_RNG, features: 0, queue_sizes: &[64, 64] }
+        }
+
+        fn activate(&mut self, _: Activation) -> Result<(), ActivateError> {
+            Ok(())
+        }
+
+        fn reset(&mut self) {}
+
+        fn serves(&self, index: usize) -> bool {
+            index == 1
+        }
+
+        fn queue_ready(&mut self, index: usize) -> Result<(), QueueError> {
+            self.0.push(index);
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn kicks_somebody_else_watches_do_not_reach_the_device() {
+        let kicks: Vec<_> = (0..2).map(|_| EventFd::new(EFD_NONBLOCK).unwrap()).collect();
+        kicks.iter().for_each(|kick| kick.write(1).unwrap());
+        let device = Arc::new(Mutex::new(Half::default()));
+        let mut manager = EventManager::new().unwrap();
+        manager.add_subscriber(Subscriber::new(
+            "half".to_owned(),
+            kicks,
+            device.clone(),
+            Arc::default(),
+        ));
+
+        manager.run_with_timeout(1000).unwrap();
+
+        assert_eq!(device.lock().unwrap().0, [1]);
     }
 }

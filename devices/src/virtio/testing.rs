@@ -10,6 +10,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::Activation;
+use super::activity::{Activity, ActivityCounts};
 use super::queue::VirtQueue;
 use crate::interrupt::Interrupt;
 
@@ -45,6 +46,7 @@ pub struct Driver<'m> {
     next: RefCell<Next>,
     kicks: Arc<[EventFd]>,
     interrupts: Arc<Counter>,
+    activity: Arc<Activity>,
     event_index: bool,
 }
 
@@ -89,6 +91,7 @@ impl<'m> Driver<'m> {
             next: RefCell::new(Next { descriptor: vec![0; count], buffer: BUFFERS }),
             kicks: (0..count).map(|_| EventFd::new(EFD_NONBLOCK).unwrap()).collect(),
             interrupts: Arc::default(),
+            activity: Arc::default(),
             event_index: false,
         }
     }
@@ -118,7 +121,8 @@ impl<'m> Driver<'m> {
         queue.set_event_idx(self.event_index);
         queue.set_ready(true);
         let interrupt = self.interrupts.clone();
-        VirtQueue::new(index, queue, self.memory.clone(), interrupt, self.kicks.clone())
+        let (kicks, activity) = (self.kicks.clone(), self.activity.clone());
+        VirtQueue::new(index, queue, self.memory.clone(), interrupt, kicks, activity)
     }
 
     /// Makes one chain available in queue 0 whose buffers, all writable by the device, have these
@@ -213,16 +217,18 @@ impl<'m> Driver<'m> {
     pub fn used_of(&self, queue: usize) -> Vec<(u32, u32)> {
         let ring = queue as u64 * RINGS + USED;
         let count: u16 = self.memory.read_obj(GuestAddress(ring + 2)).unwrap();
-        (0..count)
-            .map(|index| ring + 4 + u64::from(index % QUEUE_SIZE) * 8)
-            .map(|entry| self.memory.read_obj::<[u32; 2]>(GuestAddress(entry)).unwrap())
-            .map(|[head, written]| (head, written))
-            .collect()
+        (0..count).map(|nth| self.used_entry(queue, nth.into())).collect()
+    }
+
+    fn used_entry(&self, queue: usize, nth: usize) -> (u32, u32) {
+        let index = (nth % usize::from(QUEUE_SIZE)) as u64;
+        let entry = queue as u64 * RINGS + USED + 4 + index * 8;
+        self.memory.read_obj::<[u32; 2]>(GuestAddress(entry)).unwrap().into()
     }
 
     /// What the device wrote into the `nth` chain it gave back through `queue`, from 0 on.
     pub fn written(&self, queue: usize, nth: usize) -> Vec<u8> {
-        let (mut index, written) = self.used_of(queue)[nth];
+        let (mut index, written) = self.used_entry(queue, nth);
         let mut data = Vec::new();
         loop {
             let entry = queue as u64 * RINGS + u64::from(index) * 16;
@@ -260,6 +266,11 @@ impl<'m> Driver<'m> {
         self.interrupts.used_buffers.load(Ordering::Relaxed)
     }
 
+    /// What the queues counted.
+    pub fn activity(&self) -> ActivityCounts {
+        self.activity.counts()
+    }
+
     /// How often the device said that its configuration space changed.
     pub fn config_changes(&self) -> usize {
         self.interrupts.config_changes.load(Ordering::Relaxed)
@@ -268,6 +279,11 @@ impl<'m> Driver<'m> {
     /// Whether the device said that it is broken until it is reset.
     pub fn told_to_reset(&self) -> bool {
         self.interrupts.needs_reset.load(Ordering::Relaxed)
+    }
+
+    /// Kicks `queue`, for whoever waits for that.
+    pub fn kick(&self, queue: usize) {
+        self.kicks[queue].write(1).unwrap();
     }
 
     /// Whether the device asked to be called for `queue` again since this was last looked at.

@@ -164,7 +164,7 @@ pub(super) fn config(
         disks: Vec::new(),
         nets,
         shares: vec![ShareConfig { tag: SHARE_TAG.into(), path: share.into(), read_only: false }],
-        vsock: Some(VsockConfig { cid: GUEST_CID }),
+        vsock: Some(VsockConfig { cid: GUEST_CID, socket: None }),
         rng: true,
         seccomp: true,
     }

@@ -107,7 +107,10 @@ impl Network {
 
     /// The guest's network devices.
     pub(super) fn devices(&self) -> Vec<NetConfig> {
-        let config = |link: &Link| NetConfig { tap: link.tap.clone(), mac: mac_text(link.mac) };
+        let config = |link: &Link| NetConfig {
+            create: true,
+            ..NetConfig::new(link.tap.as_str(), mac_text(link.mac))
+        };
         self.links.iter().map(config).collect()
     }
 

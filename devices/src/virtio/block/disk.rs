@@ -2,11 +2,12 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
-use std::os::fd::AsFd;
-use std::os::unix::fs::FileTypeExt;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use super::request::SECTOR_BYTES;
+use super::host::{self, Alignment};
+use super::request::{SECTOR_BYTES, Segment};
 use crate::virtio::buffers::Buffers;
 
 /// Why a disk cannot be used.
@@ -15,6 +16,15 @@ pub enum DiskError {
     /// There is no such file, or it may not be used this way.
     #[error("open disk {path}")]
     Open {
+        /// Which disk.
+        path: PathBuf,
+        /// What the host said.
+        #[source]
+        source: io::Error,
+    },
+    /// The file system cannot do without its page cache.
+    #[error("open disk {path} for direct I/O")]
+    Direct {
         /// Which disk.
         path: PathBuf,
         /// What the host said.
@@ -38,21 +48,40 @@ pub enum DiskError {
     },
 }
 
+/// How a disk is opened.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Access {
+    /// Whether it may only be read.
+    pub read_only: bool,
+    /// Whether data goes past the host's page cache.
+    pub direct: bool,
+}
+
 /// An open disk of a fixed size.
 #[derive(Debug)]
 pub struct Disk {
     file: File,
+    direct: Option<Direct>,
+    is_device: bool,
+    read_only: bool,
     sectors: u64,
+}
+
+/// The same file without the page cache. What is not aligned for it goes through the page cache,
+/// which the kernel writes back before direct I/O and drops after it.
+#[derive(Debug)]
+struct Direct {
+    file: File,
+    alignment: Alignment,
 }
 
 impl Disk {
     /// Opens the raw image or block device at `path`. A part of a sector at its end is not used.
-    pub fn open(path: &Path, read_only: bool) -> Result<Self, DiskError> {
-        let file = OpenOptions::new()
-            .read(true)
-            .write(!read_only)
-            .open(path)
-            .map_err(|source| DiskError::Open { path: path.into(), source })?;
+    pub fn open(path: &Path, access: Access) -> Result<Self, DiskError> {
+        let mut options = OpenOptions::new();
+        options.read(true).write(!access.read_only);
+        let file =
+            options.open(path).map_err(|source| DiskError::Open { path: path.into(), source })?;
         let size = |source| DiskError::Size { path: path.into(), source };
         let kind = file.metadata().map_err(size)?.file_type();
         if !kind.is_file() && !kind.is_block_device() {
@@ -60,7 +89,20 @@ impl Disk {
         }
         // The metadata of a block device has no size; its end has a position.
         let bytes = (&file).seek(SeekFrom::End(0)).map_err(size)?;
-        Ok(Disk { file, sectors: bytes / SECTOR_BYTES })
+        let direct = access.direct.then(|| Direct::open(path, &mut options)).transpose()?;
+        Ok(Disk {
+            file,
+            direct,
+            is_device: kind.is_block_device(),
+            read_only: access.read_only,
+            sectors: bytes / SECTOR_BYTES,
+        })
+    }
+
+    /// A disk of a file that need not be one.
+    #[cfg(test)]
+    pub fn endless(file: File) -> Self {
+        Disk { file, direct: None, is_device: false, read_only: false, sectors: 1 << 20 }
     }
 
     /// Size of the disk, in sectors of 512 bytes.
@@ -68,22 +110,113 @@ impl Disk {
         self.sectors
     }
 
+    /// Whether it may only be read.
+    pub fn is_read_only(&self) -> bool {
+        self.read_only
+    }
+
+    /// What requests should be multiples of, in bytes; a power of two of at least a sector.
+    pub fn block_bytes(&self) -> u64 {
+        let file = self.direct.as_ref().map_or(0, |direct| direct.alignment.file as u64);
+        file.max(SECTOR_BYTES)
+    }
+
+    /// Whether [`Disk::write_zeroes`] can give storage back.
+    pub fn zeroes_may_unmap(&self) -> bool {
+        !self.is_device
+    }
+
+    /// What data of `buffers` moves through from or to `offset`, in bytes.
+    pub fn fd_for(&self, offset: u64, buffers: &Buffers) -> BorrowedFd<'_> {
+        match &self.direct {
+            Some(direct) if direct.takes(offset, buffers) => direct.file.as_fd(),
+            _ => self.file.as_fd(),
+        }
+    }
+
+    /// What makes written data last.
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+
     /// Fills `buffers`, and uses them up, from the disk at `offset`, in bytes.
     pub fn read(&self, offset: u64, buffers: &mut Buffers) -> io::Result<()> {
-        let whole = |buffers: &Buffers, offset| buffers.read_from_at(self.file.as_fd(), offset);
-        transfer(offset, buffers, whole, io::ErrorKind::UnexpectedEof)
+        let some =
+            |buffers: &Buffers, offset| buffers.read_from_at(self.fd_for(offset, buffers), offset);
+        transfer(offset, buffers, some, io::ErrorKind::UnexpectedEof)
     }
 
     /// Writes `buffers`, and uses them up, to the disk at `offset`, in bytes.
     pub fn write(&self, offset: u64, buffers: &mut Buffers) -> io::Result<()> {
-        let whole = |buffers: &Buffers, offset| buffers.write_to_at(self.file.as_fd(), offset);
-        transfer(offset, buffers, whole, io::ErrorKind::WriteZero)
+        let some =
+            |buffers: &Buffers, offset| buffers.write_to_at(self.fd_for(offset, buffers), offset);
+        transfer(offset, buffers, some, io::ErrorKind::WriteZero)
     }
 
     /// Makes what was written last.
     pub fn flush(&self) -> io::Result<()> {
         self.file.sync_data()
     }
+
+    /// Forgets what is in `segment` and gives its storage back. The error says `Unsupported` if the
+    /// host has no way to.
+    pub fn discard(&self, segment: &Segment) -> io::Result<()> {
+        let discard = if self.is_device { host::discard_device } else { host::punch_hole };
+        self.change(segment, discard)
+    }
+
+    /// Fills `segment` with zeros; gives its storage back if it may and the disk can. The error says
+    /// `Unsupported` if the host has no quick way to.
+    pub fn write_zeroes(&self, segment: &Segment) -> io::Result<()> {
+        let zero = match (self.is_device, segment.unmap) {
+            (true, _) => host::zero_device,
+            (false, true) => host::punch_hole,
+            (false, false) => host::zero_range,
+        };
+        self.change(segment, zero)
+    }
+
+    fn change(
+        &self,
+        segment: &Segment,
+        change: fn(&File, u64, u64) -> io::Result<()>,
+    ) -> io::Result<()> {
+        // The kernel refuses to change nothing.
+        if segment.bytes == 0 {
+            return Ok(());
+        }
+        loop {
+            match change(&self.file, segment.offset, segment.bytes) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if says_unsupported(&error) => {
+                    return Err(io::ErrorKind::Unsupported.into());
+                }
+                outcome => return outcome,
+            }
+        }
+    }
+}
+
+impl Direct {
+    fn open(path: &Path, options: &mut OpenOptions) -> Result<Self, DiskError> {
+        let file = options
+            .custom_flags(libc::O_DIRECT)
+            .open(path)
+            .map_err(|source| DiskError::Direct { path: path.into(), source })?;
+        let alignment = host::direct_alignment(&file);
+        Ok(Direct { file, alignment })
+    }
+
+    fn takes(&self, offset: u64, buffers: &Buffers) -> bool {
+        let Alignment { memory, file } = self.alignment;
+        offset % file as u64 == 0 && buffers.is_aligned(memory, file)
+    }
+}
+
+/// Whether a file system or a device does not know what it was asked for.
+fn says_unsupported(error: &io::Error) -> bool {
+    let codes = [libc::EOPNOTSUPP, libc::ENOSYS, libc::ENOTTY];
+    error.raw_os_error().is_some_and(|code| codes.contains(&code))
 }
 
 /// Repeats `step` until all of `buffers` moved; one that moves nothing is the error `stuck`.
@@ -109,25 +242,174 @@ fn transfer(
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::{AsRawFd, FromRawFd};
+    use std::os::unix::fs::{FileExt, MetadataExt};
+    use std::process::Command;
+
+    use tempfile::NamedTempFile;
+    use virtio_queue::desc::split::Descriptor;
+    use vm_memory::{Bytes, GuestAddress};
+
     use super::*;
+    use crate::virtio::testing::memory;
+
+    const READ_ONLY: Access = Access { read_only: true, direct: false };
+    const DIRECT: Access = Access { read_only: false, direct: true };
+    const KIB_64: u64 = 64 << 10;
+    const BYTES: usize = 64 << 10;
+
+    /// 64 KiB of data.
+    fn full() -> NamedTempFile {
+        let file = NamedTempFile::new().unwrap();
+        file.as_file().write_all_at(&[7; BYTES], 0).unwrap();
+        file.as_file().sync_all().unwrap();
+        file
+    }
+
+    fn first_and_last_byte(file: &NamedTempFile) -> [u8; 2] {
+        let mut bytes = [0; BYTES];
+        file.as_file().read_exact_at(&mut bytes, 0).unwrap();
+        [bytes[0], bytes[BYTES - 1]]
+    }
+
+    /// `length` bytes of guest memory at `address`.
+    fn buffers(address: u64, length: u32) -> Buffers {
+        let memory = memory();
+        memory.write_slice(&vec![3; length as usize], GuestAddress(address)).unwrap();
+        let mut buffers = Buffers::new(memory);
+        buffers.add([Descriptor::new(address, length, 0, 0)].into_iter()).unwrap();
+        buffers
+    }
 
     #[test]
     fn size_is_in_whole_sectors() {
-        let file = tempfile::NamedTempFile::new().unwrap();
+        let file = NamedTempFile::new().unwrap();
         file.as_file().set_len(3 * SECTOR_BYTES + 1).unwrap();
-        assert_eq!(Disk::open(file.path(), true).unwrap().sectors(), 3);
+        assert_eq!(Disk::open(file.path(), READ_ONLY).unwrap().sectors(), 3);
     }
 
     #[test]
     fn a_missing_disk_is_named() {
-        let error = Disk::open(Path::new("/nowhere/disk"), true).unwrap_err();
+        let error = Disk::open(Path::new("/nowhere/disk"), READ_ONLY).unwrap_err();
         assert_eq!(error.to_string(), "open disk /nowhere/disk");
     }
 
     #[test]
     fn a_directory_is_no_disk() {
         let directory = tempfile::tempdir().unwrap();
-        let error = Disk::open(directory.path(), true).unwrap_err();
+        let error = Disk::open(directory.path(), READ_ONLY).unwrap_err();
         assert!(matches!(error, DiskError::Kind { .. }));
+    }
+
+    #[test]
+    fn a_discard_gives_storage_back_and_keeps_the_size() {
+        let file = full();
+        let disk = Disk::open(file.path(), Access::default()).unwrap();
+        let blocks = || file.as_file().metadata().unwrap().blocks();
+        let before = blocks();
+
+        disk.discard(&Segment { offset: 0, bytes: KIB_64 / 2, unmap: false }).unwrap();
+
+        assert_eq!(first_and_last_byte(&file), [0, 7]);
+        assert!(blocks() < before, "{} < {before}", blocks());
+        assert_eq!(file.as_file().metadata().unwrap().len(), KIB_64);
+    }
+
+    #[test]
+    fn zeros_that_may_unmap_are_a_hole() {
+        let file = full();
+        let disk = Disk::open(file.path(), Access::default()).unwrap();
+
+        disk.write_zeroes(&Segment { offset: 0, bytes: KIB_64 / 2, unmap: true }).unwrap();
+
+        assert_eq!(first_and_last_byte(&file), [0, 7]);
+    }
+
+    #[test]
+    fn zeros_that_keep_their_storage_are_written_or_not_supported() {
+        let file = full();
+        let disk = Disk::open(file.path(), Access::default()).unwrap();
+
+        let outcome = disk.write_zeroes(&Segment { offset: 0, bytes: KIB_64 / 2, unmap: false });
+
+        // Not every file system can.
+        let first = match outcome {
+            Ok(()) => 0,
+            Err(error) => {
+                assert_eq!(error.kind(), io::ErrorKind::Unsupported);
+                7
+            }
+        };
+        assert_eq!(first_and_last_byte(&file), [first, 7]);
+    }
+
+    #[test]
+    fn what_the_host_cannot_is_unsupported() {
+        // SAFETY: the name is a C string; the descriptor is owned by nobody else.
+        let memory = unsafe { File::from_raw_fd(libc::memfd_create(c"disk".as_ptr(), 0)) };
+        memory.set_len(KIB_64).unwrap();
+        let path = format!("/proc/self/fd/{}", memory.as_raw_fd());
+        let disk = Disk::open(Path::new(&path), Access::default()).unwrap();
+
+        let error =
+            disk.write_zeroes(&Segment { offset: 0, bytes: 512, unmap: false }).unwrap_err();
+
+        assert_eq!(error.kind(), io::ErrorKind::Unsupported);
+    }
+
+    #[test]
+    #[ignore = "needs root and loop devices"]
+    fn a_block_device_discards_zeroes_and_goes_past_the_page_cache() {
+        let file = full();
+        let losetup = |arguments: &[&str]| {
+            let output = Command::new("losetup").args(arguments).output().unwrap();
+            assert!(output.status.success(), "{output:?}");
+            String::from_utf8(output.stdout).unwrap().trim_end().to_owned()
+        };
+        let device = losetup(&["--find", "--show", file.path().to_str().unwrap()]);
+        let disk = Disk::open(Path::new(&device), DIRECT).unwrap();
+        assert_eq!(disk.sectors(), KIB_64 / SECTOR_BYTES);
+
+        disk.discard(&Segment { offset: 0, bytes: KIB_64 / 2, unmap: false }).unwrap();
+        let after_discard = first_and_last_byte(&file);
+        disk.write(0, &mut buffers(0x1_0000, 4096)).unwrap();
+        let zeros = Segment { offset: KIB_64 / 2, bytes: KIB_64 / 2, unmap: false };
+        disk.write_zeroes(&zeros).unwrap();
+        disk.flush().unwrap();
+        losetup(&["--detach", &device]);
+
+        assert_eq!(after_discard, [0, 7]);
+        assert_eq!(first_and_last_byte(&file), [3, 0]);
+    }
+
+    #[test]
+    fn nothing_is_discarded_without_the_host() {
+        let disk = Disk::open(full().path(), Access::default()).unwrap();
+        disk.discard(&Segment { offset: 0, bytes: 0, unmap: false }).unwrap();
+    }
+
+    #[test]
+    fn aligned_data_goes_past_the_page_cache_and_other_data_does_not() {
+        let file = full();
+        let disk = Disk::open(file.path(), DIRECT).unwrap();
+        let direct = disk.direct.as_ref().unwrap().file.as_raw_fd();
+
+        assert_eq!(disk.fd_for(4096, &buffers(0x1_0000, 4096)).as_raw_fd(), direct);
+        for (offset, address, length) in
+            [(4097, 0x1_0000, 4096), (4096, 0x1_0001, 4096), (4096, 0x1_0000, 100)]
+        {
+            assert_ne!(disk.fd_for(offset, &buffers(address, length)).as_raw_fd(), direct);
+        }
+    }
+
+    #[test]
+    fn direct_and_cached_writes_see_each_other() {
+        let file = full();
+        let disk = Disk::open(file.path(), DIRECT).unwrap();
+
+        disk.write(0, &mut buffers(0x1_0001, 512)).unwrap();
+        disk.write(KIB_64 - 4096, &mut buffers(0x1_0000, 4096)).unwrap();
+
+        assert_eq!(first_and_last_byte(&file), [3, 3]);
     }
 }

@@ -1,98 +1,118 @@
 //! Block device (virtio 1.2, section 5.2): the guest reads and writes a file or disk of the host.
+//!
+//! `queue_ready` takes requests as the rate limiter admits them. A request is done at once, or, with
+//! a [`Ring`], handed to the host's kernel; `reap` then gives the chain back when it has completed.
 
+mod config;
 mod disk;
+mod host;
 pub mod request;
+mod ring;
+#[cfg(test)]
+mod ring_tests;
+mod server;
 #[cfg(test)]
 mod tests;
+mod transfer;
 
-use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX,
-};
+use event_manager::EventSet;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
-use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryMmap};
 
-pub use self::disk::{Disk, DiskError};
-use self::request::{HEADER_BYTES, ID_BYTES, Limits, Request, SECTOR_BYTES, Status};
-use super::buffers::{BufferError, Buffers};
-use super::complaints::Complaints;
-use super::queue::{Chain, QueueError, Verdict, VirtQueue};
-use super::{ActivateError, Activation, DeviceTraits, VirtioDevice, copy_config};
+use self::config::{CONFIG_BYTES, Facts, QUEUE_SIZE};
+pub use self::disk::{Access, Disk, DiskError};
+use self::request::{ID_BYTES, Limits};
+pub use self::ring::Ring;
+use self::server::{Completed, Server, Started};
+use super::queue::{QueueError, Verdict, VirtQueue};
+use super::rate_limit::RateLimiter;
+use super::{ActivateError, Activation, Backend, DeviceTraits, VirtioDevice, copy_config};
 
-const QUEUE_SIZE: u16 = 128;
+/// Most queues of one device: more than a disk of one thread has a use for.
+pub const MAX_QUEUES: u16 = 16;
 
-/// Buffers of a request beside its header and its status: what a direct chain has room for.
-const SEG_MAX: u32 = QUEUE_SIZE as u32 - 2;
-
-/// Bytes of the configuration space up to and with `blk_size` (virtio 1.2, section 5.2.4).
-const CONFIG_BYTES: usize = 24;
+const QUEUE_SIZES: [u16; MAX_QUEUES as usize] = [QUEUE_SIZE; MAX_QUEUES as usize];
 
 /// A block device backed by a [`Disk`].
 pub struct Block {
-    engine: Engine,
+    server: Server,
+    facts: Facts,
     config: [u8; CONFIG_BYTES],
+    /// Of the device and not of its driver, which would lift it with a reset.
+    limiter: RateLimiter,
     active: Option<Active>,
 }
 
-/// What serves a request, whichever queue it came from.
-struct Engine {
-    disk: Disk,
-    limits: Limits,
-    id: [u8; ID_BYTES],
-    complaints: Complaints,
-}
-
 struct Active {
-    requests: VirtQueue,
-    readable: Buffers,
-    writable: Buffers,
-}
-
-/// Why a request could not even be answered.
-#[derive(Debug, thiserror::Error)]
-enum RequestError {
-    #[error("request dropped: {0}")]
-    Buffers(#[from] BufferError),
-    #[error("request dropped: it has no room for a status")]
-    NoStatus,
+    queues: Vec<VirtQueue>,
+    /// Whether a request waits until another one is over.
+    is_full: bool,
+    /// The queue that goes on first after all of them had to wait.
+    first: usize,
 }
 
 impl Block {
-    /// Creates an idle device. The driver sees at most the first 20 bytes of `id` as its serial
-    /// number. `read_only` goes with how the disk was opened.
-    pub fn new(disk: Disk, read_only: bool, id: &str) -> Self {
+    /// Creates an idle device with `queues` queues, 1 to [`MAX_QUEUES`], which all share `limiter`.
+    /// The driver sees at most the first 20 bytes of `id` as its serial number. Without a `ring` one
+    /// request is done after the other.
+    pub fn new(
+        disk: Disk,
+        id: &str,
+        queues: u16,
+        limiter: RateLimiter,
+        ring: Option<Ring>,
+    ) -> Self {
+        assert!((1..=MAX_QUEUES).contains(&queues), "the number of queues was checked");
         let mut padded = [0; ID_BYTES];
         let length = id.len().min(ID_BYTES);
         padded[..length].copy_from_slice(&id.as_bytes()[..length]);
 
-        let limits = Limits { sectors: disk.sectors(), read_only };
-        let complaints = Complaints::of(format!("block {}", id.escape_debug()));
-        Block {
-            config: config(limits.sectors),
-            engine: Engine { disk, limits, id: padded, complaints },
-            active: None,
-        }
+        let limits = Limits { sectors: disk.sectors(), read_only: disk.is_read_only() };
+        let facts = Facts {
+            limits,
+            queues,
+            block_bytes: disk.block_bytes(),
+            zeroes_may_unmap: disk.zeroes_may_unmap(),
+        };
+        let server =
+            Server::new(disk, limits, padded, ring, format!("block {}", id.escape_debug()));
+        Block { server, config: facts.space(), facts, limiter, active: None }
     }
-}
 
-/// The configuration space of a disk of `sectors` (virtio 1.2, section 5.2.4).
-fn config(sectors: u64) -> [u8; CONFIG_BYTES] {
-    let mut config = [0; CONFIG_BYTES];
-    config[0..8].copy_from_slice(&sectors.to_le_bytes());
-    config[12..16].copy_from_slice(&SEG_MAX.to_le_bytes());
-    config[20..24].copy_from_slice(&SECTOR_BYTES.to_le_bytes()[..4]);
-    config
+    /// Gives back what the ring has completed.
+    fn reap(&mut self) -> Result<(), QueueError> {
+        let Block { server, active, .. } = self;
+        let Some(Active { queues, .. }) = active else { return Ok(()) };
+        let mut any = false;
+        while let Some(Completed { queue, head, written }) = server.completed() {
+            queues[queue].complete(&[(head, written)])?;
+            any = true;
+        }
+        if !any {
+            return Ok(());
+        }
+        queues.iter_mut().try_for_each(VirtQueue::notify)?;
+        if self.active.as_mut().is_some_and(|active| std::mem::take(&mut active.is_full)) {
+            self.go_on();
+        }
+        Ok(())
+    }
+
+    /// Makes the event loop look at every queue, another one first each time, so that none gets all
+    /// there is to get.
+    fn go_on(&mut self) {
+        let Some(Active { queues, first, .. }) = &mut self.active else { return };
+        let (later, sooner) = queues.split_at(*first);
+        sooner.iter().chain(later).for_each(VirtQueue::kick);
+        *first = (*first + 1) % queues.len();
+    }
 }
 
 impl VirtioDevice for Block {
     fn traits(&self) -> DeviceTraits {
-        let read_only = u64::from(self.engine.limits.read_only) << VIRTIO_BLK_F_RO;
         DeviceTraits {
             device_type: VIRTIO_ID_BLOCK,
-            features: 1 << VIRTIO_BLK_F_SEG_MAX
-                | 1 << VIRTIO_BLK_F_BLK_SIZE
-                | 1 << VIRTIO_BLK_F_FLUSH
-                | read_only,
-            queue_sizes: &[QUEUE_SIZE],
+            features: self.facts.features(),
+            queue_sizes: &QUEUE_SIZES[..usize::from(self.facts.queues)],
         }
     }
 
@@ -101,94 +121,60 @@ impl VirtioDevice for Block {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        let [requests] = activation.into_queues()?;
-        let readable = Buffers::new(requests.memory().clone());
-        let writable = Buffers::new(requests.memory().clone());
-        self.active = Some(Active { requests, readable, writable });
+        let queues = activation.queues;
+        let (expected, actual) = (usize::from(self.facts.queues), queues.len());
+        if expected != actual {
+            return Err(ActivateError::QueueCount { expected, actual });
+        }
+        self.active = Some(Active { queues, is_full: false, first: 0 });
         Ok(())
     }
 
+    /// Returns when nothing is in flight any more: no data may reach the memory of a driver that
+    /// knows that its requests are gone.
     fn reset(&mut self) {
+        self.server.reset();
         self.active = None;
     }
 
-    fn queue_ready(&mut self, _index: usize) -> Result<(), QueueError> {
-        let Block { engine, active, .. } = self;
-        let Some(Active { requests, readable, writable }) = active else { return Ok(()) };
-        requests.drain(|chain, memory| {
-            let written = engine.serve(chain, memory, readable, writable).unwrap_or_else(|error| {
-                engine.complaints.add(&error);
-                0
-            });
-            Verdict::Used(written)
-        })
-    }
-}
-
-impl Engine {
-    /// Serves the request in `chain` and returns the number of bytes that were written into it.
-    fn serve(
-        &mut self,
-        chain: Chain<'_>,
-        memory: &GuestMemoryMmap,
-        readable: &mut Buffers,
-        writable: &mut Buffers,
-    ) -> Result<u32, RequestError> {
-        readable.clear();
-        writable.clear();
-        readable.add(chain.clone().readable())?;
-        let room = writable.add(chain.clone().writable())?.checked_sub(1);
-        let (Some(room), Some(status_address)) = (room, last_byte(chain)) else {
-            return Err(RequestError::NoStatus);
-        };
-        writable.truncate(room);
-
-        let outcome = self
-            .request(readable, room)
-            .and_then(|request| self.perform(request, readable, writable));
-        let status = outcome.err().unwrap_or(Status::Ok);
-
-        memory.write_obj(status.byte(), status_address).map_err(BufferError::OutOfMemory)?;
-        let written = room - writable.bytes() + 1;
-        Ok(u32::try_from(written).unwrap_or(u32::MAX))
-    }
-
-    /// Takes the header off `readable` and checks what it asks for.
-    fn request(&self, readable: &mut Buffers, room: usize) -> Result<Request, Status> {
-        let mut header = [0; HEADER_BYTES];
-        if readable.copy_out(0, &mut header) < HEADER_BYTES {
-            return Err(Status::IoError);
-        }
-        readable.skip(HEADER_BYTES);
-        request::parse(&header, readable.bytes(), room, self.limits)
-    }
-
-    /// Does what `request` asks for; uses up as much of `writable` as it filled.
-    fn perform(
-        &mut self,
-        request: Request,
-        readable: &mut Buffers,
-        writable: &mut Buffers,
-    ) -> Result<(), Status> {
-        let outcome = match request {
-            Request::Read { offset } => self.disk.read(offset, writable),
-            Request::Write { offset } => self.disk.write(offset, readable),
-            Request::Flush => self.disk.flush(),
-            Request::Id => {
-                writable.copy_in(0, &self.id);
-                writable.skip(ID_BYTES);
-                Ok(())
+    fn queue_ready(&mut self, index: usize) -> Result<(), QueueError> {
+        let Block { server, active, limiter, .. } = self;
+        let Some(Active { queues, is_full, .. }) = active else { return Ok(()) };
+        let Some(queue) = queues.get_mut(index) else { return Ok(()) };
+        let outcome = queue.drain(|chain, memory| {
+            if !limiter.admits() {
+                return Verdict::Keep;
             }
-        };
-        outcome.map_err(|error| {
-            self.complaints.add(&format_args!("{request:?} failed: {error}"));
-            Status::IoError
-        })
+            match server.start(index, chain, memory) {
+                Started::Full => {
+                    *is_full = true;
+                    Verdict::Keep
+                }
+                Started::InFlight { bytes } => {
+                    limiter.charge(bytes);
+                    Verdict::Hold
+                }
+                Started::Done { bytes, written } => {
+                    limiter.charge(bytes);
+                    Verdict::Used(written)
+                }
+            }
+        });
+        server.submit();
+        outcome?;
+        // Much is in the page cache, and then there is nothing to wait for.
+        self.reap()
     }
-}
 
-/// Where the status goes: the last byte of the last buffer that has any.
-fn last_byte(chain: Chain<'_>) -> Option<GuestAddress> {
-    let last = chain.writable().filter(|descriptor| descriptor.len() > 0).last()?;
-    last.addr().checked_add(u64::from(last.len()) - 1)
+    fn backends(&self) -> Vec<Backend> {
+        self.limiter.backend().into_iter().chain(self.server.backend()).collect()
+    }
+
+    fn backend_ready(&mut self, index: usize, _events: EventSet) -> Result<(), QueueError> {
+        if index == 0 && self.limiter.backend().is_some() {
+            self.go_on();
+            return Ok(());
+        }
+        self.reap()
+    }
 }

@@ -2,7 +2,8 @@
 
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP,
-    VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
+    VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN,
+    VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 };
 
 /// Bytes of a sector, whatever the block size of the disk is (virtio 1.2, section 5.2.6).
@@ -13,6 +14,19 @@ pub const HEADER_BYTES: usize = 16;
 
 /// Bytes of the answer to [`Request::Id`].
 pub const ID_BYTES: usize = VIRTIO_BLK_ID_BYTES as usize;
+
+/// Bytes of a range to discard or to fill with zeros (virtio 1.2, section 5.2.6).
+pub const SEGMENT_BYTES: usize = 16;
+
+/// Most ranges of one request.
+pub const MAX_SEGMENTS: usize = 16;
+
+/// Largest range to discard, in sectors (1 GiB).
+pub const MAX_DISCARD_SECTORS: u32 = 1 << 21;
+
+/// Largest range to fill with zeros, in sectors (64 MiB): a disk that has no command for it is
+/// written to, while the other requests wait.
+pub const MAX_ZEROES_SECTORS: u32 = 1 << 17;
 
 /// How a request ended, as the last byte of its chain says (virtio 1.2, section 5.2.6).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,6 +68,34 @@ pub enum Request {
     Flush,
     /// Say the name of the disk.
     Id,
+    /// Forget what is in the ranges the driver sends.
+    Discard {
+        /// How many ranges.
+        segments: usize,
+    },
+    /// Fill the ranges the driver sends with zeros.
+    WriteZeroes {
+        /// How many ranges.
+        segments: usize,
+    },
+}
+
+/// A range that fits the disk.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Segment {
+    /// Where it begins, in bytes from the start of the disk.
+    pub offset: u64,
+    /// Its length.
+    pub bytes: u64,
+    /// Whether its storage may be given back.
+    pub unmap: bool,
+}
+
+/// The ranges of one request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Segments {
+    segments: [Segment; MAX_SEGMENTS],
+    count: usize,
 }
 
 /// What a request is checked against.
@@ -84,6 +126,10 @@ pub fn parse(
         VIRTIO_BLK_T_FLUSH => Ok(Request::Flush),
         VIRTIO_BLK_T_GET_ID if writable < ID_BYTES => Err(Status::IoError),
         VIRTIO_BLK_T_GET_ID => Ok(Request::Id),
+        VIRTIO_BLK_T_DISCARD => Ok(Request::Discard { segments: limits.segments(readable)? }),
+        VIRTIO_BLK_T_WRITE_ZEROES => {
+            Ok(Request::WriteZeroes { segments: limits.segments(readable)? })
+        }
         _ => Err(Status::Unsupported),
     }
 }
@@ -98,6 +144,78 @@ impl Limits {
         }
         // No more than the size of the disk in bytes, which is known to fit.
         Ok(sector * SECTOR_BYTES)
+    }
+
+    /// How many ranges `bytes` of data have, if they have as many as one request may.
+    fn segments(self, bytes: usize) -> Result<usize, Status> {
+        let segments = bytes / SEGMENT_BYTES;
+        let whole = bytes % SEGMENT_BYTES == 0;
+        if self.read_only || !whole || !(1..=MAX_SEGMENTS).contains(&segments) {
+            return Err(Status::IoError);
+        }
+        Ok(segments)
+    }
+
+    /// The range that `segment` says, if it has only flags out of `flags`, is no larger than
+    /// `max_sectors` and on the disk.
+    fn segment(
+        self,
+        segment: &[u8; SEGMENT_BYTES],
+        flags: u32,
+        max_sectors: u32,
+    ) -> Result<Segment, Status> {
+        let (sector, rest) = segment.split_first_chunk().expect("it is longer than its fields");
+        let (sectors, flag_bytes) = rest.split_first_chunk().expect("it is longer than its fields");
+        let sectors = u32::from_le_bytes(*sectors);
+        let set = u32::from_le_bytes(*flag_bytes.first_chunk().expect("its last field is there"));
+        if set & !flags != 0 {
+            return Err(Status::Unsupported);
+        }
+        if sectors > max_sectors {
+            return Err(Status::IoError);
+        }
+        let bytes = u64::from(sectors) * SECTOR_BYTES;
+        let length = usize::try_from(bytes).map_err(|_| Status::IoError)?;
+        let offset = self.offset(u64::from_le_bytes(*sector), length)?;
+        Ok(Segment { offset, bytes, unmap: set & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0 })
+    }
+}
+
+impl Segments {
+    /// The ranges in `data` to discard; there are at most [`MAX_SEGMENTS`]. All have to be right.
+    pub fn to_discard(data: &[u8], limits: Limits) -> Result<Self, Status> {
+        // The one flag is for zeros alone (virtio 1.2, section 5.2.6.2).
+        Self::parse(data, |segment| limits.segment(segment, 0, MAX_DISCARD_SECTORS))
+    }
+
+    /// The ranges in `data` to fill with zeros; there are at most [`MAX_SEGMENTS`]. All have to be
+    /// right.
+    pub fn to_zero(data: &[u8], limits: Limits) -> Result<Self, Status> {
+        let flags = VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP;
+        Self::parse(data, |segment| limits.segment(segment, flags, MAX_ZEROES_SECTORS))
+    }
+
+    fn parse(
+        data: &[u8],
+        parse: impl Fn(&[u8; SEGMENT_BYTES]) -> Result<Segment, Status>,
+    ) -> Result<Self, Status> {
+        let mut segments = [Segment::default(); MAX_SEGMENTS];
+        let mut count = 0;
+        for (segment, bytes) in segments.iter_mut().zip(data.chunks_exact(SEGMENT_BYTES)) {
+            *segment = parse(bytes.try_into().expect("a chunk has this size"))?;
+            count += 1;
+        }
+        Ok(Segments { segments, count })
+    }
+
+    /// Each range, in the driver's order.
+    pub fn iter(&self) -> impl Iterator<Item = &Segment> {
+        self.segments[..self.count].iter()
+    }
+
+    /// Length of all ranges, in bytes.
+    pub fn bytes(&self) -> u64 {
+        self.iter().map(|segment| segment.bytes).sum()
     }
 }
 
@@ -170,5 +288,67 @@ mod tests {
     #[test]
     fn an_unknown_request_is_unsupported() {
         assert_eq!(parse(&header(4711, 0), 0, 0, LIMITS), Err(Status::Unsupported));
+    }
+
+    fn segment(sector: u64, sectors: u32, flags: u32) -> Vec<u8> {
+        [&sector.to_le_bytes()[..], &sectors.to_le_bytes(), &flags.to_le_bytes()].concat()
+    }
+
+    fn only(segments: Result<Segments, Status>) -> Result<Segment, Status> {
+        segments.map(|segments| *segments.iter().next().unwrap())
+    }
+
+    #[test]
+    fn a_discard_has_one_to_sixteen_whole_ranges() {
+        let parsed = |bytes| parse(&header(VIRTIO_BLK_T_DISCARD, 0), bytes, 0, LIMITS);
+
+        assert_eq!(parsed(16), Ok(Request::Discard { segments: 1 }));
+        assert_eq!(parsed(256), Ok(Request::Discard { segments: 16 }));
+        for bytes in [0, 15, 17, 272] {
+            assert_eq!(parsed(bytes), Err(Status::IoError));
+        }
+    }
+
+    #[test]
+    fn a_read_only_disk_is_neither_discarded_nor_zeroed() {
+        let limits = Limits { read_only: true, ..LIMITS };
+        for kind in [VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_WRITE_ZEROES] {
+            assert_eq!(parse(&header(kind, 0), 16, 0, limits), Err(Status::IoError));
+        }
+    }
+
+    #[test]
+    fn a_range_is_on_the_disk() {
+        let discard =
+            |sector, sectors| only(Segments::to_discard(&segment(sector, sectors, 0), LIMITS));
+
+        let last = Segment { offset: 7 * 512, bytes: 512, unmap: false };
+        assert_eq!(discard(7, 1), Ok(last));
+        assert_eq!(discard(7, 2), Err(Status::IoError));
+        assert_eq!(discard(u64::MAX, 1), Err(Status::IoError));
+    }
+
+    #[test]
+    fn one_bad_range_spoils_the_request() {
+        let data = [segment(0, 1, 0), segment(8, 1, 0)].concat();
+        assert_eq!(Segments::to_discard(&data, LIMITS), Err(Status::IoError));
+    }
+
+    #[test]
+    fn a_range_larger_than_the_limit_fails() {
+        let limits = Limits { sectors: 1 << 30, ..LIMITS };
+        let zero = |sectors| only(Segments::to_zero(&segment(0, sectors, 0), limits));
+
+        assert!(zero(MAX_ZEROES_SECTORS).is_ok());
+        assert_eq!(zero(MAX_ZEROES_SECTORS + 1), Err(Status::IoError));
+    }
+
+    #[test]
+    fn only_zeros_may_say_unmap_and_nothing_else() {
+        let with = |flags| segment(0, 1, flags);
+
+        assert!(only(Segments::to_zero(&with(1), LIMITS)).unwrap().unmap);
+        assert_eq!(Segments::to_zero(&with(2), LIMITS), Err(Status::Unsupported));
+        assert_eq!(Segments::to_discard(&with(1), LIMITS), Err(Status::Unsupported));
     }
 }

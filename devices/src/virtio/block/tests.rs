@@ -1,14 +1,20 @@
 //! A driver's requests against a block device on a temporary file.
 
+use std::num::NonZeroU64;
+use std::os::fd::RawFd;
 use std::os::unix::fs::FileExt;
+use std::time::{Duration, Instant};
 
 use tempfile::NamedTempFile;
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
+    VIRTIO_BLK_F_RO, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID,
+    VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
 };
 use virtio_queue::desc::split::Descriptor;
 
+use super::request::HEADER_BYTES;
 use super::*;
+use crate::virtio::rate_limit::{Rate, RateLimits};
 use crate::virtio::testing::{Driver, memory};
 
 const OK: u8 = 0;
@@ -24,9 +30,16 @@ fn image() -> NamedTempFile {
     file
 }
 
-fn active(driver: &Driver<'_>, image: &NamedTempFile, read_only: bool) -> Block {
-    let disk = Disk::open(image.path(), read_only).unwrap();
-    let mut block = Block::new(disk, read_only, "the-disk");
+const READ_ONLY: Access = Access { read_only: true, direct: false };
+const READ_WRITE: Access = Access { read_only: false, direct: false };
+
+fn block(image: &NamedTempFile, access: Access) -> Block {
+    let disk = Disk::open(image.path(), access).unwrap();
+    Block::new(disk, "the-disk", 1, RateLimiter::unlimited(), None)
+}
+
+fn active(driver: &Driver<'_>, image: &NamedTempFile, access: Access) -> Block {
+    let mut block = block(image, access);
     block.activate(driver.activation()).unwrap();
     block
 }
@@ -39,10 +52,10 @@ fn header(kind: u32, sector: u64) -> [u8; HEADER_BYTES] {
 }
 
 /// What the device writes in answer to one request.
-fn answer(read_only: bool, readable: &[&[u8]], writable: &[u32]) -> Vec<u8> {
+fn answer(access: Access, readable: &[&[u8]], writable: &[u32]) -> Vec<u8> {
     let memory = memory();
     let driver = Driver::new(&memory);
-    let mut block = active(&driver, &image(), read_only);
+    let mut block = active(&driver, &image(), access);
 
     driver.offer(0, readable, writable);
     block.queue_ready(0).unwrap();
@@ -52,14 +65,14 @@ fn answer(read_only: bool, readable: &[&[u8]], writable: &[u32]) -> Vec<u8> {
 
 #[test]
 fn a_read_moves_the_sectors_and_says_ok() {
-    let answer = answer(false, &[&header(VIRTIO_BLK_T_IN, 2)], &[1024, 1]);
+    let answer = answer(READ_WRITE, &[&header(VIRTIO_BLK_T_IN, 2)], &[1024, 1]);
     assert_eq!(answer, [vec![2; 512], vec![3; 512], vec![OK]].concat());
 }
 
 #[test]
 fn header_data_and_status_may_be_cut_anywhere() {
     let header = header(VIRTIO_BLK_T_IN, 2);
-    let answer = answer(false, &[&header[..5], &header[5..]], &[100, 0, 413]);
+    let answer = answer(READ_WRITE, &[&header[..5], &header[5..]], &[100, 0, 413]);
     assert_eq!(answer, [vec![2; 512], vec![OK]].concat());
 }
 
@@ -68,7 +81,7 @@ fn a_write_reaches_the_file() {
     let memory = memory();
     let driver = Driver::new(&memory);
     let image = image();
-    let mut block = active(&driver, &image, false);
+    let mut block = active(&driver, &image, READ_WRITE);
 
     driver.offer(0, &[&header(VIRTIO_BLK_T_OUT, 7), &[0xa5; 512]], &[1]);
     block.queue_ready(0).unwrap();
@@ -81,7 +94,7 @@ fn a_write_reaches_the_file() {
 
 #[test]
 fn a_write_to_a_read_only_disk_fails() {
-    let answer = answer(true, &[&header(VIRTIO_BLK_T_OUT, 0), &[0; 512]], &[1]);
+    let answer = answer(READ_ONLY, &[&header(VIRTIO_BLK_T_OUT, 0), &[0; 512]], &[1]);
     assert_eq!(answer, [IO_ERROR]);
 }
 
@@ -89,7 +102,7 @@ fn a_write_to_a_read_only_disk_fails() {
 fn a_read_past_the_end_fails_and_moves_no_bytes() {
     let memory = memory();
     let driver = Driver::new(&memory);
-    let mut block = active(&driver, &image(), false);
+    let mut block = active(&driver, &image(), READ_WRITE);
 
     driver.offer(0, &[&header(VIRTIO_BLK_T_IN, 7)], &[1024, 1]);
     block.queue_ready(0).unwrap();
@@ -103,7 +116,7 @@ fn a_disk_that_shrank_fails_reads() {
     let memory = memory();
     let driver = Driver::new(&memory);
     let image = image();
-    let mut block = active(&driver, &image, false);
+    let mut block = active(&driver, &image, READ_WRITE);
 
     image.as_file().set_len(0).unwrap();
     driver.offer(0, &[&header(VIRTIO_BLK_T_IN, 0)], &[512, 1]);
@@ -114,36 +127,36 @@ fn a_disk_that_shrank_fails_reads() {
 
 #[test]
 fn a_flush_says_ok() {
-    assert_eq!(answer(false, &[&header(VIRTIO_BLK_T_FLUSH, 0)], &[1]), [OK]);
+    assert_eq!(answer(READ_WRITE, &[&header(VIRTIO_BLK_T_FLUSH, 0)], &[1]), [OK]);
 }
 
 #[test]
 fn the_id_is_padded_with_zeros() {
-    let answer = answer(false, &[&header(VIRTIO_BLK_T_GET_ID, 0)], &[20, 1]);
+    let answer = answer(READ_WRITE, &[&header(VIRTIO_BLK_T_GET_ID, 0)], &[20, 1]);
     assert_eq!(answer, b"the-disk\0\0\0\0\0\0\0\0\0\0\0\0\0");
 }
 
 #[test]
 fn an_unknown_request_is_unsupported() {
-    assert_eq!(answer(false, &[&header(99, 0)], &[1]), [UNSUPPORTED]);
+    assert_eq!(answer(READ_WRITE, &[&header(99, 0)], &[1]), [UNSUPPORTED]);
 }
 
 #[test]
 fn a_short_header_fails() {
-    assert_eq!(answer(false, &[&[0; 15]], &[1]), [IO_ERROR]);
+    assert_eq!(answer(READ_WRITE, &[&[0; 15]], &[1]), [IO_ERROR]);
 }
 
 #[test]
 fn a_chain_without_room_for_a_status_comes_back_empty() {
-    assert_eq!(answer(false, &[&header(VIRTIO_BLK_T_IN, 0)], &[]), []);
-    assert_eq!(answer(false, &[&header(VIRTIO_BLK_T_IN, 0)], &[0]), []);
+    assert_eq!(answer(READ_WRITE, &[&header(VIRTIO_BLK_T_IN, 0)], &[]), []);
+    assert_eq!(answer(READ_WRITE, &[&header(VIRTIO_BLK_T_IN, 0)], &[0]), []);
 }
 
 #[test]
 fn buffers_outside_memory_come_back_empty() {
     let memory = memory();
     let driver = Driver::new(&memory);
-    let mut block = active(&driver, &image(), false);
+    let mut block = active(&driver, &image(), READ_WRITE);
 
     driver.offer_descriptors(
         0,
@@ -162,7 +175,7 @@ fn buffers_outside_memory_come_back_empty() {
 fn a_chain_that_loops_ends() {
     let memory = memory();
     let driver = Driver::new(&memory);
-    let mut block = active(&driver, &image(), false);
+    let mut block = active(&driver, &image(), READ_WRITE);
 
     driver.write_descriptor(0, 0, Descriptor::new(0x2_0000, 512, 2 | 1, 0));
     driver.offer_head(0, 0);
@@ -172,30 +185,171 @@ fn a_chain_that_loops_ends() {
 }
 
 #[test]
-fn the_configuration_space_has_capacity_segments_and_block_size() {
-    let block = Block::new(Disk::open(image().path(), true).unwrap(), true, "");
-    let mut config = [0xff; 28];
+fn the_configuration_space_is_that_of_the_disk() {
+    let block = block(&image(), READ_ONLY);
+    let mut config = [0xff; 64];
+
     block.read_config(0, &mut config);
+
     assert_eq!(config[0..8], 8u64.to_le_bytes());
-    assert_eq!(config[12..16], 126u32.to_le_bytes());
-    assert_eq!(config[20..28], 512u64.to_le_bytes());
+    assert_eq!(config[60..], [0; 4]);
 }
 
 #[test]
 fn a_read_only_disk_says_so() {
-    let features = |read_only| {
-        let disk = Disk::open(image().path(), true).unwrap();
-        Block::new(disk, read_only, "").traits().features & 1 << VIRTIO_BLK_F_RO
-    };
-    assert_ne!(features(true), 0);
-    assert_eq!(features(false), 0);
+    let features = |access| block(&image(), access).traits().features & 1 << VIRTIO_BLK_F_RO;
+    assert_ne!(features(READ_ONLY), 0);
+    assert_eq!(features(READ_WRITE), 0);
+}
+
+/// Ranges for discard and write zeroes: first sector, number of sectors, flags.
+fn ranges(ranges: &[(u64, u32, u32)]) -> Vec<u8> {
+    let bytes = ranges.iter().flat_map(|&(sector, sectors, flags)| {
+        [&sector.to_le_bytes()[..], &sectors.to_le_bytes(), &flags.to_le_bytes()].concat()
+    });
+    bytes.collect()
+}
+
+/// The status of one request of `kind` with these ranges, and what the disk then has, a byte for
+/// each sector.
+fn change(access: Access, kind: u32, segments: &[(u64, u32, u32)]) -> (u8, [u8; 8]) {
+    let memory = memory();
+    let driver = Driver::new(&memory);
+    let image = image();
+    let mut block = active(&driver, &image, access);
+
+    driver.offer(0, &[&header(kind, 0), &ranges(segments)], &[1]);
+    block.queue_ready(0).unwrap();
+
+    let mut disk = [0; 8 * 512];
+    image.as_file().read_exact_at(&mut disk, 0).unwrap();
+    (driver.written(0, 0)[0], std::array::from_fn(|sector| disk[sector * 512 + 511]))
+}
+
+#[test]
+fn discarded_ranges_read_as_zeros_in_a_file() {
+    let outcome = change(READ_WRITE, VIRTIO_BLK_T_DISCARD, &[(1, 2, 0), (7, 1, 0)]);
+    assert_eq!(outcome, (OK, [0, 0, 0, 3, 4, 5, 6, 0]));
+}
+
+#[test]
+fn zeroed_ranges_read_as_zeros() {
+    let outcome = change(READ_WRITE, VIRTIO_BLK_T_WRITE_ZEROES, &[(5, 3, 1)]);
+    assert_eq!(outcome, (OK, [0, 1, 2, 3, 4, 0, 0, 0]));
+}
+
+#[test]
+fn a_bad_range_leaves_the_good_ones_alone() {
+    let whole = [0, 1, 2, 3, 4, 5, 6, 7];
+    let past_the_end = change(READ_WRITE, VIRTIO_BLK_T_DISCARD, &[(1, 2, 0), (7, 2, 0)]);
+    assert_eq!(past_the_end, (IO_ERROR, whole));
+    let unknown_flag = change(READ_WRITE, VIRTIO_BLK_T_WRITE_ZEROES, &[(1, 2, 1), (7, 1, 4)]);
+    assert_eq!(unknown_flag, (UNSUPPORTED, whole));
+}
+
+#[test]
+fn a_read_only_disk_keeps_its_data() {
+    for kind in [VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_WRITE_ZEROES] {
+        let outcome = change(READ_ONLY, kind, &[(1, 2, 0)]);
+        assert_eq!(outcome, (IO_ERROR, [0, 1, 2, 3, 4, 5, 6, 7]));
+    }
+}
+
+#[test]
+fn every_queue_is_served() {
+    let memory = memory();
+    let driver = Driver::with_queues(&memory, 3);
+    let disk = Disk::open(image().path(), READ_WRITE).unwrap();
+    let mut block = Block::new(disk, "", 3, RateLimiter::unlimited(), None);
+    assert_eq!(block.traits().queue_sizes.len(), 3);
+    block.activate(driver.activation()).unwrap();
+
+    for queue in 0..3 {
+        driver.offer(queue, &[&header(VIRTIO_BLK_T_IN, queue as u64)], &[512, 1]);
+        block.queue_ready(queue).unwrap();
+    }
+
+    let first_bytes = [0, 1, 2].map(|queue| driver.written(queue, 0)[0]);
+    assert_eq!(first_bytes, [0, 1, 2]);
+}
+
+#[test]
+fn a_queue_that_is_not_there_is_nothing() {
+    let memory = memory();
+    let driver = Driver::new(&memory);
+    active(&driver, &image(), READ_WRITE).queue_ready(1).unwrap();
+}
+
+#[test]
+fn another_number_of_queues_is_refused() {
+    let memory = memory();
+    let driver = Driver::with_queues(&memory, 2);
+    let error = block(&image(), READ_WRITE).activate(driver.activation()).unwrap_err();
+    assert_eq!(error.to_string(), "expected 1 queues, got 2");
+}
+
+/// A device that reads one sector in 51.2 ms.
+fn slow(image: &NamedTempFile, queues: u16) -> Block {
+    let per_second = NonZeroU64::new(10_000).unwrap();
+    let bytes = Some(Rate { per_second, burst: NonZeroU64::MIN });
+    let limiter = RateLimiter::new(RateLimits { bytes, operations: None }).unwrap();
+    let disk = Disk::open(image.path(), READ_WRITE).unwrap();
+    Block::new(disk, "", queues, limiter, None)
+}
+
+#[test]
+fn a_limit_holds_requests_up_until_its_timer_expires() {
+    let memory = memory();
+    let driver = Driver::new(&memory);
+    let mut block = slow(&image(), 1);
+    block.activate(driver.activation()).unwrap();
+    (0..2).for_each(|_| _ = driver.offer(0, &[&header(VIRTIO_BLK_T_IN, 0)], &[512, 1]));
+
+    let asked_at = Instant::now();
+    block.queue_ready(0).unwrap();
+    assert_eq!(driver.used().len(), 1);
+    assert!(!driver.kicked(0));
+    wait_until_readable(block.backends()[0].fd);
+    block.backend_ready(0, EventSet::IN).unwrap();
+    assert!(driver.kicked(0));
+    block.queue_ready(0).unwrap();
+
+    assert_eq!(driver.used().len(), 2);
+    assert!(asked_at.elapsed() >= Duration::from_millis(51));
+}
+
+#[test]
+fn a_limit_outlives_a_reset() {
+    let memory = memory();
+    let mut block = slow(&image(), 1);
+    let driver = Driver::new(&memory);
+    block.activate(driver.activation()).unwrap();
+    driver.offer(0, &[&header(VIRTIO_BLK_T_IN, 0)], &[1024, 1]);
+    block.queue_ready(0).unwrap();
+    assert_eq!(driver.used().len(), 1);
+
+    block.reset();
+    let memory = crate::virtio::testing::memory();
+    let next = Driver::new(&memory);
+    block.activate(next.activation()).unwrap();
+    next.offer(0, &[&header(VIRTIO_BLK_T_IN, 0)], &[512, 1]);
+    block.queue_ready(0).unwrap();
+
+    assert_eq!(next.used(), []);
+}
+
+/// Blocks until `fd` has something to read.
+fn wait_until_readable(fd: RawFd) {
+    let mut ready = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
+    // SAFETY: `ready` is one descriptor, which the caller keeps open.
+    assert_eq!(unsafe { libc::poll(&raw mut ready, 1, 10_000) }, 1);
 }
 
 #[test]
 fn is_silent_before_activation_and_after_reset() {
     let memory = memory();
     let driver = Driver::new(&memory);
-    let mut block = active(&driver, &image(), false);
+    let mut block = active(&driver, &image(), READ_WRITE);
 
     block.reset();
     block.reset();

@@ -8,6 +8,7 @@ use super::{HEADER_BYTES, MAX_FRAME_BYTES};
 use crate::virtio::buffers::Buffers;
 use crate::virtio::complaints::Complaints;
 use crate::virtio::queue::{QueueError, Verdict, VirtQueue};
+use crate::virtio::rate_limit::RateLimiter;
 
 /// Frames moved in one go; what gives the other devices of the same event loop their turn.
 const BUDGET: u32 = 128;
@@ -45,13 +46,22 @@ impl Receive {
         Receive { queue, buffers, waiting: VecDeque::new(), used: Vec::new(), room }
     }
 
-    /// Moves frames from `link` to the guest until one of them has no more of it.
+    /// Has the event loop look at the queue once more.
+    pub fn kick(&self) {
+        self.queue.kick();
+    }
+
+    /// Moves frames from `link` to the guest until one of them or `limiter` has no more of it.
     pub fn run(
         &mut self,
         link: BorrowedFd<'_>,
+        limiter: &mut RateLimiter,
         complaints: &mut Complaints,
     ) -> Result<(), QueueError> {
         for _ in 0..BUDGET {
+            if !limiter.admits() {
+                return self.queue.notify();
+            }
             if !self.has_room() {
                 self.refill(complaints)?;
             }
@@ -59,7 +69,10 @@ impl Receive {
                 return self.queue.notify();
             }
             match self.buffers.read_from(link) {
-                Ok(bytes) => self.deliver(bytes)?,
+                Ok(bytes) => {
+                    limiter.charge(bytes.saturating_sub(HEADER_BYTES) as u64);
+                    self.deliver(bytes)?;
+                }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     return self.queue.notify();
                 }

@@ -12,17 +12,32 @@ use super::HEADER_BYTES;
 /// What a tap must be for a virtio network device: Ethernet frames, each behind a virtio header.
 const FLAGS: libc::c_int = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
 
+/// What to do about a tap that does not exist.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Missing {
+    /// Somebody was to make it: say that it is not there.
+    Refuse,
+    /// Make it; it vanishes with its last descriptor.
+    Create,
+}
+
 /// Why a tap cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum TapError {
     /// Longer than 15 bytes, or with a zero byte.
     #[error("{0:?} is no name of a network interface (it has 1 to 15 bytes)")]
     Name(String),
+    /// There is no interface of this name in the network namespace.
+    #[error("there is no network interface {0:?}")]
+    Missing(String),
     /// The host has no taps, or not for us.
     #[error("open /dev/net/tun (is the module tun loaded?)")]
     Open(#[source] io::Error),
     /// The interface exists and is no tap, or somebody else has it open.
-    #[error("attach to the tap {name} (it must be a tap, and in use by nobody else)")]
+    #[error(
+        "attach to the tap {name} (it must be a tap in use by nobody else, made with multi_queue \
+         for several queue pairs and without for one)"
+    )]
     Attach {
         /// Which interface.
         name: String,
@@ -51,9 +66,13 @@ pub trait Link: AsFd + Send {
 
     /// Largest payload of a frame, in bytes, if it is known.
     fn mtu(&self) -> Option<u16>;
+
+    /// Lets frames through, or not: one of several links of a device that its driver does not use
+    /// must get none of the frames the host spreads over them.
+    fn set_attached(&self, attached: bool) -> io::Result<()>;
 }
 
-/// An open tap.
+/// An open tap, or one queue of it.
 #[derive(Debug)]
 pub struct Tap {
     fd: OwnedFd,
@@ -61,21 +80,31 @@ pub struct Tap {
 }
 
 impl Tap {
-    /// Attaches to the tap `name` of the current network namespace, which is created if it does not
-    /// exist, and then vanishes with the last descriptor.
-    pub fn open(name: &str) -> Result<Self, TapError> {
-        let mut request = request(name).ok_or_else(|| TapError::Name(name.to_owned()))?;
+    /// Attaches to the tap `name` of the current network namespace.
+    pub fn open(name: &str, missing: Missing) -> Result<Self, TapError> {
+        let mut request = checked(name, missing)?;
+        Tap::attach(name, &mut request, FLAGS)
+    }
+
+    /// Attaches `count` queues to the tap `name` of the current network namespace, each with frames
+    /// of its own (IFF_MULTI_QUEUE).
+    pub fn open_queues(name: &str, count: usize, missing: Missing) -> Result<Vec<Self>, TapError> {
+        let mut request = checked(name, missing)?;
+        let flags = FLAGS | libc::IFF_MULTI_QUEUE;
+        (0..count).map(|_| Tap::attach(name, &mut request, flags)).collect()
+    }
+
+    fn attach(name: &str, request: &mut libc::ifreq, flags: libc::c_int) -> Result<Self, TapError> {
         let file = OpenOptions::new()
             .read(true)
             .write(true)
             .custom_flags(libc::O_NONBLOCK)
             .open("/dev/net/tun")
             .map_err(TapError::Open)?;
-        request.ifr_ifru.ifru_flags =
-            libc::c_short::try_from(FLAGS).expect("the flags fit the field they are for");
-        ioctl(file.as_fd(), libc::TUNSETIFF, &mut request)
+        request.ifr_ifru.ifru_flags = short(flags);
+        ioctl(file.as_fd(), libc::TUNSETIFF, request)
             .map_err(|source| TapError::Attach { name: name.to_owned(), source })?;
-        Tap::set_up(file.into(), &mut request)
+        Tap::set_up(file.into(), &mut request.clone())
     }
 
     /// Uses a tap that somebody else opened with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR.
@@ -121,6 +150,30 @@ impl Link for Tap {
     fn mtu(&self) -> Option<u16> {
         self.mtu
     }
+
+    fn set_attached(&self, attached: bool) -> io::Result<()> {
+        // SAFETY: an interface request is plain data, for which zeros are valid.
+        let mut request: libc::ifreq = unsafe { mem::zeroed() };
+        let what = if attached { libc::IFF_ATTACH_QUEUE } else { libc::IFF_DETACH_QUEUE };
+        request.ifr_ifru.ifru_flags = short(what);
+        ioctl(self.fd.as_fd(), libc::TUNSETQUEUE, &mut request)
+    }
+}
+
+/// Flags as an interface request holds them.
+fn short(flags: libc::c_int) -> libc::c_short {
+    libc::c_short::try_from(flags).expect("the flags fit the field they are for")
+}
+
+/// A request about the interface `name`, which exists unless it may be made.
+fn checked(name: &str, missing: Missing) -> Result<libc::ifreq, TapError> {
+    let request = request(name).ok_or_else(|| TapError::Name(name.to_owned()))?;
+    // SAFETY: the name is terminated: it was shorter than the field, which was zero before.
+    let index = unsafe { libc::if_nametoindex(request.ifr_name.as_ptr()) };
+    if index == 0 && missing == Missing::Refuse {
+        return Err(TapError::Missing(name.to_owned()));
+    }
+    Ok(request)
 }
 
 /// A request about the interface `name`.
@@ -167,8 +220,15 @@ mod tests {
     #[test]
     fn names_that_are_none_are_refused() {
         for name in ["", "sixteen-bytes-16", "zero\0byte"] {
-            assert!(matches!(Tap::open(name), Err(TapError::Name(_))), "{name:?}");
+            let error = Tap::open(name, Missing::Create).unwrap_err();
+            assert!(matches!(error, TapError::Name(_)), "{name:?}");
         }
+    }
+
+    #[test]
+    fn a_tap_that_must_exist_is_not_made() {
+        let error = Tap::open("coracle-none", Missing::Refuse).unwrap_err();
+        assert_eq!(error.to_string(), "there is no network interface \"coracle-none\"");
     }
 
     #[test]
@@ -180,7 +240,7 @@ mod tests {
     #[test]
     #[ignore = "needs root and /dev/net/tun"]
     fn a_tap_takes_every_offload_that_is_offered() {
-        let tap = Tap::open("coracle%d").unwrap();
+        let tap = Tap::open("coracle%d", Missing::Create).unwrap();
         assert_eq!(tap.mtu(), Some(1500));
         tap.set_offloads(0x1f).unwrap();
         tap.set_offloads(0).unwrap();
@@ -189,14 +249,33 @@ mod tests {
     #[test]
     #[ignore = "needs root and /dev/net/tun"]
     fn a_tap_in_use_is_refused() {
-        let _tap = Tap::open("coracle-used").unwrap();
-        assert!(matches!(Tap::open("coracle-used"), Err(TapError::Attach { .. })));
+        let _tap = Tap::open("coracle-used", Missing::Create).unwrap();
+        let error = Tap::open("coracle-used", Missing::Refuse).unwrap_err();
+        assert!(matches!(error, TapError::Attach { .. }));
     }
 
     #[test]
     #[ignore = "needs root and /dev/net/tun"]
     fn a_tap_may_be_handed_over() {
-        let tap = Tap::open("coracle-hand").unwrap();
+        let tap = Tap::open("coracle-hand", Missing::Create).unwrap();
         assert_eq!(Tap::from_fd(tap.fd).unwrap().mtu(), Some(1500));
+    }
+
+    #[test]
+    #[ignore = "needs root and /dev/net/tun"]
+    fn the_queues_of_a_tap_come_and_go() {
+        let queues = Tap::open_queues("coracle-many", 3, Missing::Create).unwrap();
+
+        queues[1].set_attached(false).unwrap();
+        assert!(queues[1].set_attached(false).is_err());
+        queues[1].set_attached(true).unwrap();
+        assert!(queues[1].set_attached(true).is_err());
+    }
+
+    #[test]
+    #[ignore = "needs root and /dev/net/tun"]
+    fn the_only_queue_of_a_tap_stays() {
+        let tap = Tap::open("coracle-one", Missing::Create).unwrap();
+        assert!(tap.set_attached(false).is_err());
     }
 }

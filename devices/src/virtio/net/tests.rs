@@ -1,13 +1,18 @@
 //! A driver's frames against a network device on a socket pair.
 
+use std::io;
+use std::num::NonZeroU64;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixDatagram;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_queue::desc::split::Descriptor;
+use vm_memory::GuestMemoryMmap;
 
 use super::*;
+use crate::virtio::rate_limit::{Rate, RateLimits};
 use crate::virtio::testing::{Driver, memory};
 
 const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
@@ -17,6 +22,7 @@ const MERGEABLE: u64 = 1 << VIRTIO_NET_F_MRG_RXBUF;
 struct Cable {
     socket: UnixDatagram,
     offloads: Arc<AtomicU32>,
+    attached: Arc<AtomicBool>,
 }
 
 impl AsFd for Cable {
@@ -34,14 +40,27 @@ impl Link for Cable {
     fn mtu(&self) -> Option<u16> {
         Some(1500)
     }
+
+    fn set_attached(&self, attached: bool) -> io::Result<()> {
+        let before = self.attached.swap(attached, Ordering::Relaxed);
+        // A tap refuses to be attached twice, too.
+        if before == attached { Err(io::ErrorKind::InvalidInput.into()) } else { Ok(()) }
+    }
+}
+
+/// A cable and its other end.
+fn cable() -> (Cable, UnixDatagram) {
+    let (ours, theirs) = UnixDatagram::pair().unwrap();
+    ours.set_nonblocking(true).unwrap();
+    theirs.set_nonblocking(true).unwrap();
+    let attached = Arc::new(AtomicBool::new(true));
+    (Cable { socket: ours, offloads: Arc::default(), attached }, theirs)
 }
 
 /// An idle device and the other end of its cable.
 fn idle() -> (Net<Cable>, UnixDatagram) {
-    let (ours, theirs) = UnixDatagram::pair().unwrap();
-    ours.set_nonblocking(true).unwrap();
-    theirs.set_nonblocking(true).unwrap();
-    (Net::new(Cable { socket: ours, offloads: Arc::default() }, MAC), theirs)
+    let (ours, theirs) = cable();
+    (Net::new(vec![ours], MAC), theirs)
 }
 
 fn active(driver: &Driver<'_>, features: u64) -> (Net<Cable>, UnixDatagram) {
@@ -103,7 +122,7 @@ fn a_frame_the_cable_cannot_take_waits_for_it() {
     let memory = memory();
     let driver = Driver::with_queues(&memory, 2);
     let (mut net, cable) = active(&driver, 0);
-    let full = std::iter::repeat_with(|| net.link.socket.send(&frame(100)));
+    let full = std::iter::repeat_with(|| net.links.all()[0].socket.send(&frame(100)));
     let queued = full.take_while(Result::is_ok).count();
 
     driver.offer(1, &[&frame(1000)], &[]);
@@ -221,7 +240,7 @@ fn the_link_is_told_what_was_negotiated() {
 
     let (net, _cable) = active(&driver, features);
 
-    let offloads = net.link.offloads.load(Ordering::Relaxed);
+    let offloads = net.links.all()[0].offloads.load(Ordering::Relaxed);
     assert_eq!(offloads, libc::TUN_F_CSUM | libc::TUN_F_TSO6);
 }
 
@@ -248,6 +267,331 @@ fn is_silent_before_activation_and_after_reset() {
     assert_eq!(arrived(&cable), b"");
 }
 
+const SEVERAL: u64 = 1 << VIRTIO_NET_F_MQ | 1 << VIRTIO_NET_F_CTRL_VQ;
+
+/// Number of the control queue of a device with two pairs.
+const CONTROL: usize = 4;
+
+/// An active device with two pairs, and the other end of the cable of each.
+fn two_pairs(driver: &Driver<'_>, features: u64) -> (Net<Cable>, [UnixDatagram; 2]) {
+    let (cables, others): (Vec<_>, Vec<_>) = [cable(), cable()].into_iter().unzip();
+    let mut net = Net::new(cables, MAC);
+    net.activate(driver.activation_with(features)).unwrap();
+    (net, others.try_into().unwrap())
+}
+
+/// Has the driver send a control command through `queue`; returns the answer.
+fn command(net: &mut Net<Cable>, driver: &Driver<'_>, queue: usize, bytes: &[u8]) -> Vec<u8> {
+    let nth = driver.used_of(queue).len();
+    driver.offer(queue, &[&bytes[..2], &bytes[2..]], &[1]);
+    net.queue_ready(queue).unwrap();
+    driver.written(queue, nth)
+}
+
+fn attached(net: &Net<Cable>) -> Vec<bool> {
+    net.links.all().iter().map(|link| link.attached.load(Ordering::Relaxed)).collect()
+}
+
+#[test]
+fn a_device_of_one_pair_has_no_control_queue() {
+    let (net, _cable) = idle();
+    assert_eq!(net.traits().features & SEVERAL, 0);
+    assert_eq!(net.traits().queue_sizes, [256, 256]);
+}
+
+#[test]
+fn a_device_of_two_pairs_says_so() {
+    let net = Net::new(vec![cable().0, cable().0], MAC);
+    let mut pairs = [0; 2];
+    net.read_config(8, &mut pairs);
+    assert_eq!(pairs, [2, 0]);
+    assert_eq!(net.traits().features & SEVERAL, SEVERAL);
+    assert_eq!(net.traits().queue_sizes, [256; 5]);
+}
+
+#[test]
+fn a_driver_starts_with_one_pair_and_gets_the_other_when_it_asks() {
+    let memory = memory();
+    let driver = Driver::with_queues(&memory, 5);
+    let (mut net, cables) = two_pairs(&driver, SEVERAL);
+    assert_eq!(attached(&net), [true, false]);
+
+    driver.offer(3, &[&frame(100)], &[]);
+    net.queue_ready(3).unwrap();
+    assert_eq!(driver.used_of(3), []);
+    assert_eq!(command(&mut net, &driver, CONTROL, &[4, 0, 2, 0]), [0]);
+    assert_eq!(attached(&net), [true, true]);
+    assert!(driver.kicked(2) && driver.kicked(3));
+    net.queue_ready(3).unwrap();
+
+    assert_eq!(arrived(&cables[0]), b"");
+    assert_eq!(arrived(&cables[1]), frame(100));
+}
+
+#[test]
+fn each_pair_receives_from_its_own_link() {
+    let memory = memory();
+    let driver = Driver::with_queues(&memory, 5);
+    let (mut net, cables) = two_pairs(&driver, SEVERAL);
+    command(&mut net, &driver, CONTROL, &[4, 0, 2, 0]);
+
+    driver.offer(0, &[], &[1536]);
+    driver.offer(2, &[], &[1536]);
+    cables[1].send(&frame(70)).unwrap();
+    cables[0].send(&frame(60)).unwrap();
+    net.backend_ready(0, EventSet::IN).unwrap();
+    assert_eq!(driver.used_of(2), []);
+    net.backend_ready(1, EventSet::IN).unwrap();
+
+    assert_eq!(driver.written(0, 0), with_num_buffers(frame(60), 1));
+    assert_eq!(driver.written(2, 0), with_num_buffers(frame(70), 1));
+}
+
+#[test]
+fn a_pair_the_driver_gave_up_is_silent() {
+    let memory = memory();
+    let driver = Driver::with_queues(&memory, 5);
+    let (mut net, cables) = two_pairs(&driver, SEVERAL);
+    command(&mut net, &driver, CONTROL, &[4, 0, 2, 0]);
+
+    assert_eq!(command(&mut net, &driver, CONTROL, &[4, 0, 1, 0]), [0]);
+    driver.offer(2, &[], &[1536]);
+    cables[1].send(&frame(60)).unwrap();
+    net.backend_ready(1, EventSet::IN).unwrap();
+
+    assert_eq!(attached(&net), [true, false]);
+    assert_eq!(driver.used_of(2), []);
+}
+
+#[test]
+fn impossible_numbers_of_pairs_are_refused() {
+    let memory = memory();
+    let driver = Driver::with_queues(&memory, 5);
+    let (mut net, _cables) = two_pairs(&driver, SEVERAL);
+
+    for pairs in [[0, 0], [3, 0], [0, 0x80]] {
+        let bytes = [4, 0, pairs[0], pairs[1]];
+        assert_eq!(command(&mut net, &driver, CONTROL, &bytes), [1]);
+    }
+
+    assert_eq!(attached(&net), [true, false]);
+}
+
+#[test]
+fn commands_of_other_classes_are_refused() {
+    let memory = memory();
+    let driver = Driver::with_queues(&memory, 5);
+    let (mut net, _cables) = two_pairs(&driver, SEVERAL);
+
+    for class in [0, 1, 2, 3, 5, 255] {
+        assert_eq!(command(&mut net, &driver, CONTROL, &[class, 0, 1, 0]), [1]);
+    }
+}
+
+#[test]
+fn a_command_without_room_for_an_answer_comes_back() {
+    let memory = memory();
+    let driver = Driver::with_queues(&memory, 5);
+    let (mut net, _cables) = two_pairs(&driver, SEVERAL);
+
+    driver.offer(CONTROL, &[&[4, 0, 2, 0]], &[]);
+    driver.offer(CONTROL, &[], &[1]);
+    driver.offer_descriptors(CONTROL, &[Descriptor::new(1 << 40, 4, 0, 0)]);
+    net.queue_ready(CONTROL).unwrap();
+
+    let lengths: Vec<u32> = driver.used_of(CONTROL).iter().map(|used| used.1).collect();
+    assert_eq!(lengths, [0, 1, 0]);
+}
+
+#[test]
+fn pairs_that_cannot_be_attached_are_refused() {
+    let memory = memory();
+    let driver = Driver::with_queues(&memory, 5);
+    let (mut net, _cables) = two_pairs(&driver, SEVERAL);
+    // Attaching what is attached fails.
+    net.links.all()[1].attached.store(true, Ordering::Relaxed);
+
+    assert_eq!(command(&mut net, &driver, CONTROL, &[4, 0, 2, 0]), [1]);
+    assert_eq!(net.links.attached(), 1);
+}
+
+#[test]
+fn without_several_pairs_the_control_queue_follows_the_first() {
+    let memory = memory();
+    let driver = Driver::with_queues(&memory, 5);
+    let (mut net, _cables) = two_pairs(&driver, 1 << VIRTIO_NET_F_CTRL_VQ);
+
+    assert_eq!(command(&mut net, &driver, 2, &[4, 0, 2, 0]), [1]);
+    assert_eq!(command(&mut net, &driver, 2, &[4, 0, 1, 0]), [0]);
+}
+
+#[test]
+fn a_new_driver_starts_with_one_pair_again() {
+    let memory = memory();
+    let driver = Driver::with_queues(&memory, 5);
+    let (mut net, _cables) = two_pairs(&driver, SEVERAL);
+    command(&mut net, &driver, CONTROL, &[4, 0, 2, 0]);
+
+    net.reset();
+    net.activate(driver.activation_with(SEVERAL)).unwrap();
+
+    assert_eq!(attached(&net), [true, false]);
+}
+
+/// A limiter that admits nothing for an hour.
+fn exhausted() -> RateLimiter {
+    let rate = Rate { per_second: NonZeroU64::MIN, burst: NonZeroU64::MIN };
+    let mut limiter = RateLimiter::new(RateLimits { bytes: None, operations: Some(rate) }).unwrap();
+    (0..3600).for_each(|_| limiter.charge(0));
+    limiter
+}
+
+/// A limiter that lets a frame of more than `bytes` through, and the next one a moment later.
+fn a_moment_after(bytes: u64) -> RateLimiter {
+    let rate = Rate { per_second: NonZeroU64::new(5 * bytes).unwrap(), burst: NonZeroU64::MIN };
+    RateLimiter::new(RateLimits { bytes: Some(rate), operations: None }).unwrap()
+}
+
+#[test]
+fn frames_of_the_guest_wait_for_their_limit() {
+    let memory = memory();
+    let driver = Driver::with_queues(&memory, 2);
+    let (net, cable) = idle();
+    let mut net = net.limited(RateLimiter::unlimited(), a_moment_after(1000));
+    net.activate(driver.activation()).unwrap();
+
+    driver.offer(1, &[&frame(1000)], &[]);
+    driver.offer(1, &[&frame(1001)], &[]);
+    net.queue_ready(1).unwrap();
+    assert_eq!(driver.used_of(1), [(0, 0)]);
+    serve_backend(&mut net, 1);
+
+    assert_eq!(arrived(&cable), frame(1000));
+    assert_eq!(arrived(&cable), frame(1001));
+}
+
+#[test]
+fn frames_for_the_guest_wait_for_their_limit() {
+    let memory = memory();
+    let driver = Driver::with_queues(&memory, 2);
+    let (net, cable) = idle();
+    let mut net = net.limited(a_moment_after(1000), RateLimiter::unlimited());
+    net.activate(driver.activation()).unwrap();
+
+    (0..2).for_each(|_| _ = driver.offer(0, &[], &[1536]));
+    cable.send(&frame(1000)).unwrap();
+    cable.send(&frame(1001)).unwrap();
+    net.backend_ready(0, EventSet::IN).unwrap();
+    assert_eq!(driver.used().len(), 1);
+    serve_backend(&mut net, 1);
+
+    assert_eq!(driver.written(0, 1), with_num_buffers(frame(1001), 1));
+}
+
+#[test]
+fn a_limit_of_one_direction_leaves_the_other_alone() {
+    let memory = memory();
+    let driver = Driver::with_queues(&memory, 2);
+    let (net, cable) = idle();
+    let mut net = net.limited(exhausted(), RateLimiter::unlimited());
+    net.activate(driver.activation()).unwrap();
+
+    driver.offer(0, &[], &[1536]);
+    driver.offer(1, &[&frame(1000)], &[]);
+    cable.send(&frame(60)).unwrap();
+    net.queue_ready(1).unwrap();
+    net.queue_ready(0).unwrap();
+
+    assert_eq!(arrived(&cable), frame(1000));
+    assert_eq!(driver.used(), []);
+}
+
+#[test]
+fn pairs_take_turns_in_what_a_limiter_admits() {
+    let memory = memory();
+    let driver = Driver::with_queues(&memory, 5);
+    let (cables, _others): (Vec<_>, Vec<_>) = [cable(), cable()].into_iter().unzip();
+    let limiter = a_moment_after(1000);
+    let mut net = Net::new(cables, MAC).limited(RateLimiter::unlimited(), limiter);
+    net.activate(driver.activation_with(SEVERAL)).unwrap();
+    command(&mut net, &driver, CONTROL, &[4, 0, 2, 0]);
+
+    for queue in [1, 3] {
+        (0..3).for_each(|_| _ = driver.offer(queue, &[&frame(1000)], &[]));
+    }
+    net.queue_ready(1).unwrap();
+    (0..3).for_each(|_| serve_backend(&mut net, 2));
+
+    assert_eq!([driver.used_of(1).len(), driver.used_of(3).len()], [2, 2]);
+}
+
+/// An active device on a new tap that the kernel serves.
+fn served_by_kernel(driver: &Driver<'_>, memory: &GuestMemoryMmap, tap: &str) -> Net<Tap> {
+    let tap = vec![Tap::open(tap, Missing::Create).unwrap()];
+    let vhost = Vhost::open(&tap, memory).unwrap();
+    let mut net = Net::new(tap, MAC).served_by(vhost);
+    net.activate(driver.activation_with(1 << VIRTIO_F_VERSION_1)).unwrap();
+    net
+}
+
+/// Waits for backend `index` and lets the device serve it.
+fn serve_backend<L: Link>(net: &mut Net<L>, index: usize) {
+    let fd = net.backends()[index].fd;
+    let mut ready = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
+    // SAFETY: `ready` is one descriptor that stays open during the call.
+    assert_eq!(unsafe { libc::poll(&raw mut ready, 1, 10_000) }, 1);
+    net.backend_ready(index, EventSet::IN).unwrap();
+}
+
+#[test]
+#[ignore = "needs root, /dev/net/tun and /dev/vhost-net"]
+fn the_kernel_sends_frames_and_says_so() {
+    let memory = memory();
+    let driver = Driver::with_queues(&memory, 2);
+    let mut net = served_by_kernel(&driver, &memory, "coracle-vhost");
+    assert!(!net.serves(0) && !net.serves(1));
+
+    driver.offer(1, &[&frame(100)], &[]);
+    driver.kick(1);
+    serve_backend(&mut net, 0);
+
+    assert_eq!(driver.used_of(1), [(0, 0)]);
+    assert_eq!(driver.interrupts(), 1);
+}
+
+#[test]
+#[ignore = "needs root, /dev/net/tun and /dev/vhost-net"]
+fn a_queue_the_kernel_cannot_use_needs_a_reset() {
+    let memory = memory();
+    let driver = Driver::with_queues(&memory, 2);
+    let mut net = served_by_kernel(&driver, &memory, "coracle-broken");
+
+    driver.offer_descriptors(1, &[Descriptor::new(1 << 40, 100, 0, 0)]);
+    driver.kick(1);
+    serve_backend(&mut net, 1);
+
+    assert!(driver.told_to_reset());
+    assert!(net.active.is_none());
+}
+
+#[test]
+#[ignore = "needs root, /dev/net/tun and /dev/vhost-net"]
+fn the_kernel_leaves_the_queues_of_a_driver_that_is_gone_alone() {
+    let memory = memory();
+    let driver = Driver::with_queues(&memory, 2);
+    let mut net = served_by_kernel(&driver, &memory, "coracle-gone");
+
+    net.reset();
+    driver.offer(1, &[&frame(100)], &[]);
+    driver.kick(1);
+    let fd = net.backends()[0].fd;
+    let mut signal = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
+    // SAFETY: `signal` is one descriptor that stays open during the call.
+    assert_eq!(unsafe { libc::poll(&raw mut signal, 1, 500) }, 0);
+
+    assert_eq!(driver.used_of(1), []);
+}
+
 /// Who has 192.0.2.1? Tell 192.0.2.2 at [`MAC`].
 fn arp_request() -> Vec<u8> {
     let ethernet = [&[0xff; 6][..], &MAC, &[0x08, 0x06]].concat();
@@ -261,7 +605,7 @@ fn arp_request() -> Vec<u8> {
 fn the_host_answers_over_a_tap() {
     let memory = memory();
     let driver = Driver::with_queues(&memory, 2);
-    let mut net = Net::new(Tap::open("coracle-arp").unwrap(), MAC);
+    let mut net = Net::new(vec![Tap::open("coracle-arp", Missing::Create).unwrap()], MAC);
     let offloads = RECEIVE_OFFLOADS.iter().fold(0, |bits, (feature, _)| bits | 1 << feature);
     net.activate(driver.activation_with(MERGEABLE | offloads)).unwrap();
     let ip = "ip addr add 192.0.2.1/24 dev coracle-arp && ip link set coracle-arp up";

@@ -2,6 +2,8 @@
 
 use std::os::fd::OwnedFd;
 
+use vm_memory::VolatileSlice;
+
 use super::credit::Credit;
 use super::host::End;
 use super::output::Output;
@@ -43,6 +45,8 @@ pub(super) struct Connection {
     state: State,
     /// Sent before anything from the input; short, and empty once it is sent.
     greeting: Vec<u8>,
+    /// The host's port, if the output is to hear of it as soon as the guest accepts.
+    announced_port: Option<u32>,
     input: Option<End>,
     output: Output,
     on_close: Option<OwnedFd>,
@@ -68,6 +72,7 @@ impl Connection {
         Connection {
             state: State::Requesting,
             greeting: Vec::new(),
+            announced_port: None,
             owed: Owed { shutdown: input.is_none(), ..Owed::default() },
             input,
             output: Output::new(output),
@@ -82,6 +87,11 @@ impl Connection {
     /// The same stream with something to say before its input.
     pub fn with_greeting(self, greeting: Vec<u8>) -> Self {
         Connection { greeting, ..self }
+    }
+
+    /// The same stream, whose output hears `OK <host_port>\n` before anything of the guest's.
+    pub fn announced(self, host_port: u32) -> Self {
+        Connection { announced_port: Some(host_port), ..self }
     }
 
     /// A stream the guest opened with `request`, and the host accepts.
@@ -120,7 +130,7 @@ impl Connection {
             (_, Op::Reset) => self.forget(),
             // The RST that this stream owes answers everything.
             (State::Resetting, _) => {}
-            (State::Requested, Op::Response) => self.state = State::Open,
+            (State::Requested, Op::Response) => self.open(),
             (State::Open, Op::Data) => self.take(header.length, payload),
             (State::Open, Op::Shutdown) => self.half_close(header.flags),
             (State::Open, Op::CreditUpdate) => {}
@@ -131,6 +141,18 @@ impl Connection {
             self.asked_for_credit = false;
         }
         self.settle();
+    }
+
+    fn open(&mut self) {
+        self.state = State::Open;
+        let Some(port) = self.announced_port.take() else { return };
+        let mut line = format!("OK {port}\n").into_bytes();
+        // An output that nothing was written to takes so little at once, unless nobody is there. What
+        // it would not take must not count as the guest's.
+        let written = self.output.write(&VolatileSlice::from(&mut line[..]));
+        if !matches!(written, Ok(bytes) if bytes == line.len()) {
+            self.reset();
+        }
     }
 
     /// Ends the stream from the guest's side; what it sent is still written.

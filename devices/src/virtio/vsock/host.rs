@@ -125,6 +125,11 @@ impl End {
         }
     }
 
+    /// Another descriptor of the same file.
+    pub fn duplicate(&self) -> io::Result<OwnedFd> {
+        self.fd.try_clone()
+    }
+
     /// Ends the writing side of a socket, also for those who hold duplicates of it.
     pub fn finish_writing(mut self) {
         self.unwatch();

@@ -1,11 +1,13 @@
 //! Socket device (virtio 1.2, section 5.10): streams between host descriptors and the guest.
 //!
 //! The device is the whole multiplexer: no socket of the host's kernel is involved, and no process
-//! but this one. A stream joins a pair of ports to descriptors handed in through [`Host`], and its
-//! data is read from them straight into the guest's buffers.
+//! but this one. A stream joins a pair of ports to descriptors handed in through [`Host`], or to a
+//! client of the device's unix socket, and its data is read from them straight into the guest's
+//! buffers.
 
 mod connection;
 mod credit;
+mod door;
 mod host;
 mod muxer;
 mod output;
@@ -22,6 +24,7 @@ use self::muxer::Muxer;
 use self::packet::Buffers;
 use super::queue::{QueueError, Verdict, VirtQueue};
 use super::{ActivateError, Activation, Backend, DeviceTraits, VirtioDevice, copy_config};
+use crate::listener::Listener;
 
 pub use self::host::{Host, HostStream};
 
@@ -54,7 +57,19 @@ impl Vsock {
     /// Creates an idle device for the guest with context identifier `cid` (3 or more), and the handle
     /// through which streams are opened.
     pub fn new(cid: u32) -> io::Result<(Vsock, Host)> {
-        let (muxer, host) = Muxer::new(cid)?;
+        Vsock::build(cid, None)
+    }
+
+    /// Like [`Vsock::new`], for a guest that other processes reach through `socket`: a client says
+    /// `CONNECT <port>\n` and reads `OK <host port>\n` once the guest has accepted. A connection of
+    /// the guest to port P of the host goes to the unix socket `<path>_<P>`, unless somebody
+    /// listens on P through the handle.
+    pub fn with_socket(cid: u32, socket: Listener) -> io::Result<(Vsock, Host)> {
+        Vsock::build(cid, Some(socket))
+    }
+
+    fn build(cid: u32, socket: Option<Listener>) -> io::Result<(Vsock, Host)> {
+        let (muxer, host) = Muxer::new(cid, socket)?;
         Ok((Vsock { cid, muxer, queues: None, owes_reset_event: false }, host))
     }
 

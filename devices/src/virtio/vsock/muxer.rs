@@ -12,11 +12,13 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::connection::Connection;
+use super::door::{CallerNumber, Door};
 use super::host::{Command, End, Host, HostStream};
 use super::packet::{Buffers, HEADER_LENGTH, HOST_CID, Header, HeaderRoom, Op, TYPE_STREAM};
+use crate::listener::Listener;
 use crate::virtio::complaints::Complaints;
 
-/// Most streams at one time; the guest cannot open any that the host does not wait for.
+/// Most streams at one time, whoever opened them.
 const MAX_CONNECTIONS: usize = 4096;
 
 /// Refusals kept until the guest has room for them; while there are so many, no packet is taken.
@@ -25,8 +27,14 @@ const MAX_REFUSALS: usize = 64;
 /// Ports from which the host connects, above those that anyone listens on.
 const FIRST_SOURCE_PORT: u32 = 1 << 30;
 
-/// The epoll token of the handle's eventfd. As a stream it would be from any port to any port.
+/// The host port of no stream (VMADDR_PORT_ANY): epoll tokens that have it are not streams.
+const NO_PORT: u32 = u32::MAX;
+
+/// The epoll token of the handle's eventfd.
 const COMMANDS: u64 = u64::MAX;
+
+/// The epoll token of the door's listener.
+const DOOR: u64 = COMMANDS - 1;
 
 /// Events taken from the epoll in one call.
 const EVENTS_AT_ONCE: usize = 64;
@@ -54,6 +62,11 @@ struct Entry {
     is_runnable: bool,
 }
 
+/// The epoll token of a client at the door; numbers are far below those of the tokens above.
+fn caller_token(number: CallerNumber) -> u64 {
+    Ports { host: NO_PORT, guest: number }.token()
+}
+
 /// Every stream of one guest. Its epoll holds the descriptors of all of them, so that the event loop
 /// sees a single one however many come and go.
 pub(super) struct Muxer {
@@ -63,6 +76,9 @@ pub(super) struct Muxer {
     commands: Receiver<Command>,
     connections: HashMap<Ports, Entry>,
     listeners: HashMap<u32, HostStream>,
+    door: Option<Door>,
+    /// Clients may wait at the door whom no event will report again.
+    is_door_due: bool,
     /// Streams that may have a packet for the guest, in the order of their turns.
     runnable: VecDeque<Ports>,
     refusals: VecDeque<Header>,
@@ -71,12 +87,14 @@ pub(super) struct Muxer {
 }
 
 impl Muxer {
-    /// A muxer without streams, and the handle to give it some.
-    pub fn new(guest_cid: u32) -> io::Result<(Self, Host)> {
+    /// A muxer without streams, the handle to give it some, and the socket at which clients come for
+    /// theirs.
+    pub fn new(guest_cid: u32, socket: Option<Listener>) -> io::Result<(Self, Host)> {
         let epoll = Arc::new(Epoll::new()?);
         let wake = Arc::new(EventFd::new(EFD_NONBLOCK)?);
         let event = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, COMMANDS);
         epoll.ctl(ControlOperation::Add, wake.as_raw_fd(), event)?;
+        let door = socket.map(|socket| Door::open(socket, &epoll, DOOR)).transpose()?;
         let (sender, commands) = channel();
         let host = Host::new(sender, wake.clone());
         let muxer = Muxer {
@@ -86,6 +104,8 @@ impl Muxer {
             commands,
             connections: HashMap::new(),
             listeners: HashMap::new(),
+            door,
+            is_door_due: false,
             runnable: VecDeque::new(),
             refusals: VecDeque::new(),
             complaints: Complaints::of("vsock"),
@@ -113,16 +133,26 @@ impl Muxer {
             }
             // Each event is taken once, as all are edge-triggered; so fewer than fit are all.
             if count < EVENTS_AT_ONCE {
-                return;
+                break;
             }
+        }
+        if self.is_door_due {
+            self.let_clients_in();
         }
     }
 
     fn take_event(&mut self, event: EpollEvent) {
-        if event.data() == COMMANDS {
-            // It only fails when there is nothing to read, because the event is an old one.
-            let _ = self.wake.read();
-            return self.obey_commands();
+        match event.data() {
+            COMMANDS => {
+                // It only fails when there is nothing to read, because the event is an old one.
+                let _ = self.wake.read();
+                return self.obey_commands();
+            }
+            DOOR => return self.is_door_due = true,
+            token if Ports::from_token(token).host == NO_PORT => {
+                return self.hear(Ports::from_token(token).guest);
+            }
+            _ => {}
         }
         let broken = EventSet::HANG_UP | EventSet::ERROR;
         let readable = event.event_set().intersects(EventSet::IN | broken);
@@ -135,6 +165,27 @@ impl Muxer {
                 connection.wake_output();
             }
         });
+    }
+
+    fn let_clients_in(&mut self) {
+        let Some(door) = &mut self.door else { return };
+        match door.let_in(&self.epoll, caller_token) {
+            // The only failure is a counter at its maximum, and then the event is pending anyway.
+            Ok(true) => _ = self.wake.write(1),
+            Ok(false) => self.is_door_due = false,
+            // Out of descriptors, most likely: whoever waits is let in after some other event.
+            Err(error) => self.complain(&format_args!("let a client in: {error}")),
+        }
+    }
+
+    /// Listens to a client at the door, and connects it once it has said to which port.
+    fn hear(&mut self, number: CallerNumber) {
+        let Some(call) = self.door.as_mut().and_then(|door| door.hear(number)) else { return };
+        let ports = Ports { host: self.free_source_port(call.port), guest: call.port };
+        if let Some((input, output)) = self.watch(ports, call.stream.input, call.stream.output) {
+            let connection = Connection::outgoing(input, output, None);
+            self.insert(ports, connection.with_greeting(call.rest).announced(ports.host));
+        }
     }
 
     fn obey_commands(&mut self) {
@@ -160,7 +211,10 @@ impl Muxer {
         // There are far more ports than streams, so one is free.
         loop {
             let host = self.next_source_port;
-            self.next_source_port = host.checked_add(1).unwrap_or(FIRST_SOURCE_PORT);
+            self.next_source_port = host + 1;
+            if self.next_source_port == NO_PORT {
+                self.next_source_port = FIRST_SOURCE_PORT;
+            }
             if !self.connections.contains_key(&Ports { host, guest }) {
                 return host;
             }
@@ -168,13 +222,13 @@ impl Muxer {
     }
 
     fn watch(
-        &self,
+        &mut self,
         ports: Ports,
         input: Option<OwnedFd>,
         output: Option<OwnedFd>,
     ) -> Option<(Option<End>, Option<End>)> {
         if self.connections.len() >= MAX_CONNECTIONS {
-            warn!("vsock: stream to port {} dropped: there are {MAX_CONNECTIONS}", ports.guest);
+            self.complain(&format_args!("a stream is dropped: there are {MAX_CONNECTIONS}"));
             return None;
         }
         let watch = |fd, events| End::new(fd, &self.epoll, events, ports.token());
@@ -183,7 +237,7 @@ impl Muxer {
         match (input, output) {
             (Ok(input), Ok(output)) => Some((input, output)),
             (Err(error), _) | (_, Err(error)) => {
-                warn!("vsock: stream with port {} dropped: {error}", ports.guest);
+                self.complain(&format_args!("stream with port {} dropped: {error}", ports.guest));
                 None
             }
         }
@@ -233,13 +287,15 @@ impl Muxer {
     }
 
     fn accept(&mut self, ports: Ports, request: &Header) {
-        if ports.token() == COMMANDS {
+        if ports.host == NO_PORT {
             return self.refuse(request);
         }
         // The host may have told the guest to connect right after it started to listen, and then
         // the guest can be quicker than the event.
         self.obey_commands();
-        let Some(stream) = self.listeners.remove(&ports.host) else { return self.refuse(request) };
+        let waiting = self.listeners.remove(&ports.host);
+        let dial = || self.door.as_ref()?.dial(ports.host).ok();
+        let Some(stream) = waiting.or_else(dial) else { return self.refuse(request) };
         match self.watch(ports, stream.input, stream.output) {
             Some((input, output)) => {
                 let connection = Connection::incoming(input, output, stream.on_close, request);

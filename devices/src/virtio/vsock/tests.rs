@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::{self, Read, Seek, Write};
 use std::net::Shutdown;
 use std::os::fd::{FromRawFd, OwnedFd};
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::GuestMemoryMmap;
@@ -15,6 +15,7 @@ use super::packet::{
     HEADER_LENGTH, HOST_CID, Header, Op, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, TYPE_STREAM,
 };
 use super::*;
+use crate::listener::Listener;
 use crate::virtio::testing::{Driver, memory};
 
 const CID: u32 = 3;
@@ -722,4 +723,303 @@ fn every_change_on_the_host_is_an_edge_on_the_one_backend() {
         assert_eq!(guest.only_packet().1, b"x");
         assert_eq!(pending(), 0);
     }
+}
+
+/// A guest that other processes reach through the unix socket `v` in `folder`.
+fn boot_with_socket<'m>(memory: &'m GuestMemoryMmap, folder: &tempfile::TempDir) -> Guest<'m> {
+    let socket = Listener::bind(&folder.path().join("v")).unwrap();
+    let (device, host) = Vsock::with_socket(CID, socket).unwrap();
+    Guest::boot_with(memory, device, host)
+}
+
+fn dial(folder: &tempfile::TempDir) -> UnixStream {
+    let client = UnixStream::connect(folder.path().join("v")).unwrap();
+    client.set_nonblocking(true).unwrap();
+    client
+}
+
+/// A client that asked for `GUEST_PORT`, and the REQUEST the guest got for it.
+fn call(guest: &mut Guest<'_>, folder: &tempfile::TempDir) -> (UnixStream, Header) {
+    let mut client = dial(folder);
+    client.write_all(format!("CONNECT {GUEST_PORT}\n").as_bytes()).unwrap();
+    let request = settled(guest).pop().unwrap().0;
+    assert_eq!(request.op, Op::Request as u16);
+    (client, request)
+}
+
+/// Every packet until none comes any more. Who is let in is heard the next time round.
+fn settled(guest: &mut Guest<'_>) -> Vec<Packet> {
+    let mut all = guest.packets();
+    loop {
+        let more = guest.packets();
+        if more.is_empty() {
+            return all;
+        }
+        all.extend(more);
+    }
+}
+
+#[test]
+fn a_client_of_the_socket_hears_ok_and_has_a_stream() {
+    let memory = memory();
+    let folder = tempfile::tempdir().unwrap();
+    let mut guest = boot_with_socket(&memory, &folder);
+    let (mut client, request) = call(&mut guest, &folder);
+    assert_eq!(request.destination_port, GUEST_PORT);
+    assert!(is_blocked(&client.read(&mut [0])));
+
+    guest.send(Op::Response, request.source_port);
+    guest.data(request.source_port, b"hello");
+
+    let expected = format!("OK {}\nhello", request.source_port);
+    assert_eq!(available(&mut client), expected.as_bytes());
+    client.write_all(b"answer").unwrap();
+    assert_eq!(guest.only_packet().1, b"answer");
+}
+
+#[test]
+fn a_client_the_guest_refuses_is_hung_up_on() {
+    let memory = memory();
+    let folder = tempfile::tempdir().unwrap();
+    let mut guest = boot_with_socket(&memory, &folder);
+    let (mut client, request) = call(&mut guest, &folder);
+
+    guest.send(Op::Reset, request.source_port);
+
+    assert_eq!(client.read(&mut [0]).unwrap(), 0);
+}
+
+#[test]
+fn what_a_client_says_before_the_ok_reaches_the_guest() {
+    let memory = memory();
+    let folder = tempfile::tempdir().unwrap();
+    let mut guest = boot_with_socket(&memory, &folder);
+    let mut client = dial(&folder);
+    let text = "x".repeat(100);
+
+    client.write_all(format!("CONNECT {GUEST_PORT}\n{text}").as_bytes()).unwrap();
+    let request = settled(&mut guest).pop().unwrap().0;
+    guest.send(Op::Response, request.source_port);
+
+    let data: Vec<u8> = settled(&mut guest).into_iter().flat_map(|(_, data)| data).collect();
+    assert_eq!(data, text.as_bytes());
+}
+
+#[test]
+fn a_line_that_comes_in_pieces_is_put_together() {
+    let memory = memory();
+    let folder = tempfile::tempdir().unwrap();
+    let mut guest = boot_with_socket(&memory, &folder);
+    let mut client = dial(&folder);
+
+    for piece in ["CONN", "ECT 50", "00"] {
+        client.write_all(piece.as_bytes()).unwrap();
+        assert!(settled(&mut guest).is_empty());
+    }
+    client.write_all(b"\n").unwrap();
+
+    assert_eq!(settled(&mut guest)[0].0.destination_port, GUEST_PORT);
+}
+
+#[test]
+fn a_client_that_says_something_else_or_too_much_is_hung_up_on() {
+    let memory = memory();
+    let folder = tempfile::tempdir().unwrap();
+    let mut guest = boot_with_socket(&memory, &folder);
+
+    for line in ["GET / HTTP/1.1\r\n".to_owned(), "1".repeat(33)] {
+        let mut client = dial(&folder);
+        client.write_all(line.as_bytes()).unwrap();
+
+        assert!(settled(&mut guest).is_empty());
+
+        // What was not read makes the end a reset.
+        let end = client.read(&mut [0]);
+        assert!(!is_blocked(&end) && !matches!(end, Ok(1)), "{end:?}");
+    }
+}
+
+#[test]
+fn silent_clients_do_not_close_the_door() {
+    let memory = memory();
+    let folder = tempfile::tempdir().unwrap();
+    let mut guest = boot_with_socket(&memory, &folder);
+    raise_descriptor_limit();
+    let mut first = dial(&folder);
+    let _silent: Vec<UnixStream> = (0..1024)
+        .map(|_| {
+            let client = dial(&folder);
+            guest.packets();
+            client
+        })
+        .collect();
+
+    let (_client, request) = call(&mut guest, &folder);
+
+    assert_eq!(request.destination_port, GUEST_PORT);
+    assert_eq!(first.read(&mut [0]).unwrap(), 0);
+}
+
+#[test]
+fn a_client_at_the_door_is_an_edge_on_the_one_backend() {
+    let memory = memory();
+    let folder = tempfile::tempdir().unwrap();
+    let mut guest = boot_with_socket(&memory, &folder);
+    let epoll = Epoll::new().unwrap();
+    let [backend] = guest.device.backends()[..] else { panic!("one backend") };
+    let event = EpollEvent::new(backend.events | EventSet::EDGE_TRIGGERED, 1);
+    epoll.ctl(ControlOperation::Add, backend.fd, event).unwrap();
+    let pending = || epoll.wait(0, &mut [EpollEvent::default(); 4]).unwrap();
+    let mut client = dial(&folder);
+    client.write_all(b"CONNECT 5000\n").unwrap();
+
+    let mut packets = Vec::new();
+    while pending() > 0 {
+        packets.extend(guest.packets());
+    }
+
+    assert_eq!(packets.len(), 1);
+}
+
+#[test]
+fn a_connection_of_the_guest_goes_to_the_socket_of_its_port() {
+    let memory = memory();
+    let folder = tempfile::tempdir().unwrap();
+    let mut guest = boot_with_socket(&memory, &folder);
+    let service = UnixListener::bind(folder.path().join("v_1024")).unwrap();
+
+    guest.send(Op::Request, PORT);
+    assert_eq!(guest.ops(), [Op::Response]);
+    guest.data(PORT, b"request");
+
+    let (mut stream, _) = service.accept().unwrap();
+    stream.set_nonblocking(true).unwrap();
+    assert_eq!(available(&mut stream), b"request");
+    stream.write_all(b"reply").unwrap();
+    assert_eq!(guest.only_packet().1, b"reply");
+}
+
+#[test]
+fn a_port_on_which_nobody_of_the_host_listens_is_refused() {
+    let memory = memory();
+    let folder = tempfile::tempdir().unwrap();
+    let mut guest = boot_with_socket(&memory, &folder);
+
+    guest.send(Op::Request, PORT);
+
+    assert_eq!(guest.ops(), [Op::Reset]);
+}
+
+#[test]
+fn a_service_that_does_not_accept_does_not_stop_the_device() {
+    let memory = memory();
+    let folder = tempfile::tempdir().unwrap();
+    let mut guest = boot_with_socket(&memory, &folder);
+    let service = UnixListener::bind(folder.path().join("v_1024")).unwrap();
+    // SAFETY: listening again on an open socket only changes how many may wait.
+    assert_eq!(unsafe { libc::listen(std::os::fd::AsRawFd::as_raw_fd(&service), 0) }, 0);
+
+    let ops: Vec<Op> = (0..3)
+        .flat_map(|nth| {
+            let request = Header { source_port: 100 + nth, ..guest.header(Op::Request, PORT) };
+            guest.send_raw(&request, &[]);
+            guest.ops()
+        })
+        .collect();
+
+    assert_eq!(ops, [Op::Response, Op::Reset, Op::Reset]);
+}
+
+#[test]
+fn the_handle_comes_before_the_socket_of_a_port() {
+    let memory = memory();
+    let folder = tempfile::tempdir().unwrap();
+    let mut guest = boot_with_socket(&memory, &folder);
+    let service = UnixListener::bind(folder.path().join("v_1024")).unwrap();
+    service.set_nonblocking(true).unwrap();
+    let (mut ours, stream) = socket();
+
+    guest.connect(stream);
+    guest.data(PORT, b"in process");
+
+    assert_eq!(available(&mut ours), b"in process");
+    assert!(is_blocked(&service.accept()));
+}
+
+/// Streams take three descriptors each here: two of the device, one of the client.
+fn raise_descriptor_limit() {
+    // SAFETY: both calls only use the structure they are given.
+    unsafe {
+        let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+        assert_eq!(libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit), 0);
+        limit.rlim_cur = limit.rlim_max;
+        assert_eq!(libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit), 0);
+    }
+}
+
+#[test]
+fn two_thousand_streams_at_once_each_carry_their_own_bytes() {
+    const STREAMS: usize = 2000;
+    let memory = memory();
+    let folder = tempfile::tempdir().unwrap();
+    let mut guest = boot_with_socket(&memory, &folder);
+    raise_descriptor_limit();
+    let mut clients = Vec::new();
+    let mut ports = Vec::new();
+
+    while clients.len() < STREAMS {
+        let batch = (0..50).map(|_| dial(&folder));
+        clients.extend(batch.map(|mut client| {
+            client.write_all(b"CONNECT 5000\n").unwrap();
+            client
+        }));
+        ports.extend(settled(&mut guest).into_iter().map(|(header, _)| header.source_port));
+    }
+    ports.iter().for_each(|&port| guest.send(Op::Response, port));
+    for client in &mut clients {
+        let answer = String::from_utf8(available(client)).unwrap();
+        assert!(answer.starts_with("OK ") && answer.ends_with('\n'), "{answer:?}");
+        client.write_all(answer.as_bytes()).unwrap();
+    }
+    let packets = settled(&mut guest);
+    for (header, data) in &packets {
+        assert_eq!(*data, format!("OK {}\n", header.source_port).into_bytes());
+        guest.data(header.source_port, data);
+    }
+
+    assert_eq!(packets.len(), STREAMS);
+    let echoes: std::collections::BTreeSet<_> = clients.iter_mut().map(available).collect();
+    assert_eq!(echoes.len(), STREAMS);
+}
+
+#[test]
+fn a_client_that_does_not_read_slows_only_its_own_stream() {
+    const CHUNK: usize = 0x4000;
+    let memory = memory();
+    let folder = tempfile::tempdir().unwrap();
+    let mut guest = boot_with_socket(&memory, &folder);
+    let (mut slow, to_slow) = call(&mut guest, &folder);
+    let (mut quick, to_quick) = call(&mut guest, &folder);
+    guest.send(Op::Response, to_slow.source_port);
+    guest.send(Op::Response, to_quick.source_port);
+    for client in [&mut slow, &mut quick] {
+        assert!(available(client).starts_with(b"OK "));
+    }
+
+    // As much as the guest may send to somebody who reads nothing.
+    (0..WINDOW_BYTES as usize / CHUNK).for_each(|_| guest.data(to_slow.source_port, &[1; CHUNK]));
+    let mut received = 0;
+    for _ in 0..256 {
+        guest.data(to_quick.source_port, &[2; CHUNK]);
+        received += available(&mut quick).len();
+        assert!(settled(&mut guest).iter().all(|(header, _)| header.op != Op::Reset as u16));
+    }
+    assert_eq!(received, 256 * CHUNK);
+
+    let mut late = Vec::new();
+    while late.len() < WINDOW_BYTES as usize {
+        late.extend(available(&mut slow));
+        guest.packets();
+    }
+    assert_eq!(late, vec![1; WINDOW_BYTES as usize]);
 }

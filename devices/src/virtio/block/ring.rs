@@ -1,0 +1,163 @@
+//! Requests that the host's kernel carries out by itself, through an io_uring.
+
+use std::io;
+use std::os::fd::AsRawFd;
+use std::thread;
+
+use event_manager::EventSet;
+use io_uring::register::{Probe, Restriction};
+use io_uring::{IoUring, opcode, squeue, types};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::disk::Disk;
+use super::request::Request;
+use super::transfer::{MOST_IN_FLIGHT, Transfer};
+use crate::virtio::Backend;
+
+/// What is asked of the ring, and nothing else can be.
+const OPERATIONS: [u8; 3] = [opcode::Readv::CODE, opcode::Writev::CODE, opcode::Fsync::CODE];
+
+/// An io_uring for one disk.
+///
+/// It is entered only to submit. Completions are found in memory shared with the kernel, and the
+/// eventfd tells of them, so that a thread that waits for them needs no more than read(2).
+pub struct Ring {
+    ring: IoUring,
+    /// Blocks who reads it until something completes. The event loop never reads it.
+    completions: EventFd,
+    in_flight: usize,
+}
+
+impl Ring {
+    /// Makes a ring. The error is that the host has none, forbids it or has an old one.
+    pub fn open() -> io::Result<Self> {
+        let entries = u32::try_from(MOST_IN_FLIGHT).expect("a small number");
+        // Disabled until it is restricted.
+        let ring = IoUring::builder().dontfork().setup_r_disabled().build(entries)?;
+        let submitter = ring.submitter();
+        let mut probe = Probe::new();
+        submitter.register_probe(&mut probe)?;
+        let all = OPERATIONS.iter().all(|&operation| probe.is_supported(operation));
+        if !all || !ring.params().is_feature_submit_stable() || !ring.params().is_feature_nodrop() {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
+        let completions = EventFd::new(libc::EFD_CLOEXEC)?;
+        submitter.register_eventfd(completions.as_raw_fd())?;
+        // System call filters do not see what a ring does.
+        let mut restrictions = OPERATIONS.map(Restriction::sqe_op);
+        submitter.register_restrictions(&mut restrictions)?;
+        submitter.register_enable_rings()?;
+        Ok(Ring { ring, completions, in_flight: 0 })
+    }
+
+    /// What is ready when requests have completed.
+    pub fn backend(&self) -> Backend {
+        Backend { fd: self.completions.as_raw_fd(), events: EventSet::IN }
+    }
+
+    /// Puts `transfer` in line for [`Ring::submit`], if it is something a ring can do. It completes
+    /// as `number`.
+    ///
+    /// # Safety
+    ///
+    /// Until it has completed neither `transfer`'s buffers nor the files of `disk` may be changed or
+    /// dropped.
+    pub unsafe fn push(&mut self, disk: &Disk, transfer: &Transfer, number: usize) -> bool {
+        let Some(entry) = entry(disk, transfer) else { return false };
+        let entry = entry.user_data(number as u64);
+        // SAFETY: the entry points to the pieces of memory and the list of them that the buffers of
+        // `transfer` keep, and names a file of `disk`; the caller keeps both.
+        let pushed = unsafe { self.ring.submission().push(&entry) };
+        pushed.expect("the ring has an entry for each transfer");
+        self.in_flight += 1;
+        true
+    }
+
+    /// Hands over to the kernel what is in line.
+    pub fn submit(&mut self) {
+        while !self.ring.submission().is_empty() {
+            if let Err(error) = self.ring.submit() {
+                // Short of memory, or interrupted. Nothing may stay in line: what it points to is
+                // only kept until the next reset.
+                let again = [libc::EAGAIN, libc::EBUSY, libc::EINTR, libc::ENOMEM];
+                let may_try_again = error.raw_os_error().is_some_and(|code| again.contains(&code));
+                assert!(may_try_again, "submit to our own io_uring: {error}");
+                thread::yield_now();
+            }
+        }
+    }
+
+    /// The number of a request that has completed, and its result: bytes moved or an error number
+    /// below zero.
+    pub fn completed(&mut self) -> Option<(usize, i32)> {
+        let entry = self.ring.completion().next()?;
+        self.in_flight -= 1;
+        let number = usize::try_from(entry.user_data()).expect("it is a number given to `push`");
+        Some((number, entry.result()))
+    }
+
+    /// Waits until nothing is in flight any more, and forgets how it ended.
+    pub fn quiesce(&mut self) {
+        self.submit();
+        while self.in_flight > 0 {
+            if self.completed().is_none() {
+                // What was told before and what interrupts the wait only make it look once more.
+                let _ = self.completions.read();
+            }
+        }
+    }
+}
+
+/// The entry for what `transfer` asks for.
+fn entry(disk: &Disk, transfer: &Transfer) -> Option<squeue::Entry> {
+    let fd = |offset, buffers| types::Fd(disk.fd_for(offset, buffers).as_raw_fd());
+    let (readable, writable) = (&transfer.readable, &transfer.writable);
+    // A list has at most UIO_MAXIOV pieces.
+    let count = |list: &[libc::iovec]| u32::try_from(list.len()).ok();
+    match transfer.request {
+        Request::Read { offset } => {
+            let list = writable.iovecs();
+            let entry = opcode::Readv::new(fd(offset, writable), list.as_ptr(), count(list)?);
+            Some(entry.offset(offset).build())
+        }
+        Request::Write { offset } => {
+            let list = readable.iovecs();
+            let entry = opcode::Writev::new(fd(offset, readable), list.as_ptr(), count(list)?);
+            Some(entry.offset(offset).build())
+        }
+        Request::Flush => {
+            let entry = opcode::Fsync::new(types::Fd(disk.fd().as_raw_fd()));
+            Some(entry.flags(types::FsyncFlags::DATASYNC).build())
+        }
+        Request::Id | Request::Discard { .. } | Request::WriteZeroes { .. } => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    #[ignore = "needs io_uring"]
+    fn a_ring_without_requests_is_quiet_at_once() {
+        let mut ring = Ring::open().unwrap();
+        ring.quiesce();
+        assert!(ring.completed().is_none());
+    }
+
+    #[test]
+    #[ignore = "needs io_uring"]
+    fn a_ring_refuses_what_a_disk_never_asks() {
+        let mut ring = Ring::open().unwrap();
+        let path = c"/";
+        let at = types::Fd(libc::AT_FDCWD);
+        let entry = opcode::OpenAt::new(at, path.as_ptr()).build().user_data(1);
+        // SAFETY: the path is static.
+        unsafe { ring.ring.submission().push(&entry).unwrap() };
+        ring.in_flight = 1;
+
+        ring.submit();
+
+        assert_eq!(ring.completed(), Some((1, -libc::EACCES)));
+    }
+}

@@ -1,0 +1,207 @@
+//! The command line, and the configuration it makes together with the file it names.
+
+use std::fs;
+use std::path::PathBuf;
+
+use anyhow::Context;
+use clap::Parser;
+use serde::de::DeserializeOwned;
+use serde_json::{Map, Value};
+use vmm::{ConsoleOutput, DiskConfig, NetConfig, ShareConfig, VmConfig, VsockConfig};
+
+/// Fields of devices that are numbers; the others are text, even if it looks like a number.
+const NUMBERS: [&str; 3] = ["cid", "queue_pairs", "queues"];
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0    the guest powered off
+  1    the machine could not be built, or could not go on
+  2    wrong arguments
+  3    the guest asked for a reset
+  4    the guest's processor gave up (triple fault)
+  5    stopped through the control socket
+  130  stopped by SIGINT
+  143  stopped by SIGTERM";
+
+/// Runs one virtual machine.
+#[derive(Parser)]
+#[command(name = "coracle-vmm", version, after_help = EXIT_CODES)]
+pub struct Arguments {
+    /// Machine configuration (JSON)
+    #[arg(long, value_name = "FILE", required_unless_present = "kernel")]
+    config: Option<PathBuf>,
+    /// Kernel, ELF or bzImage; overrides boot.kernel
+    #[arg(long, value_name = "FILE")]
+    kernel: Option<PathBuf>,
+    /// Initial RAM disk; overrides boot.initrd
+    #[arg(long, value_name = "FILE")]
+    initrd: Option<PathBuf>,
+    /// Kernel parameters; overrides boot.cmdline
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    cmdline: Option<String>,
+    /// Number of virtual processors; overrides vcpus
+    #[arg(long, value_name = "N")]
+    vcpus: Option<u8>,
+    /// Guest memory in MiB; overrides memory.size_mib
+    #[arg(long, value_name = "MIB")]
+    memory: Option<u32>,
+    /// Let the host merge equal pages of different guests; sets memory.mergeable
+    #[arg(long)]
+    mergeable: bool,
+    /// Show the guest's console here; overrides console.output
+    #[arg(long)]
+    console: bool,
+    /// Use a serial port as the console, which shows early messages, too, but has no input; sets
+    /// console.serial
+    #[arg(long)]
+    serial: bool,
+    /// Add a block device, as id=root,path=disk.img,read_only
+    #[arg(long = "disk", value_name = "FIELDS", value_parser = fields::<DiskConfig>)]
+    disks: Vec<DiskConfig>,
+    /// Add a network interface, as tap=tap0,mac=02:00:00:00:00:01
+    #[arg(long = "net", value_name = "FIELDS", value_parser = fields::<NetConfig>)]
+    nets: Vec<NetConfig>,
+    /// Add a shared directory, as tag=data,path=/srv,read_only
+    #[arg(long = "share", value_name = "FIELDS", value_parser = fields::<ShareConfig>)]
+    shares: Vec<ShareConfig>,
+    /// Give the guest a socket device, as cid=3,socket=vm.sock; overrides vsock
+    #[arg(long, value_name = "FIELDS", value_parser = fields::<VsockConfig>)]
+    vsock: Option<VsockConfig>,
+    /// Leave the entropy device out; clears rng
+    #[arg(long)]
+    no_rng: bool,
+    /// Let the machine's threads make any system call; sets seccomp to false
+    #[arg(long)]
+    no_seccomp: bool,
+    /// Listen for requests on this unix socket (HTTP and JSON, see API.md)
+    #[arg(long, value_name = "PATH")]
+    pub api_socket: Option<PathBuf>,
+    /// Build the machine, and start it when the control socket says so
+    #[arg(long, requires = "api_socket")]
+    pub paused: bool,
+    /// Write what the machine cost to this file when it ends (JSON)
+    #[arg(long, value_name = "FILE")]
+    pub metrics: Option<PathBuf>,
+    /// Say what is wrong with the configuration and the files it names, and end; needs no /dev/kvm
+    #[arg(long)]
+    pub check: bool,
+}
+
+impl Arguments {
+    /// The configuration file with the arguments' changes.
+    pub fn configuration(&self) -> anyhow::Result<VmConfig> {
+        let mut config = match &self.config {
+            Some(path) => {
+                let text = fs::read_to_string(path).with_context(|| format!("read {path:?}"))?;
+                vmm::from_json(&text).with_context(|| format!("parse {path:?}"))?
+            }
+            None => VmConfig::new(PathBuf::new()),
+        };
+        self.change_machine(&mut config);
+        config.disks.extend_from_slice(&self.disks);
+        config.nets.extend_from_slice(&self.nets);
+        config.shares.extend_from_slice(&self.shares);
+        if self.vsock.is_some() {
+            config.vsock.clone_from(&self.vsock);
+        }
+        config.rng &= !self.no_rng;
+        config.seccomp &= !self.no_seccomp;
+        Ok(config)
+    }
+
+    fn change_machine(&self, config: &mut VmConfig) {
+        if let Some(kernel) = &self.kernel {
+            config.boot.kernel.clone_from(kernel);
+        }
+        if self.initrd.is_some() {
+            config.boot.initrd.clone_from(&self.initrd);
+        }
+        if let Some(cmdline) = &self.cmdline {
+            config.boot.cmdline.clone_from(cmdline);
+        }
+        if let Some(vcpus) = self.vcpus {
+            config.vcpus = vcpus;
+        }
+        if let Some(memory) = self.memory {
+            config.memory.size_mib = memory;
+        }
+        config.memory.mergeable |= self.mergeable;
+        if self.console {
+            config.console.output = ConsoleOutput::Stdout;
+        }
+        config.console.serial |= self.serial;
+    }
+}
+
+/// A part of the configuration from `field=value,field=value`; a field alone is true. The rules are
+/// those of the file, as the text becomes the same JSON.
+fn fields<T: DeserializeOwned>(text: &str) -> Result<T, String> {
+    let mut object = Map::new();
+    for field in text.split(',') {
+        let (name, value) = match field.split_once('=') {
+            Some((name, value)) if NUMBERS.contains(&name) => {
+                (name, value.parse::<u32>().map_or(value.into(), Value::from))
+            }
+            Some((name, value)) => (name, value.into()),
+            None => (field, Value::Bool(true)),
+        };
+        if object.insert(name.to_owned(), value).is_some() {
+            return Err(format!("{name}: must be given once"));
+        }
+    }
+    vmm::from_json(&Value::Object(object).to_string()).map_err(|error| error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(arguments: &[&str]) -> VmConfig {
+        let program = ["coracle-vmm", "--kernel=/k"];
+        Arguments::parse_from(program.iter().chain(arguments)).configuration().unwrap()
+    }
+
+    #[test]
+    fn a_device_has_the_fields_of_the_file() {
+        let config = parse(&["--disk=id=a,path=/d=1,read_only", "--vsock=cid=3,socket=/s"]);
+
+        let disk = DiskConfig { read_only: true, ..DiskConfig::new("a", "/d=1".into()) };
+        assert_eq!(config.disks, [disk]);
+        assert_eq!(config.vsock, Some(VsockConfig { cid: 3, socket: Some("/s".into()) }));
+    }
+
+    #[test]
+    fn numbers_of_a_device_are_numbers() {
+        let config = parse(&[
+            "--disk=id=7,path=/d,queues=2",
+            "--net=tap=t,mac=02:00:00:00:00:01,queue_pairs=3",
+        ]);
+
+        assert_eq!((config.disks[0].id.as_str(), config.disks[0].queues), ("7", 2));
+        assert_eq!(config.nets[0].queue_pairs, 3);
+    }
+
+    #[test]
+    fn an_unknown_field_of_a_device_is_refused_by_name() {
+        let error = fields::<NetConfig>("tap=t,mak=02:00:00:00:00:01").unwrap_err();
+
+        assert!(error.starts_with("mak: unknown field `mak`"), "{error}");
+    }
+
+    #[test]
+    fn a_field_that_is_there_twice_is_refused() {
+        assert_eq!(fields::<NetConfig>("tap=a,tap=b").unwrap_err(), "tap: must be given once");
+    }
+
+    #[test]
+    fn arguments_win_over_the_file() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        fs::write(file.path(), r#"{"vcpus": 2, "boot": {"kernel": "/other"}}"#).unwrap();
+        let config = format!("--config={}", file.path().display());
+
+        let config = parse(&[&config, "--memory=64", "--no-rng"]);
+
+        assert_eq!((config.vcpus, config.memory.size_mib, config.rng), (2, 64, false));
+        assert_eq!(config.boot.kernel, PathBuf::from("/k"));
+    }
+}

@@ -1,0 +1,195 @@
+//! `coracle-vmm`: starts one virtual machine from a configuration file, serves its control socket, and
+//! ends as it ends.
+
+mod api;
+mod arguments;
+mod http;
+mod logger;
+mod machine;
+mod report;
+mod server;
+mod signals;
+mod terminal;
+
+use std::fs;
+use std::io::{self, IsTerminal};
+use std::mem;
+use std::os::fd::AsFd;
+use std::process::ExitCode;
+
+use anyhow::{Context, bail};
+use clap::Parser;
+use log::{LevelFilter, warn};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use vmm::{ConsoleConfig, ConsoleOutput, Exit, VmConfig};
+
+use crate::arguments::Arguments;
+use crate::machine::{Machine, State};
+use crate::report::Report;
+use crate::server::Server;
+use crate::signals::Signals;
+
+/// How long a control socket rests that cannot let a client in.
+const RETRY_MS: u16 = 1000;
+
+/// Who ended the machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Ending {
+    /// The guest, or an error.
+    Itself,
+    /// A client of the control socket.
+    Client,
+    /// This signal.
+    Signal(i32),
+}
+
+fn main() -> ExitCode {
+    vmm::use_one_heap();
+    if log::set_logger(&logger::Stderr).is_ok() {
+        log::set_max_level(LevelFilter::Warn);
+    }
+    match run(&Arguments::parse()) {
+        Ok(code) => code.into(),
+        Err(error) => {
+            eprintln!("coracle-vmm: {error:#}");
+            1.into()
+        }
+    }
+}
+
+fn run(arguments: &Arguments) -> anyhow::Result<u8> {
+    let config = arguments.configuration()?;
+    if arguments.check {
+        return Ok(check(&config));
+    }
+    raise_descriptor_limit();
+    vmm::forbid_core_dumps().context("forbid core dumps")?;
+    let interactive = takes_keys(&config.console) && io::stdin().is_terminal();
+    // Before the first thread starts, so that every thread leaves these signals to this one.
+    let signals = Signals::open().context("receive signals")?;
+    let mut server = match &arguments.api_socket {
+        Some(path) => {
+            let open = Server::open(path);
+            Some(open.with_context(|| format!("listen on {path:?} (it must not exist yet)"))?)
+        }
+        None => None,
+    };
+    let report = arguments.metrics.as_deref().map(Report::create).transpose()?;
+    let mut machine = Machine::build(config, interactive)?;
+    if !arguments.paused {
+        machine.become_state(State::Running)?;
+    }
+    let ending = serve(&mut machine, server.as_mut(), &signals).context("wait for the machine")?;
+    machine.become_state(State::Stopped)?;
+    if let Some(report) = report {
+        report.write(&machine.metrics())?;
+    }
+    exit_code(finish(machine, signals, ending), ending)
+}
+
+/// Says everything that keeps the machine from starting.
+fn check(config: &VmConfig) -> u8 {
+    let found = vmm::check(config);
+    for error in &found {
+        eprintln!("coracle-vmm: {error}");
+    }
+    u8::from(!found.is_empty())
+}
+
+/// Thousands of streams need thousands of descriptors, and the usual limit is there for programs that
+/// use select(2).
+fn raise_descriptor_limit() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, most)| setrlimit(Resource::RLIMIT_NOFILE, most, most));
+    if let Err(error) = raised {
+        warn!("raise the limit of open files: {error}");
+    }
+}
+
+/// Serves the control socket until the machine ends or a signal comes.
+fn serve(
+    machine: &mut Machine,
+    mut server: Option<&mut Server>,
+    signals: &Signals,
+) -> io::Result<Ending> {
+    loop {
+        if wait(machine, server.as_deref(), signals)? {
+            return signals.read().map(Ending::Signal);
+        }
+        if machine.state() == State::Stopped {
+            return Ok(Ending::Itself);
+        }
+        if let Some(server) = &mut server {
+            let mut is_stopped_by_client = false;
+            server.serve(|request| {
+                let was_stopped = machine.state() == State::Stopped;
+                let response = api::answer(machine, request);
+                is_stopped_by_client |= !was_stopped && machine.state() == State::Stopped;
+                response
+            });
+            if is_stopped_by_client {
+                return Ok(Ending::Client);
+            }
+        }
+    }
+}
+
+/// Waits until there is something to do; says whether that is a signal.
+fn wait(machine: &Machine, server: Option<&Server>, signals: &Signals) -> io::Result<bool> {
+    let mut descriptors = vec![PollFd::new(signals.as_fd(), PollFlags::POLLIN)];
+    let others = machine.ended().into_iter();
+    let others = others.chain(server.into_iter().flat_map(Server::descriptors));
+    descriptors.extend(others.map(|descriptor| PollFd::new(descriptor, PollFlags::POLLIN)));
+    let is_deaf = server.is_some_and(Server::is_deaf);
+    let timeout = if is_deaf { RETRY_MS.into() } else { PollTimeout::NONE };
+    loop {
+        match poll(&mut descriptors, timeout) {
+            Ok(_) => return Ok(descriptors[0].any().unwrap_or(false)),
+            Err(Errno::EINTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// Says how `machine` ended, and lets its devices finish, unless a signal says not to: one of them
+/// may wait for whoever reads our output, or for a slow disk.
+fn finish(machine: Machine, signals: Signals, ending: Ending) -> Exit {
+    let socket = machine.config().vsock.as_ref().and_then(|vsock| vsock.socket.clone());
+    let vm = match machine.into_handle() {
+        Ok(vm) => vm,
+        Err(exit) => return exit,
+    };
+    if !matches!(ending, Ending::Signal(_)) {
+        drop(signals);
+        return vm.wait();
+    }
+    let exit = vm.outcome();
+    // Its threads end with the process, which is about to. Nobody else will remove its socket.
+    mem::forget(vm);
+    if let Some(path) = socket {
+        let _ = fs::remove_file(path);
+    }
+    exit
+}
+
+/// Whether the guest gets what is typed here. A serial port has no input, and then the keys that
+/// send signals must go on doing so.
+fn takes_keys(console: &ConsoleConfig) -> bool {
+    console.output == ConsoleOutput::Stdout && !console.serial
+}
+
+fn exit_code(exit: Exit, ending: Ending) -> anyhow::Result<u8> {
+    Ok(match (exit, ending) {
+        (Exit::PowerOff, _) => 0,
+        (Exit::Reset, _) => 3,
+        (Exit::TripleFault, _) => 4,
+        (Exit::Failed(reason), _) => bail!(reason),
+        (Exit::Stopped, Ending::Client) => 5,
+        (Exit::Stopped, Ending::Signal(signal)) => {
+            128 + u8::try_from(signal).expect("signal numbers are small")
+        }
+        (Exit::Stopped, Ending::Itself) => unreachable!("only these two stop a machine"),
+    })
+}

@@ -1,0 +1,56 @@
+//! JSON from people: errors name the field, by its path, and the rule it breaks.
+
+use serde::de::DeserializeOwned;
+
+use crate::config::ConfigError;
+
+/// Reads a `T`; fields it does not know are refused if it says so. The error is the first one found.
+pub fn from_json<T: DeserializeOwned>(text: &str) -> Result<T, ConfigError> {
+    let mut reader = serde_json::Deserializer::from_str(text);
+    let error = |field: String, source: serde_json::Error| {
+        let field = if field == "." { "(document)".to_owned() } else { field };
+        ConfigError { field, rule: source.to_string() }
+    };
+    let value = serde_path_to_error::deserialize(&mut reader)
+        .map_err(|wrong| error(wrong.path().to_string(), wrong.into_inner()))?;
+    reader.end().map_err(|source| error(".".to_owned(), source))?;
+    Ok(value)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::VmConfig;
+
+    fn refused(text: &str) -> String {
+        from_json::<VmConfig>(text).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn an_unknown_field_is_named_with_its_path() {
+        let error = refused(r#"{"boot": {"kernel": "/k", "intrd": "/i"}}"#);
+
+        assert!(error.starts_with("boot.intrd: unknown field `intrd`, expected one of"), "{error}");
+    }
+
+    #[test]
+    fn a_value_of_the_wrong_type_is_named_with_its_place_in_a_list() {
+        let error = refused(r#"{"boot": {"kernel": "/k"}, "disks": [{"id": 5, "path": "/d"}]}"#);
+
+        assert!(error.starts_with("disks[0].id: invalid type: integer `5`"), "{error}");
+    }
+
+    #[test]
+    fn a_missing_field_is_named() {
+        let error = refused(r#"{"boot": {}}"#);
+
+        assert!(error.starts_with("boot: missing field `kernel`"), "{error}");
+    }
+
+    #[test]
+    fn text_behind_the_document_is_refused() {
+        let error = refused(r#"{"boot": {"kernel": "/k"}} {}"#);
+
+        assert!(error.starts_with("(document): trailing characters"), "{error}");
+    }
+}
