@@ -12,7 +12,7 @@ use std::path::Path;
 use seccompiler::{BpfMap, TargetArch, compile_from_json};
 
 /// Kinds of threads, as the JSON files and the fields of `Filters` call them.
-const KINDS: [&str; 3] = ["vcpu", "vmm", "io"];
+const KINDS: [&str; 4] = ["vcpu", "vmm", "io", "main"];
 
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo::rerun-if-changed=seccomp");

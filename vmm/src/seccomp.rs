@@ -4,18 +4,25 @@
 //! script. The kernel's log says which thread made which call: `audit: type=1326 … comm="vcpu 0" …
 //! sig=31 … syscall=41`.
 
+use std::process;
+
 use seccompiler::{BpfProgramRef, sock_filter};
 
 include!(concat!(env!("OUT_DIR"), "/filters.rs"));
 
-/// One filter per [`Kind`]: nothing is compiled, allocated or read when it is installed.
+/// What the filters have in place of this process's pid, which is known only when they are installed.
+/// No pid gets as large (`PID_MAX_LIMIT`).
+const OWN_PID: u32 = 0x7fff_fffe;
+
+/// One filter per [`Kind`]: nothing is compiled or read when it is installed.
 struct Filters {
     vcpu: &'static [sock_filter],
     vmm: &'static [sock_filter],
     io: &'static [sock_filter],
+    main: &'static [sock_filter],
 }
 
-/// What a thread of the machine does.
+/// What a thread does for the machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
     /// Runs a virtual processor.
@@ -24,6 +31,8 @@ pub enum Kind {
     Vmm,
     /// Serves devices that block on files.
     Io,
+    /// Controls the machine, and does nothing else.
+    Main,
 }
 
 impl Kind {
@@ -33,6 +42,7 @@ impl Kind {
             Kind::Vcpu => "vcpu",
             Kind::Vmm => "vmm",
             Kind::Io => "io",
+            Kind::Main => "main",
         }
     }
 }
@@ -45,7 +55,12 @@ pub fn is_available() -> bool {
 /// Installs the filter of `kind` for the calling thread and those it starts, and with it
 /// `no_new_privs`. Neither can be undone. Without a filter it does nothing: see [`is_available`].
 pub fn install(kind: Kind) -> Result<(), seccompiler::Error> {
-    FILTERS.as_ref().map_or(Ok(()), |filters| seccompiler::apply_filter(filters.of(kind)))
+    let Some(filters) = &FILTERS else { return Ok(()) };
+    let mut program = filters.of(kind).to_vec();
+    for step in program.iter_mut().filter(|step| step.k == OWN_PID) {
+        step.k = process::id();
+    }
+    seccompiler::apply_filter(&program)
 }
 
 impl Filters {
@@ -54,6 +69,7 @@ impl Filters {
             Kind::Vcpu => self.vcpu,
             Kind::Vmm => self.vmm,
             Kind::Io => self.io,
+            Kind::Main => self.main,
         }
     }
 }

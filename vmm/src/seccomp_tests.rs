@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use super::*;
 
-const KINDS: [Kind; 3] = [Kind::Vcpu, Kind::Vmm, Kind::Io];
+const KINDS: [Kind; 4] = [Kind::Vcpu, Kind::Vmm, Kind::Io, Kind::Main];
 
 /// Beyond the highest system call number of any kernel so far.
 const CALLS: c_int = 512;
@@ -22,6 +22,9 @@ const BEYOND_FILTERS: [c_int; 2] = [335, 336];
 
 /// Bit that marks the system calls of the x32 ABI, which have numbers of their own.
 const X32: c_long = 0x4000_0000;
+
+/// Stands for a signal to the process itself, whose pid only the process knows.
+const OWN_ABORT: c_long = -1;
 
 /// The rules of each kind of threads, as they were written down.
 fn rules() -> BTreeMap<String, Vec<Value>> {
@@ -42,6 +45,9 @@ fn fate(kind: Kind, number: c_long, arguments: [c_long; 3]) -> c_int {
         unsafe {
             if install(kind).is_err() {
                 libc::abort();
+            }
+            if number == OWN_ABORT {
+                libc::syscall(libc::SYS_tgkill, libc::getpid(), libc::gettid(), libc::SIGABRT);
             }
             libc::syscall(number, first, second, third, 0, 0, 0);
             // Ends this process like `exit_group` would, which no filter allows.
@@ -105,6 +111,8 @@ fn the_arguments_of_a_listed_system_call_count() {
         (libc::SYS_fcntl, [0, libc::F_SETOWN.into(), 0]),
         (libc::SYS_rt_sigaction, [libc::SIGSYS.into(), 0, 0]),
         (libc::SYS_tgkill, [0, 0, libc::SIGKILL.into()]),
+        (libc::SYS_tgkill, [1, 1, libc::SIGABRT.into()]),
+        (libc::SYS_socket, [libc::AF_INET.into(), libc::SOCK_STREAM.into(), 0]),
     ];
     for kind in KINDS {
         for (number, arguments) in refused {
@@ -117,6 +125,23 @@ fn the_arguments_of_a_listed_system_call_count() {
 fn system_calls_of_another_abi_kill() {
     for kind in KINDS {
         assert!(is_killed(fate(kind, X32 | libc::SYS_gettid, [0; 3])), "{kind:?}");
+    }
+}
+
+#[test]
+fn a_thread_may_signal_its_own_process() {
+    for kind in KINDS {
+        let status = fate(kind, OWN_ABORT, [0; 3]);
+        assert!(libc::WIFSIGNALED(status) && libc::WTERMSIG(status) == libc::SIGABRT, "{kind:?}");
+    }
+}
+
+#[test]
+fn only_the_thread_that_serves_files_opens_any() {
+    let openers = [libc::SYS_open, libc::SYS_openat, libc::SYS_openat2, libc::SYS_creat];
+    for kind in KINDS {
+        let opens = openers.iter().any(|&number| !is_killed(fate(kind, number, [0; 3])));
+        assert_eq!(opens, kind == Kind::Io, "{kind:?}");
     }
 }
 
