@@ -48,6 +48,7 @@ impl Vmm {
             return Err(Error::NoFilter);
         }
         check_memory(&config.memory)?;
+        Confinement::check(&config)?;
         let mut boot = open_boot_files(&config.boot)?;
         let kvm = open_kvm()?;
         let vm = create_vm(&kvm)?;

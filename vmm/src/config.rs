@@ -70,6 +70,21 @@ pub struct VmConfig {
     /// process with any other. To start with it fails where nobody has written those down.
     #[serde(default = "yes")]
     pub seccomp: bool,
+    /// Who the machine's threads are once it runs, if this process is root; everything is opened
+    /// before. Only the thread that serves `shares`, if there are any, stays root: it acts for every
+    /// user of the guest.
+    #[serde(default)]
+    pub user: Option<UserConfig>,
+}
+
+/// A user of the host, who need not have a name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct UserConfig {
+    /// User id, not 0.
+    pub uid: u32,
+    /// Group id, not 0; the only group.
+    pub gid: u32,
 }
 
 /// Guest RAM.
@@ -215,6 +230,7 @@ impl VmConfig {
             vsock: None,
             rng: yes(),
             seccomp: yes(),
+            user: None,
         }
     }
 
@@ -226,6 +242,11 @@ impl VmConfig {
         disk::validate(&self.disks)?;
         validate_nets(&self.nets)?;
         validate_shares(&self.shares)?;
+        if let Some(user) = &self.user {
+            // All ones means "as it is" (setresuid(2)).
+            in_range("user.uid", user.uid, 1, u32::MAX - 1)?;
+            in_range("user.gid", user.gid, 1, u32::MAX - 1)?;
+        }
         match &self.vsock {
             Some(vsock) => vsock.validate(),
             None => Ok(()),

@@ -9,8 +9,9 @@ use std::sync::mpsc::sync_channel;
 use std::thread::{Builder, JoinHandle};
 
 use caps::{CapSet, Capability, CapsHashSet};
+use nix::sched::{CloneFlags, unshare};
 
-use crate::config::VmConfig;
+use crate::config::{ConfigError, UserConfig, VmConfig};
 use crate::jail::Jail;
 use crate::seccomp::{self, Kind};
 
@@ -44,12 +45,26 @@ pub struct Confinement {
     pub seccomp: bool,
     /// Whether one of them serves files to the guest.
     pub serves_files: bool,
+    /// Who they are; the one that serves files stays who it is.
+    pub user: Option<UserConfig>,
 }
 
 impl Confinement {
     /// What a machine of `config` in `jail` can do with.
     pub fn of(config: &VmConfig, jail: Option<Arc<Jail>>) -> Self {
-        Confinement { jail, seccomp: config.seccomp, serves_files: !config.shares.is_empty() }
+        let serves_files = !config.shares.is_empty();
+        Confinement { jail, seccomp: config.seccomp, serves_files, user: config.user }
+    }
+
+    /// Refuses a user that this process cannot become.
+    pub fn check(config: &VmConfig) -> Result<(), ConfigError> {
+        let needed = [Capability::CAP_SETUID, Capability::CAP_SETGID];
+        let has = |&one: &Capability| caps::has_cap(None, CapSet::Effective, one).unwrap_or(false);
+        if config.user.is_some() && !needed.iter().all(has) {
+            let rule = "must not be given, as only root can become somebody else".to_owned();
+            return Err(ConfigError { field: "user".to_owned(), rule });
+        }
+        Ok(())
     }
 
     /// Starts a thread of `kind` that runs `body` once it is confined; fails if it cannot be.
@@ -81,8 +96,12 @@ impl Confinement {
             jail.enter()?;
         }
         give_up_new_privileges()?;
-        let needed = if self.serves_files && kind == Kind::Io { &FILE_SERVING[..] } else { &[] };
-        keep_capabilities(needed)?;
+        if self.serves_files && kind == Kind::Io {
+            keep_capabilities(&FILE_SERVING)?;
+        } else {
+            self.user.map_or(Ok(()), become_user)?;
+            keep_capabilities(&[])?;
+        }
         if self.seccomp {
             seccomp::install(kind).map_err(io::Error::other)?;
         }
@@ -90,11 +109,21 @@ impl Confinement {
     }
 }
 
-/// Gives up every capability of the calling thread, and that executing a program could give it any.
-/// For the thread that started a machine, if it needs none.
-pub fn give_up_privileges() -> io::Result<()> {
-    give_up_new_privileges()?;
-    keep_capabilities(&[])
+/// Confines the calling thread, which has started the machine of `config`, to control it from now on:
+/// it becomes the machine's user, and keeps no capability and only few system calls. For a thread that
+/// has nothing else to do.
+pub fn give_up_privileges(config: &VmConfig) -> io::Result<()> {
+    let rest = Confinement { serves_files: false, ..Confinement::of(config, None) };
+    rest.enter(Kind::Main)
+}
+
+/// Leaves the host's System V IPC and its host name to other processes, if the caller may: for the
+/// program's start, as it holds for the calling thread and those it starts.
+pub fn leave_namespaces() -> io::Result<()> {
+    if !Jail::is_allowed() {
+        return Ok(());
+    }
+    Ok(unshare(CloneFlags::CLONE_NEWIPC | CloneFlags::CLONE_NEWUTS)?)
 }
 
 /// Keeps the memory of this process and of its guest out of core dumps; for the program's start.
@@ -114,6 +143,19 @@ fn give_up_new_privileges() -> io::Result<()> {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }
+}
+
+/// Makes the calling thread, and no other, `user` without further groups. By way of the C library all
+/// threads would change at once, which the filters of those that run forbid.
+fn become_user(user: UserConfig) -> io::Result<()> {
+    let UserConfig { uid, gid } = user;
+    // SAFETY: these take numbers only; the list of groups is empty, so its address is not looked at.
+    let succeeded = unsafe {
+        libc::syscall(libc::SYS_setgroups, 0, 0) == 0
+            && libc::syscall(libc::SYS_setresgid, gid, gid, gid) == 0
+            && libc::syscall(libc::SYS_setresuid, uid, uid, uid) == 0
+    };
+    if succeeded { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// Gives up every capability of the calling thread but those of `needed` that it has.

@@ -92,7 +92,8 @@ mod tests {
 
     use super::*;
 
-    const CONFINEMENT: Confinement = Confinement { jail: None, seccomp: true, serves_files: false };
+    const CONFINEMENT: Confinement =
+        Confinement { jail: None, seccomp: true, serves_files: false, user: None };
 
     struct Echo {
         event: EventFd,

@@ -36,9 +36,9 @@ pub use builder::Vmm;
 pub use check::check;
 pub use config::{
     BootConfig, ConfigError, ConsoleConfig, ConsoleOutput, DiskConfig, DiskEngine, MemoryConfig,
-    NetConfig, RateLimitConfig, ShareConfig, VhostUse, VmConfig, VsockConfig,
+    NetConfig, RateLimitConfig, ShareConfig, UserConfig, VhostUse, VmConfig, VsockConfig,
 };
-pub use confinement::{forbid_core_dumps, give_up_privileges};
+pub use confinement::{forbid_core_dumps, give_up_privileges, leave_namespaces};
 pub use control::Exit;
 pub use error::{Error, chain};
 pub use footprint::{give_back_startup_memory, use_one_heap};

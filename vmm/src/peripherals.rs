@@ -1,6 +1,7 @@
 //! Opens and places every device the configuration asks for.
 
 use std::fs::File;
+use std::os::unix::fs::chown;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
@@ -21,7 +22,7 @@ use vm_memory::GuestMemoryMmap;
 
 use crate::config::{
     ConfigError, ConsoleConfig, ConsoleOutput, DiskConfig, DiskEngine, NetConfig, ShareConfig,
-    VhostUse, VmConfig, VsockConfig,
+    UserConfig, VhostUse, VmConfig, VsockConfig,
 };
 use crate::console::{self, ConsoleLog};
 use crate::error::Error;
@@ -60,7 +61,7 @@ pub fn place_all(
     }
     let mut host = None;
     if let Some(vsock) = &config.vsock {
-        host = Some(place_vsock(vsock, jail, placement)?);
+        host = Some(place_vsock(vsock, config.user, jail, placement)?);
     }
     config.disks.iter().try_for_each(|disk| place_disk(disk, placement))?;
     for (index, share) in config.shares.iter().enumerate() {
@@ -124,12 +125,18 @@ fn place_share(
 /// The device's thread finds the sockets of the host in the jail, if there is one.
 fn place_vsock(
     config: &VsockConfig,
+    user: Option<UserConfig>,
     jail: Option<&Jail>,
     placement: &mut Placement<'_>,
 ) -> Result<VsockHost, Error> {
     let vsock = match &config.socket {
         Some(path) => {
-            let socket = Listener::bind(path).map_err(|source| Error::Listen {
+            let listen = || {
+                let socket = Listener::bind(path)?;
+                user.map_or(Ok(()), |user| chown(path, Some(user.uid), Some(user.gid)))?;
+                Ok(socket)
+            };
+            let socket = listen().map_err(|source| Error::Listen {
                 field: "vsock.socket",
                 path: path.clone(),
                 source,

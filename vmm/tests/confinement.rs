@@ -3,15 +3,16 @@
 mod payload;
 
 use std::collections::BTreeMap;
-use std::fs;
-use std::io::Read;
+use std::fs::{self, Permissions};
+use std::io::{Read, Write};
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use payload::{HANG, Payload, TRIPLE_FAULT, print, print_for_ever};
 use tempfile::{NamedTempFile, TempDir};
-use vmm::{ConsoleOutput, DiskConfig, ShareConfig, VmConfig, VsockConfig};
+use vmm::{ConsoleOutput, DiskConfig, ShareConfig, UserConfig, VmConfig, VsockConfig};
 
 /// Generous, because this machine may be busy and its KVM emulated.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -50,7 +51,7 @@ impl Machine {
         let file = NamedTempFile::new().unwrap();
         serde_json::to_writer(file.as_file(), &self.config).unwrap();
         for path in [file.path(), &self.config.boot.kernel] {
-            fs::set_permissions(path, fs::Permissions::from_mode(0o644)).unwrap();
+            fs::set_permissions(path, Permissions::from_mode(0o644)).unwrap();
         }
         file
     }
@@ -65,10 +66,16 @@ struct Running {
 impl Running {
     /// Starts `machine` and waits until its guest prints.
     fn start(machine: &Machine) -> Self {
+        Running::start_with(machine, &[])
+    }
+
+    /// The same with more `arguments`.
+    fn start_with(machine: &Machine, arguments: &[&str]) -> Self {
         let config = machine.file();
         let mut program = Command::new(env!("CARGO_BIN_EXE_coracle-vmm"))
             .arg("--config")
             .arg(config.path())
+            .args(arguments)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .spawn()
@@ -96,14 +103,21 @@ impl Running {
         let deadline = Instant::now() + PATIENCE;
         loop {
             let threads = self.threads();
-            if threads["coracle-vmm"].field("NoNewPrivs") == "1"
-                && threads["coracle-vmm"].capabilities("CapPrm") == 0
-            {
+            // SECCOMP_MODE_FILTER, which comes last.
+            if threads["coracle-vmm"].field("Seccomp") == "2" {
                 return threads;
             }
             assert!(Instant::now() < deadline, "{}", threads["coracle-vmm"].0);
             std::thread::yield_now();
         }
+    }
+
+    /// The soft and the hard limit called `name`.
+    fn limit(&self, name: &str) -> [String; 2] {
+        let limits = fs::read_to_string(format!("/proc/{}/limits", self.program.id())).unwrap();
+        let line = limits.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+        let mut words = line.split_whitespace().map(str::to_owned);
+        [words.next().unwrap(), words.next().unwrap()]
     }
 
     /// The threads of the machine itself.
@@ -130,6 +144,10 @@ impl Status {
         line.strip_prefix(':').unwrap().trim()
     }
 
+    fn words(&self, name: &str) -> Vec<&str> {
+        self.field(name).split_whitespace().collect()
+    }
+
     fn capabilities(&self, set: &str) -> u64 {
         u64::from_str_radix(self.field(set), 16).unwrap()
     }
@@ -140,9 +158,9 @@ impl Status {
 fn every_thread_of_a_machine_has_its_filter() {
     let machine = Running::start(&Machine::of(&[print("up"), HANG.to_vec()]).with_a_disk());
 
-    let threads = machine.device_threads();
+    let threads = machine.settled_threads();
 
-    assert_eq!(threads.keys().collect::<Vec<_>>(), ["io", "vcpu 0", "vmm"]);
+    assert_eq!(threads.keys().collect::<Vec<_>>(), ["coracle-vmm", "io", "vcpu 0", "vmm"]);
     for (name, status) in threads {
         // SECCOMP_MODE_FILTER
         assert_eq!(status.field("Seccomp"), "2", "{name}");
@@ -199,14 +217,112 @@ fn the_thread_that_serves_files_keeps_what_that_takes() {
 }
 
 #[test]
+#[ignore = "needs /dev/kvm and root"]
+fn threads_become_the_user_they_are_told_to_be() {
+    let mut machine = Machine::of(&[print("up"), HANG.to_vec()]).with_a_disk();
+    machine.config.user = Some(UserConfig { uid: 4711, gid: 4712 });
+    let machine = Running::start(&machine);
+
+    let threads = machine.settled_threads();
+
+    assert_eq!(threads.len(), 4);
+    for (name, status) in threads {
+        assert_eq!(status.words("Uid"), ["4711"; 4], "{name}");
+        assert_eq!(status.words("Gid"), ["4712"; 4], "{name}");
+        assert!(status.words("Groups").is_empty(), "{name}");
+        assert_eq!(status.capabilities("CapPrm"), 0, "{name}");
+    }
+}
+
+#[test]
+#[ignore = "needs /dev/kvm and root"]
+fn the_thread_that_serves_files_stays_root() {
+    let folder = TempDir::new().unwrap();
+    let mut machine = Machine::of(&[print("up"), HANG.to_vec()]);
+    machine.config.user = Some(UserConfig { uid: 4711, gid: 4712 });
+    machine.config.shares =
+        vec![ShareConfig { tag: "share".into(), path: folder.path().into(), read_only: false }];
+    let machine = Running::start(&machine);
+
+    let threads = machine.settled_threads();
+
+    assert_eq!(threads["io"].words("Uid"), ["0"; 4]);
+    assert_eq!(threads["io"].capabilities("CapEff"), 0x8800_00df);
+    assert_eq!(threads["vmm"].words("Uid"), ["4711"; 4]);
+    assert_eq!(threads["vcpu 0"].words("Uid"), ["4711"; 4]);
+}
+
+#[test]
+#[ignore = "needs /dev/kvm and root"]
+fn a_machine_of_another_user_is_controlled_through_its_socket() {
+    let folder = TempDir::new().unwrap();
+    fs::set_permissions(folder.path(), Permissions::from_mode(0o777)).unwrap();
+    let socket = folder.path().join("api");
+    let machine = Machine::of(&[print("up"), HANG.to_vec()]);
+    let arguments = ["--user=4711:4712", "--api-socket", socket.to_str().unwrap()];
+    let mut machine = Running::start_with(&machine, &arguments);
+    machine.settled_threads();
+
+    for state in ["paused", "running", "stopped"] {
+        let mut client = UnixStream::connect(&socket).unwrap();
+        let body = format!("{{\"state\": \"{state}\"}}");
+        let bytes = body.len();
+        let head = "PUT /v1/vm/state HTTP/1.0\r\nContent-Length";
+        client.write_all(format!("{head}: {bytes}\r\n\r\n{body}").as_bytes()).unwrap();
+        let mut answer = String::new();
+        client.read_to_string(&mut answer).unwrap();
+        assert!(answer.starts_with("HTTP/1.1 204"), "{state}: {answer}");
+    }
+
+    assert_eq!(machine.program.wait().unwrap().code(), Some(5));
+    assert!(!socket.exists());
+}
+
+#[test]
+#[ignore = "needs /dev/kvm and root"]
+fn a_machine_shares_neither_ipc_nor_host_name_with_the_host() {
+    let machine = Running::start(&Machine::of(&[print("up"), HANG.to_vec()]).with_a_disk());
+
+    for thread in machine.threads().into_values() {
+        for namespace in ["ipc", "uts", "mnt"] {
+            let of = |process: &str| fs::read_link(format!("/proc/{process}/ns/{namespace}"));
+            let is_shared = of(thread.field("Pid")).unwrap() == of("self").unwrap();
+            let is_main = thread.field("Pid") == thread.field("Tgid");
+            assert_eq!(is_shared, is_main && namespace == "mnt", "{namespace} {}", thread.0);
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs /dev/kvm"]
+fn a_machine_may_open_little_more_than_it_has_open() {
+    let mut bounded = Machine::of(&[print("up"), HANG.to_vec()]).with_a_disk();
+    bounded.config.vsock = None;
+    let machine = Running::start(&bounded);
+
+    let [soft, hard] = machine.limit("Max open files");
+
+    assert_eq!(soft, hard);
+    assert!((64..128).contains(&soft.parse::<u64>().unwrap()), "{soft}");
+}
+
+#[test]
+#[ignore = "needs /dev/kvm"]
+fn a_machine_keeps_to_the_limits_it_is_told() {
+    let machine = Machine::of(&[print("up"), HANG.to_vec()]);
+    let arguments = ["--resource-limit=no-file=200", "--resource-limit=fsize=1048576"];
+    let machine = Running::start_with(&machine, &arguments);
+
+    assert_eq!(machine.limit("Max open files"), ["200"; 2]);
+    assert_eq!(machine.limit("Max file size"), ["1048576"; 2]);
+}
+
+#[test]
 #[ignore = "needs /dev/kvm"]
 fn a_machine_leaves_no_core_dump() {
     let machine = Running::start(&Machine::of(&[print("up"), HANG.to_vec()]));
 
-    let limits = fs::read_to_string(format!("/proc/{}/limits", machine.program.id())).unwrap();
-
-    let line = limits.lines().find_map(|line| line.strip_prefix("Max core file size")).unwrap();
-    assert_eq!(line.split_whitespace().collect::<Vec<_>>(), ["0", "0", "bytes"]);
+    assert_eq!(machine.limit("Max core file size"), ["0"; 2]);
 }
 
 #[test]
@@ -216,7 +332,7 @@ fn a_machine_without_filters_has_none() {
     unfiltered.config.seccomp = false;
     let machine = Running::start(&unfiltered);
 
-    assert!(machine.device_threads().values().all(|status| status.field("Seccomp") == "0"));
+    assert!(machine.threads().values().all(|status| status.field("Seccomp") == "0"));
 }
 
 #[test]

@@ -167,6 +167,7 @@ pub(super) fn config(
         vsock: Some(VsockConfig { cid: GUEST_CID, socket: None }),
         rng: true,
         seccomp: true,
+        user: None,
     }
 }
 

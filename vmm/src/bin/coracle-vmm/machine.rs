@@ -158,7 +158,7 @@ impl Machine {
         let terminal = self.is_interactive.then(open).flatten();
         self.stage = Stage::Started { vm: Box::new(vm), is_paused: false, _terminal: terminal };
         // From here on nothing is opened, and nothing else needs a privilege either.
-        vmm::give_up_privileges()
+        vmm::give_up_privileges(&self.config)
             .map_err(|error| Error::Start(format!("give up privileges: {error}")))
     }
 
