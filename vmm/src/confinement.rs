@@ -8,33 +8,32 @@ use std::sync::Arc;
 use std::sync::mpsc::sync_channel;
 use std::thread::{Builder, JoinHandle};
 
-use caps::{CapSet, Capability, CapsHashSet};
 use nix::sched::{CloneFlags, unshare};
+use rustix::thread::{CapabilitySet, CapabilitySets, capabilities, set_capabilities};
 
 use crate::config::{ConfigError, UserConfig, VmConfig};
 use crate::jail::Jail;
 use crate::seccomp::{self, Kind};
 
 /// What serving files takes: to do for every user of the guest what its kernel has allowed already.
-const FILE_SERVING: [Capability; 9] = [
+const FILE_SERVING: CapabilitySet = CapabilitySet::empty()
     // SETATTR of the owner.
-    Capability::CAP_CHOWN,
+    .union(CapabilitySet::CHOWN)
     // The permission bits were looked at in the guest.
-    Capability::CAP_DAC_OVERRIDE,
+    .union(CapabilitySet::DAC_OVERRIDE)
     // LINK, which names the file by descriptor (linkat(2), AT_EMPTY_PATH).
-    Capability::CAP_DAC_READ_SEARCH,
+    .union(CapabilitySet::DAC_READ_SEARCH)
     // SETATTR of mode and times of somebody else's file.
-    Capability::CAP_FOWNER,
+    .union(CapabilitySet::FOWNER)
     // A changed file keeps its set-user-id bits unless the guest's kernel says otherwise.
-    Capability::CAP_FSETID,
+    .union(CapabilitySet::FSETID)
     // Device nodes; the guest cannot open the host's devices with them.
-    Capability::CAP_MKNOD,
+    .union(CapabilitySet::MKNOD)
     // Capabilities of programs: the extended attribute security.capability.
-    Capability::CAP_SETFCAP,
+    .union(CapabilitySet::SETFCAP)
     // Whom a new file belongs to.
-    Capability::CAP_SETGID,
-    Capability::CAP_SETUID,
-];
+    .union(CapabilitySet::SETGID)
+    .union(CapabilitySet::SETUID);
 
 /// What the threads of one machine are left with.
 #[derive(Debug, Clone)]
@@ -58,9 +57,7 @@ impl Confinement {
 
     /// Refuses a user that this process cannot become.
     pub fn check(config: &VmConfig) -> Result<(), ConfigError> {
-        let needed = [Capability::CAP_SETUID, Capability::CAP_SETGID];
-        let has = |&one: &Capability| caps::has_cap(None, CapSet::Effective, one).unwrap_or(false);
-        if config.user.is_some() && !needed.iter().all(has) {
+        if config.user.is_some() && !has(CapabilitySet::SETUID | CapabilitySet::SETGID) {
             let rule = "must not be given, as only root can become somebody else".to_owned();
             return Err(ConfigError { field: "user".to_owned(), rule });
         }
@@ -95,17 +92,17 @@ impl Confinement {
         if let Some(jail) = self.jail {
             jail.enter()?;
         }
-        give_up_new_privileges()?;
         if self.serves_files && kind == Kind::Io {
-            keep_capabilities(&FILE_SERVING)?;
+            keep_capabilities(FILE_SERVING)?;
         } else {
             self.user.map_or(Ok(()), become_user)?;
-            keep_capabilities(&[])?;
+            keep_capabilities(CapabilitySet::empty())?;
         }
         if self.seccomp {
-            seccomp::install(kind).map_err(io::Error::other)?;
+            // Gives up new privileges by the way.
+            return seccomp::install(kind).map_err(io::Error::other);
         }
-        Ok(())
+        give_up_new_privileges()
     }
 }
 
@@ -158,12 +155,15 @@ fn become_user(user: UserConfig) -> io::Result<()> {
     if succeeded { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
+/// Whether the calling thread has all of `needed`.
+pub fn has(needed: CapabilitySet) -> bool {
+    capabilities(None).is_ok_and(|sets| sets.effective.contains(needed))
+}
+
 /// Gives up every capability of the calling thread but those of `needed` that it has.
-fn keep_capabilities(needed: &[Capability]) -> io::Result<()> {
-    let had = caps::read(None, CapSet::Permitted).map_err(io::Error::other)?;
-    let kept: CapsHashSet = needed.iter().copied().filter(|one| had.contains(one)).collect();
+fn keep_capabilities(needed: CapabilitySet) -> io::Result<()> {
+    let kept = capabilities(None)?.permitted & needed;
     // No program will be executed that could inherit one; without these there are no ambient ones.
-    caps::clear(None, CapSet::Inheritable).map_err(io::Error::other)?;
-    caps::set(None, CapSet::Effective, &kept).map_err(io::Error::other)?;
-    caps::set(None, CapSet::Permitted, &kept).map_err(io::Error::other)
+    let inheritable = CapabilitySet::empty();
+    Ok(set_capabilities(None, CapabilitySets { effective: kept, permitted: kept, inheritable })?)
 }

@@ -10,10 +10,12 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::thread;
 
-use caps::{CapSet, Capability};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::unistd::{chdir, chroot, fchdir, pivot_root};
+use rustix::thread::CapabilitySet;
+
+use crate::confinement::has;
 
 /// Where the namespace grows before it becomes the root. Every host has it, and what is below it is
 /// hidden only from the thread that builds.
@@ -68,9 +70,7 @@ pub struct Jail {
 impl Jail {
     /// Whether this thread may build one (mount_namespaces(7), setns(2)).
     pub fn is_allowed() -> bool {
-        [Capability::CAP_SYS_ADMIN, Capability::CAP_SYS_CHROOT]
-            .iter()
-            .all(|&one| caps::has_cap(None, CapSet::Effective, one).unwrap_or(false))
+        has(CapabilitySet::SYS_ADMIN | CapabilitySet::SYS_CHROOT)
     }
 
     /// Builds a jail in which `directories`, with everything mounted in them, are at
