@@ -8,18 +8,21 @@ use std::sync::{Arc, Mutex};
 use arch::machine::{BootFiles, Entry, Machine, MmioDevice};
 use arch::{Arch, Host, Kvm, VcpuFd, VmFd};
 
-use crate::check::check_memory;
+use crate::check::{check_memory, parent};
 use crate::config::{BootConfig, VmConfig};
+use crate::confinement::Confinement;
 use crate::console::ConsoleLog;
 use crate::control::Control;
 use crate::error::Error;
 use crate::event_loop::EventLoop;
 use crate::handle::VmHandle;
+use crate::jail::Jail;
 use crate::memory::GuestRam;
 use crate::metrics::{Counter, Metrics, Record, now_ns};
 use crate::peripherals::{self, Ends};
 use crate::placement::{Placed, Placement};
 use crate::pmem;
+use crate::seccomp::{self, Kind};
 use crate::vcpu::Vcpu;
 use crate::vsock;
 
@@ -36,6 +39,7 @@ pub struct Vmm {
     console: ConsoleLog,
     ends: Ends,
     record: Record,
+    confinement: Confinement,
     vm: VmFd,
     ram: GuestRam,
 }
@@ -46,7 +50,11 @@ impl Vmm {
     pub fn new(config: VmConfig) -> Result<Vmm, Error> {
         let mut record = Record { started_ns: now_ns(), ..Record::default() };
         config.validate()?;
+        if config.seccomp && !seccomp::is_available() {
+            return Err(Error::NoFilter);
+        }
         check_memory(&config.memory)?;
+        Confinement::check(&config)?;
         let mut boot = open_boot_files(&config.boot)?;
         let kvm = open_kvm()?;
         let vm = create_vm(&kvm)?;
@@ -66,7 +74,15 @@ impl Vmm {
         let control = Control::new(config.vcpus)
             .map(Arc::new)
             .map_err(|source| Error::Start { what: "the machine's control", source })?;
-        let ends = peripherals::place_all(&config, &console, &files, pluggable, &mut placement)?;
+        let jail = build_jail(&config)?;
+        let ends = peripherals::place_all(
+            &config,
+            &console,
+            jail.as_deref(),
+            &files,
+            pluggable,
+            &mut placement,
+        )?;
         let mut placed = placement.finish();
         record.devices_ns = now_ns();
 
@@ -82,7 +98,8 @@ impl Vmm {
         }
         record.built_ns = now_ns();
         record.activities = mem::take(&mut placed.activities);
-        Ok(Vmm { control, vcpus, placed, console, ends, record, vm, ram })
+        let confinement = Confinement::of(&config, jail);
+        Ok(Vmm { control, vcpus, placed, console, ends, record, confinement, vm, ram })
     }
 
     /// The host's end of the socket device, if the VM has one: streams may be connected and
@@ -98,7 +115,8 @@ impl Vmm {
 
     /// Starts the machine's threads, and with them the guest.
     pub fn start(self) -> Result<VmHandle, Error> {
-        let Placed { buses, vmm_loop, io_loop, .. } = self.placed;
+        let confinement = self.confinement;
+        let Placed { buses, vmm_loop, io_loop, socket_files, .. } = self.placed;
         let mut handle = VmHandle {
             control: self.control,
             vcpus: Vec::with_capacity(self.vcpus.len()),
@@ -107,12 +125,13 @@ impl Vmm {
             counters: Vec::with_capacity(self.vcpus.len()),
             record: self.record,
             loops: Vec::with_capacity(2),
+            _socket_files: socket_files,
             _vm: self.vm,
             _ram: self.ram,
         };
-        for (name, subscribers) in [("vmm", vmm_loop), ("io", io_loop)] {
+        for (kind, subscribers) in [(Kind::Vmm, vmm_loop), (Kind::Io, io_loop)] {
             if !subscribers.is_empty() {
-                let event_loop = EventLoop::start(name, subscribers)
+                let event_loop = EventLoop::start(kind, subscribers, &confinement)
                     .map_err(|source| Error::Start { what: "an event loop", source })?;
                 handle.loops.push(event_loop);
             }
@@ -129,8 +148,9 @@ impl Vmm {
                 control: handle.control.clone(),
                 counter,
             };
-            let thread =
-                vcpu.start().map_err(|source| Error::Start { what: "a vCPU thread", source })?;
+            let thread = vcpu
+                .start(&confinement)
+                .map_err(|source| Error::Start { what: "a vCPU thread", source })?;
             handle.vcpus.push(thread);
         }
         Ok(handle)
@@ -139,6 +159,16 @@ impl Vmm {
 
 fn step(step: &'static str) -> impl FnOnce(arch::ArchError) -> Error {
     move |source| Error::Arch { step, source }
+}
+
+/// An unprivileged user cannot build one, and has little that it could keep from a thread.
+fn build_jail(config: &VmConfig) -> Result<Option<Arc<Jail>>, Error> {
+    if !Jail::is_allowed() {
+        return Ok(None);
+    }
+    let shares = config.shares.iter().map(|share| share.path.as_path());
+    let socket = config.vsock.as_ref().and_then(|vsock| vsock.socket.as_deref());
+    Ok(Some(Arc::new(Jail::build(shares, socket.map(parent))?)))
 }
 
 fn open_boot_files(boot: &BootConfig) -> Result<BootFiles, Error> {

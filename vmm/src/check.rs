@@ -11,6 +11,7 @@ use arch::{Arch, Host};
 
 use crate::builder::open_file;
 use crate::config::{ConfigError, ConsoleOutput, DiskConfig, MemoryConfig, VmConfig};
+use crate::confinement::Confinement;
 use crate::error::chain;
 use crate::memory::GuestRam;
 
@@ -23,6 +24,7 @@ pub fn check(config: &VmConfig) -> Vec<ConfigError> {
     }
     let mut found = Vec::new();
     found.extend(check_memory(&config.memory).err());
+    found.extend(Confinement::check(config).err());
     check_boot(config, &mut found);
     for (index, disk) in config.disks.iter().enumerate() {
         found.extend(check_disk(&format!("disks[{index}].path"), disk).err());
@@ -109,7 +111,7 @@ fn check_folder(field: &str, path: &Path) -> Result<(), ConfigError> {
 }
 
 /// The folder a file would be made in.
-fn parent(path: &Path) -> &Path {
+pub(crate) fn parent(path: &Path) -> &Path {
     match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),

@@ -75,6 +75,25 @@ pub struct VmConfig {
     /// The memory balloon, if there is one.
     #[serde(default)]
     pub balloon: Option<BalloonConfig>,
+    /// Whether each thread of the machine may make only the system calls it needs, and ends the
+    /// process with any other. To start with it fails where nobody has written those down.
+    #[serde(default = "yes")]
+    pub seccomp: bool,
+    /// Who the machine's threads are once it runs, if this process is root; everything is opened
+    /// before. Only the thread that serves `shares`, if there are any, stays root: it acts for every
+    /// user of the guest.
+    #[serde(default)]
+    pub user: Option<UserConfig>,
+}
+
+/// A user of the host, who need not have a name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct UserConfig {
+    /// User id, not 0.
+    pub uid: u32,
+    /// Group id, not 0; the only group.
+    pub gid: u32,
 }
 
 /// Guest RAM.
@@ -263,6 +282,8 @@ impl VmConfig {
             vsock: None,
             rng: yes(),
             balloon: None,
+            seccomp: yes(),
+            user: None,
         }
     }
 
@@ -281,6 +302,11 @@ impl VmConfig {
         validate_shares(&self.shares)?;
         if let Some(balloon) = &self.balloon {
             in_range("balloon.target_mib", balloon.target_mib, 0, self.memory.size_mib - 1)?;
+        }
+        if let Some(user) = &self.user {
+            // All ones means "as it is" (setresuid(2)).
+            in_range("user.uid", user.uid, 1, u32::MAX - 1)?;
+            in_range("user.gid", user.gid, 1, u32::MAX - 1)?;
         }
         match &self.vsock {
             Some(vsock) => vsock.validate(),

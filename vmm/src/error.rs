@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use arch::ArchError;
 
 use crate::config::ConfigError;
+use crate::jail::JailError;
 use crate::memory::MemoryError;
 use crate::placement::PlacementError;
 
@@ -15,6 +16,12 @@ pub enum Error {
     /// A value of the configuration cannot be.
     #[error("invalid machine configuration")]
     Config(#[from] ConfigError),
+    /// Nobody has written down what this architecture's threads need.
+    #[error(
+        "this build has no system call filters for its architecture: to run without them, set \
+         `seccomp` to false (coracle-vmm --no-seccomp)"
+    )]
+    NoFilter,
     /// /dev/kvm cannot be used.
     #[error("open /dev/kvm: {remedy}")]
     OpenKvm {
@@ -95,6 +102,9 @@ pub enum Error {
         #[source]
         source: ArchError,
     },
+    /// The machine's threads cannot be kept apart from the host's file systems.
+    #[error("keep the machine's threads to the shared directories")]
+    Jail(#[from] JailError),
     /// A device could not be made.
     #[error("create device {name}")]
     Device {

@@ -8,6 +8,9 @@ use std::thread::{self, JoinHandle};
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use crate::confinement::Confinement;
+use crate::seccomp::Kind;
+
 /// Address space of a loop's stack, in bytes; only what is used of it becomes memory.
 const STACK_BYTES: usize = 512 << 10;
 
@@ -21,8 +24,12 @@ pub struct EventLoop {
 }
 
 impl EventLoop {
-    /// Starts a thread called `name` that serves `subscribers` until the loop is dropped.
-    pub fn start(name: &str, subscribers: Vec<BoxedSubscriber>) -> io::Result<Self> {
+    /// Starts a thread of `kind` that serves `subscribers` until the loop is dropped.
+    pub fn start(
+        kind: Kind,
+        subscribers: Vec<BoxedSubscriber>,
+        confinement: &Confinement,
+    ) -> io::Result<Self> {
         let stop = EventFd::new(EFD_NONBLOCK)?;
         let running = Arc::new(AtomicBool::new(true));
         let mut manager = EventManager::new().map_err(io::Error::other)?;
@@ -31,10 +38,8 @@ impl EventLoop {
         for subscriber in subscribers {
             manager.add_subscriber(subscriber);
         }
-        let thread = thread::Builder::new()
-            .name(name.to_owned())
-            .stack_size(STACK_BYTES)
-            .spawn(move || serve(manager, &running))?;
+        let builder = thread::Builder::new().name(kind.name().to_owned()).stack_size(STACK_BYTES);
+        let thread = confinement.spawn(builder, kind, move || serve(manager, &running))?;
         Ok(EventLoop { stop, thread: Some(thread) })
     }
 }
@@ -87,6 +92,9 @@ mod tests {
 
     use super::*;
 
+    const CONFINEMENT: Confinement =
+        Confinement { jail: None, seccomp: true, serves_files: false, user: None };
+
     struct Echo {
         event: EventFd,
         seen: Sender<u64>,
@@ -107,7 +115,7 @@ mod tests {
         let event = EventFd::new(EFD_NONBLOCK).unwrap();
         let (seen, sight) = channel();
         let echo = Echo { event: event.try_clone().unwrap(), seen };
-        let event_loop = EventLoop::start("test", vec![Box::new(echo)]).unwrap();
+        let event_loop = EventLoop::start(Kind::Vmm, vec![Box::new(echo)], &CONFINEMENT).unwrap();
 
         event.write(7).unwrap();
 
@@ -119,7 +127,7 @@ mod tests {
     fn a_dropped_loop_has_dropped_its_subscribers() {
         let (seen, sight) = channel();
         let echo = Echo { event: EventFd::new(EFD_NONBLOCK).unwrap(), seen };
-        let event_loop = EventLoop::start("test", vec![Box::new(echo)]).unwrap();
+        let event_loop = EventLoop::start(Kind::Vmm, vec![Box::new(echo)], &CONFINEMENT).unwrap();
 
         drop(event_loop);
 

@@ -6,6 +6,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use arch::VmFd;
+use devices::listener::SocketFile;
 use devices::virtio::balloon::Host as BalloonHost;
 use devices::virtio::mem::Host as MemHost;
 use devices::virtio::vsock::Host as VsockHost;
@@ -29,6 +30,8 @@ pub struct VmHandle {
     pub(crate) record: Record,
     /// Stopped before guest RAM goes: devices work on it.
     pub(crate) loops: Vec<EventLoop>,
+    /// The threads that serve the sockets cannot reach their files.
+    pub(crate) _socket_files: Vec<SocketFile>,
     /// Closed after the vCPU threads are gone, and before guest RAM goes.
     pub(crate) _vm: VmFd,
     pub(crate) _ram: GuestRam,

@@ -15,12 +15,14 @@
 mod builder;
 mod check;
 pub mod config;
+mod confinement;
 mod console;
 mod control;
 mod error;
 mod event_loop;
 mod footprint;
 mod handle;
+mod jail;
 mod json;
 mod memory;
 mod metrics;
@@ -28,15 +30,17 @@ mod peripherals;
 mod placement;
 mod pmem;
 pub mod prometheus;
+mod seccomp;
 mod vcpu;
 
 pub use builder::Vmm;
 pub use check::check;
 pub use config::{
     BalloonConfig, BootConfig, ConfigError, ConsoleConfig, ConsoleOutput, DiskConfig, DiskEngine,
-    MemoryConfig, NetConfig, PmemConfig, RateLimitConfig, ShareConfig, VhostUse, VmConfig,
-    VsockConfig,
+    MemoryConfig, NetConfig, PmemConfig, RateLimitConfig, ShareConfig, UserConfig, VhostUse,
+    VmConfig, VsockConfig,
 };
+pub use confinement::{forbid_core_dumps, give_up_privileges, leave_namespaces};
 pub use control::Exit;
 pub use error::{Error, chain};
 pub use footprint::{give_back_startup_memory, use_one_heap};

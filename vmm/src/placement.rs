@@ -8,6 +8,7 @@ use arch::VmFd;
 use arch::machine::{MmioDevice, Space};
 use devices::bus::{BusBuilder, BusDevice, BusError};
 use devices::interrupt::IrqLine;
+use devices::listener::SocketFile;
 use devices::virtio::VirtioDevice;
 use devices::virtio::activity::Activity;
 use devices::virtio::mmio::{MMIO_WINDOW, MmioTransport};
@@ -66,6 +67,7 @@ pub struct Placement<'a> {
     activities: Vec<(String, Arc<Activity>)>,
     vmm_loop: Vec<BoxedSubscriber>,
     io_loop: Vec<BoxedSubscriber>,
+    socket_files: Vec<SocketFile>,
 }
 
 /// A machine that is complete.
@@ -80,6 +82,8 @@ pub struct Placed {
     pub vmm_loop: Vec<BoxedSubscriber>,
     /// What the `io` loop serves.
     pub io_loop: Vec<BoxedSubscriber>,
+    /// To be removed when the machine ends.
+    pub socket_files: Vec<SocketFile>,
 }
 
 impl<'a> Placement<'a> {
@@ -103,6 +107,7 @@ impl<'a> Placement<'a> {
             activities: Vec::new(),
             vmm_loop: Vec::new(),
             io_loop: Vec::new(),
+            socket_files: Vec::new(),
         })
     }
 
@@ -174,6 +179,11 @@ impl<'a> Placement<'a> {
         Ok(Arc::new(line))
     }
 
+    /// Keeps `file` for as long as the machine lasts.
+    pub fn keep(&mut self, file: SocketFile) {
+        self.socket_files.push(file);
+    }
+
     /// Freezes the machine.
     pub fn finish(self) -> Placed {
         Placed {
@@ -182,6 +192,7 @@ impl<'a> Placement<'a> {
             buses: Buses { memory: self.memory_bus.build(), ports: self.ports.build() },
             vmm_loop: self.vmm_loop,
             io_loop: self.io_loop,
+            socket_files: self.socket_files,
         }
     }
 }

@@ -13,8 +13,10 @@ use kvm_bindings::{
 };
 use vm_memory::GuestMemoryMmap;
 
+use crate::confinement::Confinement;
 use crate::control::{self, Control, Exit};
 use crate::metrics::Counter;
+use crate::seccomp::Kind;
 
 /// Address space of a vCPU thread's stack, in bytes; only what is used of it becomes memory.
 const STACK_BYTES: usize = 256 << 10;
@@ -45,11 +47,10 @@ pub struct Vcpu {
 
 impl Vcpu {
     /// Starts the vCPU's thread; it ends with the VM.
-    pub fn start(mut self) -> io::Result<JoinHandle<()>> {
-        thread::Builder::new()
-            .name(format!("vcpu {}", self.index))
-            .stack_size(STACK_BYTES)
-            .spawn(move || self.run())
+    pub fn start(mut self, confinement: &Confinement) -> io::Result<JoinHandle<()>> {
+        let name = format!("{} {}", Kind::Vcpu.name(), self.index);
+        let builder = thread::Builder::new().name(name).stack_size(STACK_BYTES);
+        confinement.spawn(builder, Kind::Vcpu, move || self.run())
     }
 
     fn run(&mut self) {

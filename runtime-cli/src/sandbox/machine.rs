@@ -168,6 +168,8 @@ pub(super) fn config(
         vsock: Some(VsockConfig { cid: GUEST_CID, socket: None }),
         rng: true,
         balloon: Some(BalloonConfig { free_page_reporting: true, ..BalloonConfig::default() }),
+        seccomp: true,
+        user: None,
     }
 }
 

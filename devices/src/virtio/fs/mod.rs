@@ -6,11 +6,14 @@ mod server;
 mod tests;
 mod tree;
 
+use std::os::fd::AsRawFd;
+
+use event_manager::EventSet;
 use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
 
 use super::complaints::Complaints;
 use super::queue::{QueueError, Verdict, VirtQueue};
-use super::{ActivateError, Activation, DeviceTraits, VirtioDevice, copy_config};
+use super::{ActivateError, Activation, Backend, DeviceTraits, VirtioDevice, copy_config};
 
 pub use self::server::{Error, Server};
 
@@ -32,6 +35,8 @@ pub struct Fs {
     server: Server,
     /// The queue for urgent requests, then those for ordinary ones.
     queues: Option<[VirtQueue; 2]>,
+    /// Whether the server still knows a driver that is gone.
+    stale: bool,
     complaints: Complaints,
 }
 
@@ -43,7 +48,15 @@ impl Fs {
         let length = tag.len().min(TAG_BYTES);
         config[..length].copy_from_slice(&tag.as_bytes()[..length]);
         config[TAG_BYTES..].copy_from_slice(&REQUEST_QUEUES.to_le_bytes());
-        Fs { config, server, queues: None, complaints: Complaints::of(format!("fs {tag}")) }
+        let complaints = Complaints::of(format!("fs {tag}"));
+        Fs { config, server, queues: None, stale: false, complaints }
+    }
+
+    /// Closes what a driver that is gone had open.
+    fn forget(&mut self) {
+        if std::mem::take(&mut self.stale) {
+            self.server.reset();
+        }
     }
 }
 
@@ -63,11 +76,14 @@ impl VirtioDevice for Fs {
 
     fn reset(&mut self) {
         if self.queues.take().is_some() {
-            self.server.reset();
+            // The processor that resets the device may not touch files: the device's thread may.
+            self.stale = true;
+            self.server.wake();
         }
     }
 
     fn queue_ready(&mut self, index: usize) -> Result<(), QueueError> {
+        self.forget();
         let Some(queue) = self.queues.as_mut().and_then(|queues| queues.get_mut(index)) else {
             return Ok(());
         };
@@ -79,5 +95,14 @@ impl VirtioDevice for Fs {
                 Verdict::Used(0)
             }
         })
+    }
+
+    fn backends(&self) -> Vec<Backend> {
+        vec![Backend { fd: self.server.woken().as_raw_fd(), events: EventSet::IN }]
+    }
+
+    fn backend_ready(&mut self, _index: usize, _events: EventSet) -> Result<(), QueueError> {
+        self.forget();
+        Ok(())
     }
 }

@@ -13,6 +13,7 @@ use fuse_backend_rs::api::server;
 use fuse_backend_rs::passthrough::{CachePolicy, Config, PassthroughFs};
 use fuse_backend_rs::transport::{Reader, VirtioFsWriter};
 use vm_memory::GuestMemoryMmap;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::tree::{Access, Tree};
 use crate::virtio::queue::Chain;
@@ -40,6 +41,9 @@ pub enum Error {
     /// The process may not open enough files.
     #[error("raise the limit of open files")]
     RaiseFileLimit(#[source] io::Error),
+    /// The process has no descriptor left.
+    #[error("create an eventfd (raise the limit of open files, ulimit -n)")]
+    Eventfd(#[source] io::Error),
     /// The file system library refused; it needs `/proc`.
     #[error("serve shared directory {path}; is /proc mounted?")]
     Serve {
@@ -72,6 +76,7 @@ pub struct Server {
     tree: Arc<Tree>,
     /// The library finds the tree again through this, whatever the mounts of the process become.
     _root: File,
+    wake: EventFd,
 }
 
 impl Server {
@@ -87,9 +92,10 @@ impl Server {
         let files = PassthroughFs::new(configuration(&directory))
             .and_then(|files| files.import().map(|()| files))
             .map_err(|source| Error::Serve { path: root.to_owned(), source })?;
+        let wake = EventFd::new(EFD_NONBLOCK).map_err(Error::Eventfd)?;
         let access = if read_only { Access::ReadOnly } else { Access::ReadWrite };
         let tree = Arc::new(Tree::new(files, access));
-        Ok(Server { server: server::Server::new(tree.clone()), tree, _root: directory })
+        Ok(Server { server: server::Server::new(tree.clone()), tree, _root: directory, wake })
     }
 
     /// Serves one request and returns the size of the answer in bytes, 0 for a request without one.
@@ -111,6 +117,17 @@ impl Server {
             .handle_message(request, answer.into(), None, None)
             .map_err(RequestError::Message)?;
         Ok(u32::try_from(written).expect("no more than MAX_MESSAGE_BYTES fit"))
+    }
+
+    /// Wakes up the thread that serves the directory.
+    pub(super) fn wake(&self) {
+        // The only failure is a counter at its maximum, and then the thread is woken anyway.
+        let _ = self.wake.write(1);
+    }
+
+    /// An event of this each time somebody wakes the thread up.
+    pub(super) fn woken(&self) -> &EventFd {
+        &self.wake
     }
 
     /// Forgets the guest: closes what it has open.

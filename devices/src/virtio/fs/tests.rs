@@ -384,6 +384,25 @@ fn a_reset_closes_what_the_guest_had_open() {
     assert_eq!(guest.lookup("file").errno, 0);
 }
 
+#[test]
+fn a_reset_leaves_it_to_the_devices_thread_to_close_files() {
+    let (root, memory) = (TempDir::new().unwrap(), memory());
+    let mut guest = Guest::mount(&memory, &root, false);
+    guest.create("file").node();
+    let file = root.path().join("file");
+    let is_open = || {
+        let open = fs::read_dir("/proc/self/fd").unwrap();
+        open.flatten().any(|fd| fs::read_link(fd.path()).is_ok_and(|name| name == file))
+    };
+
+    guest.device.reset();
+    assert!(is_open());
+    assert!(guest.device.server.woken().read().is_ok());
+    guest.device.backend_ready(0, EventSet::IN).unwrap();
+
+    assert!(!is_open());
+}
+
 impl<'m> Guest<'m> {
     /// The same device under a driver that starts over.
     fn mount_again(guest: Guest<'_>, memory: &'m GuestMemoryMmap) -> Self {
