@@ -32,18 +32,28 @@ const LOOKUP: u32 = 1;
 const FORGET: u32 = 2;
 const GETATTR: u32 = 3;
 const SETATTR: u32 = 4;
+const READLINK: u32 = 5;
 const SYMLINK: u32 = 6;
 const MKNOD: u32 = 8;
 const MKDIR: u32 = 9;
 const UNLINK: u32 = 10;
+const RENAME: u32 = 12;
+const LINK: u32 = 13;
 const OPEN: u32 = 14;
 const READ: u32 = 15;
 const WRITE: u32 = 16;
+const STATFS: u32 = 17;
+const RELEASE: u32 = 18;
+const FSYNC: u32 = 20;
+const SETXATTR: u32 = 21;
 const GETXATTR: u32 = 22;
+const LISTXATTR: u32 = 23;
+const FLUSH: u32 = 25;
 const INIT: u32 = 26;
 const OPENDIR: u32 = 27;
 const READDIR: u32 = 28;
 const CREATE: u32 = 35;
+const DESTROY: u32 = 38;
 const BATCH_FORGET: u32 = 42;
 const FALLOCATE: u32 = 43;
 const READDIRPLUS: u32 = 44;
@@ -118,6 +128,8 @@ fn play(data: &[u8]) {
     fill();
     let server = Server::open(Path::new(SHARE), variant & READ_ONLY != 0).expect("it is there");
     let mut guest = Guest::new(Fs::new("share", server), Box::new(|_, _| ()));
+    let nodes = look_around(&mut guest);
+    guest.patch(Box::new(move |request| name_nodes(request, &nodes)));
     guest.play(data);
     let answer = guest.ask(REQUESTS, &init(), 256).expect("an answer");
     assert!(answer.len() > 16, "a guest that starts over can mount: {answer:?}");
@@ -125,6 +137,38 @@ fn play(data: &[u8]) {
     let outside = fs::read(OUTSIDE).expect("nobody has removed it");
     assert_eq!(outside, SECRET, "the guest wrote outside of its directory");
     assert_eq!(fs::read_dir("/").expect("the root").count(), 3, "the guest made something outside");
+}
+
+/// The numbers of the nodes of [`fill`], which stay the same. The guest forgets that it knows them when
+/// it starts over.
+fn look_around(guest: &mut Guest) -> [[u8; 8]; 5] {
+    guest.restart();
+    guest.ask(REQUESTS, &init(), 256).expect("an answer");
+    let [a, b, link, pipe] =
+        ["a\0", "b\0", "l\0", "p\0"].map(|name| find(guest, &fuse(LOOKUP, 1, name.as_bytes())));
+    let mut inner = fuse(LOOKUP, 1, b"c\0");
+    inner[16..24].copy_from_slice(&b);
+    [a, b, find(guest, &inner), link, pipe]
+}
+
+/// The node that a lookup finds.
+fn find(guest: &mut Guest, lookup: &[u8]) -> [u8; 8] {
+    let answer = guest.ask(REQUESTS, lookup, 256).expect("an answer");
+    *answer[16..].first_chunk().expect("the answer begins with the node")
+}
+
+/// Puts the number of a real node for each that a script names: 2 is the first of `nodes`, and so on.
+fn name_nodes(request: &mut [u8], nodes: &[[u8; 8]]) {
+    let operation = request.get(4..8).map_or(0, |bytes| u32::from(bytes[0]));
+    // Those have a second one behind the header.
+    let second = [RENAME, LINK, RENAME2].contains(&operation).then_some(40);
+    for place in [Some(16), second].into_iter().flatten() {
+        let Some(field) = request.get_mut(place..place + 8) else { return };
+        let [number, 0, 0, 0, 0, 0, 0, 0] = *field else { continue };
+        if let Some(node) = usize::from(number).checked_sub(2).and_then(|nth| nodes.get(nth)) {
+            field.copy_from_slice(node);
+        }
+    }
 }
 
 /// A request as Linux makes it, by root.
@@ -153,49 +197,84 @@ fn session(variant: u8, requests: &[Vec<u8>]) -> Vec<u8> {
 
 /// Requests of many kinds, and some that lie about lengths, nodes and names.
 pub fn seeds() -> Vec<Seed> {
-    let read_write = 2;
-    let read =
-        |operation, handle| fuse(operation, 1, &words(&[handle, 0, 0, 0, 4096, 0, 0, 0, 0, 0]));
-    let names = [
+    let all = [names(), files()].concat();
+    let rings = input(&broken_rings(REQUESTS));
+    vec![
+        ("names", session(0, &names())),
+        ("files", session(0, &files())),
+        ("lies", session(0, &lies())),
+        ("read_only", session(READ_ONLY, &all)),
+        ("broken_rings", [vec![0], rings].concat()),
+    ]
+}
+
+/// What changes a directory, and names that lead elsewhere.
+fn names() -> Vec<Vec<u8>> {
+    vec![
         fuse(LOOKUP, 1, b"a\0"),
+        fuse(LOOKUP, 1, b"b\0"),
+        fuse(LOOKUP, 3, b"c\0"),
         fuse(LOOKUP, 1, b"l\0"),
         fuse(LOOKUP, 1, b"..\0"),
         fuse(LOOKUP, 1, b"b/c\0"),
         fuse(LOOKUP, 1, b"no end"),
+        fuse(READLINK, 5, b""),
+        fuse(OPEN, 5, &words(&[0, 0])),
         fuse(MKDIR, 1, &named(&[0o755, 0o22], "d\0")),
         fuse(SYMLINK, 1, b"s\0/outside\0"),
         fuse(MKNOD, 1, &named(&[0o20666, 0x101, 0, 0], "m\0")),
-        fuse(RENAME2, 1, &named(&[1, 0, 0, 0], "a\0z\0")),
-        fuse(UNLINK, 1, b"z\0"),
-        fuse(GETXATTR, 1, &named(&[u32::MAX, 0], "user.x\0")),
-    ];
-    let files = [
-        fuse(CREATE, 1, &named(&[read_write | 0o100, 0o644, 0, 0], "n\0")),
-        fuse(WRITE, 1, &[words(&[0, 0, 0, 0, 4, 0, 0, 0, 0, 0]), b"data".to_vec()].concat()),
+        fuse(LINK, 1, &named(&[2, 0], "h\0")),
+        fuse(RENAME2, 1, &named(&[3, 0, 0, 0], "a\0z\0")),
+        fuse(RENAME, 1, &named(&[3, 0], "b\0../z\0")),
+        fuse(UNLINK, 3, b"z\0"),
+        fuse(SETXATTR, 2, &[words(&[1, 0]), b"trusted.x\0y".to_vec()].concat()),
+        fuse(GETXATTR, 2, &named(&[u32::MAX, 0], "trusted.x\0")),
+        fuse(LISTXATTR, 2, &words(&[u32::MAX, 0])),
+    ]
+}
+
+/// What opens, reads and writes files. A device gives its handles out from 1 on.
+fn files() -> Vec<Vec<u8>> {
+    let read_write = 2;
+    let at = |handle, offset, size| words(&[handle, 0, offset, 0, size, 0, 0, 0, 0, 0]);
+    vec![
+        fuse(LOOKUP, 1, b"a\0"),
+        fuse(LOOKUP, 1, b"p\0"),
+        fuse(OPEN, 2, &words(&[read_write, 0])),
+        fuse(READ, 2, &at(1, 4990, 4096)),
+        fuse(WRITE, 2, &[at(1, 4999, 4), b"data".to_vec()].concat()),
+        fuse(FALLOCATE, 2, &words(&[1, 0, 0, 0, u32::MAX, u32::MAX, 0, 0])),
+        fuse(FALLOCATE, 2, &words(&[1, 0, 0, 0, 8192, 0, 0, 0])),
+        fuse(LSEEK, 2, &words(&[1, 0, u32::MAX, u32::MAX, 4, 0])),
+        fuse(FSYNC, 2, &words(&[1, 0, 0, 0])),
+        fuse(FLUSH, 2, &words(&[1, 0, 0, 0, 0, 0])),
         fuse(OPENDIR, 1, &words(&[0, 0])),
-        read(READ, 0),
-        read(READDIR, 1),
-        read(READDIRPLUS, 1),
-        fuse(FALLOCATE, 1, &words(&[0, 0, 0, 0, u32::MAX, u32::MAX, 0, 0])),
-        fuse(LSEEK, 1, &words(&[0, 0, u32::MAX, u32::MAX, 4, 0])),
-        fuse(GETATTR, 1, &words(&[0, 0, 0, 0])),
-        fuse(SETATTR, 1, &[0xff; 88]),
-        fuse(OPEN, 1, &words(&[read_write, 0])),
-    ];
-    let lies = [
+        fuse(READDIR, 1, &at(2, 0, 4096)),
+        fuse(READDIRPLUS, 1, &at(2, 1, u32::MAX)),
+        fuse(CREATE, 1, &named(&[read_write | 0o100, 0o644, 0, 0], "n\0")),
+        fuse(OPEN, 6, &words(&[read_write, 0])),
+        fuse(GETATTR, 2, &words(&[0, 0, 0, 0])),
+        fuse(SETATTR, 2, &[0xff; 88]),
+        fuse(STATFS, 1, b""),
+        fuse(RELEASE, 2, &words(&[1, 0, 0, 0, 0, 0])),
+        fuse(RELEASE, 2, &words(&[1, 0, 0, 0, 0, 0])),
+    ]
+}
+
+fn lies() -> Vec<Vec<u8>> {
+    let everything = words(&[u32::MAX, u32::MAX]);
+    vec![
+        fuse(LOOKUP, 1, b"a\0"),
         fuse(BATCH_FORGET, 0, &words(&[u32::MAX, 0, 1, 0, u32::MAX, u32::MAX])),
-        fuse(FORGET, 1, &words(&[u32::MAX, u32::MAX])),
+        fuse(FORGET, 2, &everything),
+        fuse(GETATTR, 2, &words(&[0, 0, 0, 0])),
         fuse(WRITE, 1, &words(&[0, 0, u32::MAX, u32::MAX, u32::MAX, 0, 0, 0, 0, 0])),
         fuse(4096, 1, b"no such request"),
         words(&[u32::MAX, INIT, 7, 0, 1, 0, 0, 0, 1, 0]),
         words(&[1, LOOKUP]),
         fuse(READ, u32::MAX, &words(&[0, 0, 0, 0, u32::MAX, 0, 0, 0, 0, 0])),
-    ];
-    vec![
-        ("names", session(0, &names)),
-        ("files", session(0, &files)),
-        ("lies", session(0, &lies)),
-        ("read_only", session(READ_ONLY, &[&names[..], &files].concat())),
-        ("broken_rings", [vec![0], input(&broken_rings(REQUESTS))].concat()),
+        fuse(FORGET, 1, &everything),
+        fuse(DESTROY, 0, b""),
+        fuse(LOOKUP, 1, b"a\0"),
     ]
 }

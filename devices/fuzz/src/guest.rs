@@ -51,6 +51,9 @@ const ROUNDS: usize = 4;
 /// What the other end of a device does for [`Step::Host`].
 pub type HostEnd = Box<dyn FnMut(u8, &[u8])>;
 
+/// What makes a guest's request refer to something that only its device can name.
+pub type Patch = Box<dyn Fn(&mut [u8])>;
+
 /// A guest with one device.
 pub struct Guest {
     memory: GuestMemoryMmap,
@@ -58,6 +61,7 @@ pub struct Guest {
     traits: DeviceTraits,
     events: EventManager<Subscriber>,
     host: HostEnd,
+    patch: Patch,
     /// Where the next good chain has its first descriptor, for each queue.
     next_descriptor: Vec<u16>,
     next_buffer: u64,
@@ -88,10 +92,21 @@ impl Guest {
             traits,
             events,
             host,
+            patch: Box::new(|_| ()),
             next_descriptor: vec![0; traits.queue_sizes.len()],
             next_buffer: BUFFERS,
             sizes: traits.queue_sizes.to_vec(),
         }
+    }
+
+    /// From now on lets `patch` change what good chains have for the device to read.
+    pub fn patch(&mut self, patch: Patch) {
+        self.patch = patch;
+    }
+
+    /// Starts the device over, as a good driver that wants everything.
+    pub fn restart(&mut self) {
+        self.start(u64::MAX, 0);
     }
 
     /// Plays the script in `input`, and then starts the device over, which must work.
@@ -99,22 +114,25 @@ impl Guest {
         for step in steps(input) {
             self.step(step);
         }
-        self.start(u64::MAX, 0);
+        self.restart();
         assert_eq!(self.status(), RUNNING, "a reset did not bring the device back");
     }
 
-    /// Offers a good chain right after a start. Returns what the device wrote into it, if it gave it
-    /// back.
+    /// Offers a good chain, to a device that nothing was hidden from since its last start. Returns what
+    /// the device wrote into it, if it gave it back.
     pub fn ask(&mut self, queue: u8, readable: &[u8], writable: u32) -> Option<Vec<u8>> {
+        let used = rings(queue.into()) + USED;
+        let before: u16 = self.memory.read_obj(GuestAddress(used + 2)).ok()?;
         let room = self.chain(queue, 0, 0, readable, [writable, 0]);
         self.turn();
-        let used = GuestAddress(rings(queue.into()) + USED);
-        let [_, index, _, _, length, _]: [u16; 6] = self.memory.read_obj(used).ok()?;
-        let mut data = vec![0; length.into()];
+        let after: u16 = self.memory.read_obj(GuestAddress(used + 2)).ok()?;
+        let entry = used + 4 + u64::from(before % self.sizes[usize::from(queue)]) * 8;
+        let length: u32 = self.memory.read_obj(GuestAddress(entry + 4)).ok()?;
+        let mut data = vec![0; usize::try_from(length.min(writable)).ok()?];
         if let Some(room) = room {
             self.memory.read_slice(&mut data, GuestAddress(room)).ok()?;
         }
-        (index == 1).then_some(data)
+        (after == before.wrapping_add(1)).then_some(data)
     }
 
     fn status(&mut self) -> u32 {
@@ -209,6 +227,8 @@ impl Guest {
         writable: [u32; 2],
     ) -> Option<u64> {
         let mut descriptors = Vec::new();
+        let mut readable = readable.to_vec();
+        (self.patch)(&mut readable);
         let (front, back) = readable.split_at(readable.len().min(cut.into()));
         for bytes in [front, back].into_iter().filter(|bytes| !bytes.is_empty()) {
             let length = u32::try_from(bytes.len()).ok()?;
