@@ -21,8 +21,10 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use crate::bounds;
 use crate::script::{INDIRECT, QUIET, Step, steps};
 
-/// Two regions of RAM with a hole between them, in bytes.
-const REGIONS: [(u64, usize); 2] = [(0, 1 << 20), (2 << 20, 1 << 20)];
+/// Regions of RAM with holes between them: start and size, in bytes. The last one is for memory that
+/// is plugged in and out.
+pub(crate) const REGIONS: [(u64, usize); 3] =
+    [(0, 1 << 20), (2 << 20, 1 << 20), (4 << 20, 4 << 20)];
 
 /// The rings of queue 0; those of the next queue come behind them, and so on.
 const RINGS: u64 = 0x4000;
@@ -72,12 +74,18 @@ pub struct Guest {
 impl Guest {
     /// Boots with `device`, whose other end is `host`.
     pub fn new(device: impl VirtioDevice + 'static, host: HostEnd) -> Self {
+        Guest::with_memory(memory(), Arc::new(Mutex::new(device)), host)
+    }
+
+    /// The same for a device that works on `memory`, which is [`memory`].
+    pub fn with_memory(
+        memory: GuestMemoryMmap,
+        device: Arc<Mutex<dyn VirtioDevice>>,
+        host: HostEnd,
+    ) -> Self {
         bounds::begin();
-        let regions = REGIONS.map(|(start, bytes)| (GuestAddress(start), bytes));
-        let memory = GuestMemoryMmap::from_ranges(&regions).expect("a few pages of memory");
-        let traits = device.traits();
+        let traits = device.lock().expect("a fresh device does not panic").traits();
         assert!(traits.queue_sizes.len() as u64 <= MOST_QUEUES, "there is room for the rings");
-        let device: Arc<Mutex<dyn VirtioDevice>> = Arc::new(Mutex::new(device));
         let line = Arc::new(IrqLine::new().expect("an eventfd"));
         let transport =
             MmioTransport::new(memory.clone(), device.clone(), line).expect("an eventfd a queue");
@@ -303,6 +311,12 @@ impl Guest {
     fn store<T: vm_memory::ByteValued>(&self, address: u64, value: T) {
         self.memory.write_obj(value, GuestAddress(address)).expect("it is in memory");
     }
+}
+
+/// The memory of a guest, all zeros.
+pub fn memory() -> GuestMemoryMmap {
+    let regions = REGIONS.map(|(start, bytes)| (GuestAddress(start), bytes));
+    GuestMemoryMmap::from_ranges(&regions).expect("a few pages of memory")
 }
 
 /// Where the descriptors of a queue are.
