@@ -5,14 +5,17 @@
 //! then wants the device to work again for a driver that starts over. The seeds of a target are in
 //! `seeds/`: scripts that make sense, made by `seeds()` of its module, and what fuzzing has found.
 
+pub mod balloon;
 pub mod block;
 pub mod bounds;
 pub mod connect;
 pub mod console;
 pub mod fs;
 pub mod guest;
+pub mod mem;
 pub mod mmio;
 pub mod net;
+pub mod pmem;
 pub mod queue;
 pub mod rng;
 pub mod script;
@@ -33,12 +36,15 @@ pub struct Target {
 
 /// Every target of this crate.
 pub const TARGETS: &[Target] = &[
+    Target { name: "balloon", run: balloon::run, seeds: balloon::seeds },
     Target { name: "block", run: block::run, seeds: block::seeds },
     Target { name: "connect", run: connect::run, seeds: connect::seeds },
     Target { name: "console", run: console::run, seeds: console::seeds },
     Target { name: "fs", run: fs::run, seeds: fs::seeds },
+    Target { name: "mem", run: mem::run, seeds: mem::seeds },
     Target { name: "mmio", run: mmio::run, seeds: mmio::seeds },
     Target { name: "net", run: net::run, seeds: net::seeds },
+    Target { name: "pmem", run: pmem::run, seeds: pmem::seeds },
     Target { name: "queue", run: queue::run, seeds: queue::seeds },
     Target { name: "rng", run: rng::run, seeds: rng::seeds },
     Target { name: "vsock", run: vsock::run, seeds: vsock::seeds },
