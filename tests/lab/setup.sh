@@ -4,8 +4,8 @@
 set -euo pipefail
 
 packages=(
-  # build: C compiler for build scripts, static libseccomp for container profiles
-  gcc libc6-dev libseccomp-dev make pkg-config
+  # build: C compiler for build scripts, C++ for libFuzzer, static libseccomp for container profiles
+  gcc g++ libc6-dev libseccomp-dev make pkg-config
   # guest image: unpacking a Debian kernel, compiling our own
   bc bison busybox-static cpio dpkg-dev flex kmod libelf-dev libssl-dev xz-utils zstd
   # lab: an emulated machine with hardware virtualization, and the engines that run in it

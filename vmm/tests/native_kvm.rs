@@ -1,11 +1,16 @@
 //! The life of a VM, shown with guests of a few instructions that any KVM can run.
 
+#[path = "payload/driver.rs"]
+mod driver;
 mod payload;
 
 use std::time::{Duration, Instant};
 
+use driver::{Driver, map_registers};
 use payload::{HANG, Payload, TRIPLE_FAULT, print};
-use vmm::{Error, Exit, NetConfig, VmConfig, VmHandle, Vmm};
+use vmm::{
+    DiskConfig, Error, Exit, NetConfig, ShareConfig, VhostUse, VmConfig, VmHandle, Vmm, VsockConfig,
+};
 
 /// Generous, because this machine may be busy and its KVM emulated.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -165,4 +170,35 @@ fn a_tap_that_does_not_exist_is_an_error_and_hurts_no_other_machine() {
     assert!(refused.rule.starts_with("must name a tap"), "{}", refused.rule);
     vm.stop();
     assert_eq!(vm.wait(), Exit::Stopped);
+}
+
+#[test]
+#[ignore = "needs /dev/kvm and taps"]
+fn a_guest_that_breaks_every_device_can_reset_and_use_each() {
+    let disk = tempfile::NamedTempFile::new().unwrap();
+    disk.as_file().set_len(1 << 20).unwrap();
+    let share = tempfile::TempDir::new().unwrap();
+    // In the order of their windows: console, entropy, socket, disk, share, network.
+    let queues = [1, 0, 1, 0, 1, 1];
+    let mut code = vec![map_registers()];
+    for (index, queue) in (0..).zip(queues) {
+        let driver = Driver { index, queue };
+        code.extend([driver.jump(), print("j"), driver.offer_no_descriptor(), print("d")]);
+        code.extend([driver.start_nowhere(), print("n"), driver.kick_and_kick(), print("k")]);
+        code.extend([driver.behave(), print("ok ")]);
+    }
+    let payload = Payload::elf(&[code.concat(), print("end"), TRIPLE_FAULT.to_vec()]);
+    let mut config = payload.config();
+    config.vsock = Some(VsockConfig { cid: 3, socket: None });
+    config.disks = vec![DiskConfig::new("disk", disk.path().into())];
+    config.shares =
+        vec![ShareConfig { tag: "t".into(), path: share.path().into(), read_only: false }];
+    let net = NetConfig::new("coracle-hostile", "02:00:00:00:00:01");
+    config.nets = vec![NetConfig { create: true, vhost: VhostUse::Off, ..net }];
+
+    let vm = start(config);
+    wait_for_output(&vm, "end");
+
+    assert_eq!(vm.console_tail(), "jdnkok jdnkok jdnkok jdnkok jdnkok jdnkok end");
+    assert_eq!(vm.wait(), Exit::TripleFault);
 }

@@ -1,8 +1,8 @@
 //! The guest driver's side of a device's queues, for device tests that need no VM.
 
 use std::cell::RefCell;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{Queue, QueueT};
@@ -22,9 +22,10 @@ pub const QUEUE_SIZE: u16 = 64;
 
 /// The rings of each queue take this much memory, from address 0 on.
 pub const RINGS: u64 = 0x1000;
-/// Offsets of the rings of a queue; the descriptor table is at 0.
-const AVAILABLE: u64 = 0x400;
-const USED: u64 = 0x800;
+/// Offset of the available ring of a queue; the descriptor table is at 0.
+pub const AVAILABLE: u64 = 0x400;
+/// Offset of the used ring of a queue.
+pub const USED: u64 = 0x800;
 /// Buffers start here, above the rings.
 const BUFFERS: u64 = 0x1_0000;
 
@@ -61,11 +62,18 @@ struct Counter {
     used_buffers: AtomicUsize,
     config_changes: AtomicUsize,
     needs_reset: AtomicBool,
+    /// What the driver does when it is interrupted.
+    handler: OnceLock<Handler>,
 }
+
+type Handler = Box<dyn Fn() + Send + Sync>;
 
 impl Interrupt for Counter {
     fn used_buffer(&self) {
         self.used_buffers.fetch_add(1, Ordering::Relaxed);
+        if let Some(handler) = self.handler.get() {
+            handler();
+        }
     }
 
     fn config_changed(&self) {
@@ -274,6 +282,12 @@ impl<'m> Driver<'m> {
     /// How often the device said that its configuration space changed.
     pub fn config_changes(&self) -> usize {
         self.interrupts.config_changes.load(Ordering::Relaxed)
+    }
+
+    /// Has `handler` called from now on whenever the device interrupts because of a used buffer; as from
+    /// another vCPU, while the device is at work.
+    pub fn on_interrupt(&self, handler: impl Fn() + Send + Sync + 'static) {
+        assert!(self.interrupts.handler.set(Box::new(handler)).is_ok(), "there is only one");
     }
 
     /// Whether the device said that it is broken until it is reset.

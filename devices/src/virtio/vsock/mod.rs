@@ -31,6 +31,10 @@ pub use self::host::{Host, HostStream};
 /// Position of the queues (virtio 1.2, section 5.10.2).
 const EVENT_QUEUE: usize = 2;
 
+/// Rounds of packets in and refusals out before the other devices of the event loop have their turn: a
+/// guest can refill both queues while they are served.
+const ROUNDS: usize = 4;
+
 /// The event that tells the driver that all its connections are gone (virtio 1.2, 5.10.6.7).
 const TRANSPORT_RESET: [u8; 4] = 0u32.to_le_bytes();
 
@@ -77,7 +81,7 @@ impl Vsock {
     fn exchange(&mut self) -> Result<(), QueueError> {
         let Some(queues) = &mut self.queues else { return Ok(()) };
         let muxer = &mut self.muxer;
-        loop {
+        for _ in 0..ROUNDS {
             queues.transmit.drain(|chain, memory| {
                 if !muxer.can_receive() {
                     return Verdict::Keep;
@@ -92,6 +96,8 @@ impl Vsock {
                 return Ok(());
             }
         }
+        queues.transmit.kick();
+        Ok(())
     }
 
     fn report_reset(&mut self) -> Result<(), QueueError> {
