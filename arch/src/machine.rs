@@ -64,6 +64,10 @@ pub struct MemoryMap {
     pub regions: Vec<(GuestAddress, u64)>,
     /// Where device windows may go.
     pub device_window: Range<u64>,
+    /// Where memory may go that is not there as RAM when the guest starts: mapped files and memory
+    /// that is plugged in later. Above all RAM, so that the guest can map it as memory; starts and
+    /// ends at a multiple of 1 GiB.
+    pub extension_window: Range<u64>,
 }
 
 /// A device that is part of the platform rather than found by the guest.

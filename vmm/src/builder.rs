@@ -17,10 +17,16 @@ use crate::event_loop::EventLoop;
 use crate::handle::VmHandle;
 use crate::memory::GuestRam;
 use crate::metrics::{Counter, Metrics, Record, now_ns};
-use crate::peripherals;
+use crate::peripherals::{self, Ends};
 use crate::placement::{Placed, Placement};
+use crate::pmem;
 use crate::vcpu::Vcpu;
 use crate::vsock;
+
+/// What a kernel is told whose memory can grow: to use what is plugged in without being told to, and
+/// for pages that can move, as long as they are at most three quarters of all memory, so that it can
+/// be unplugged again.
+const PLUG_CMDLINE: &str = "memhp_default_state=online memory_hotplug.online_policy=auto-movable";
 
 /// A virtual machine that is complete but not running.
 pub struct Vmm {
@@ -28,7 +34,7 @@ pub struct Vmm {
     vcpus: Vec<VcpuFd>,
     placed: Placed,
     console: ConsoleLog,
-    vsock: Option<vsock::Host>,
+    ends: Ends,
     record: Record,
     vm: VmFd,
     ram: GuestRam,
@@ -45,20 +51,22 @@ impl Vmm {
         let kvm = open_kvm()?;
         let vm = create_vm(&kvm)?;
 
-        let map = Host::memory_map(u64::from(config.memory.size_mib) << 20);
-        let ram = GuestRam::allocate(&map, &config.memory)?;
+        let mut map = Host::memory_map(u64::from(config.memory.size_mib) << 20);
+        let mut ram = GuestRam::allocate(&map, &config.memory)?;
         ram.register(&vm)?;
+        let pluggable = ram.add_pluggable(&vm, &mut map.extension_window, &config.memory)?;
+        let files = pmem::map_all(&config.pmem, &map.extension_window, &mut ram, &vm)?;
         Host::before_vcpus(&kvm, &vm).map_err(step("prepare the machine for vCPUs"))?;
         record.machine_ns = now_ns();
 
         let console = peripherals::open_console(&config.console)?;
         let mut placement =
-            Placement::new(&vm, ram.memory(), &map.device_window, &Host::device_gsis())
+            Placement::new(&vm, ram.device_memory(), &map.device_window, &Host::device_gsis())
                 .map_err(|source| Error::Place { name: "(any)".to_owned(), source })?;
         let control = Control::new(config.vcpus)
             .map(Arc::new)
             .map_err(|source| Error::Start { what: "the machine's control", source })?;
-        let vsock = peripherals::place_all(&config, &console, &mut placement)?;
+        let ends = peripherals::place_all(&config, &console, &files, pluggable, &mut placement)?;
         let mut placed = placement.finish();
         record.devices_ns = now_ns();
 
@@ -74,13 +82,13 @@ impl Vmm {
         }
         record.built_ns = now_ns();
         record.activities = mem::take(&mut placed.activities);
-        Ok(Vmm { control, vcpus, placed, console, vsock, record, vm, ram })
+        Ok(Vmm { control, vcpus, placed, console, ends, record, vm, ram })
     }
 
     /// The host's end of the socket device, if the VM has one: streams may be connected and
     /// listeners opened before the guest runs.
     pub fn vsock(&self) -> Option<&vsock::Host> {
-        self.vsock.as_ref()
+        self.ends.vsock.as_ref()
     }
 
     /// What it cost so far.
@@ -95,7 +103,7 @@ impl Vmm {
             control: self.control,
             vcpus: Vec::with_capacity(self.vcpus.len()),
             console: self.console,
-            vsock: self.vsock,
+            ends: self.ends,
             counters: Vec::with_capacity(self.vcpus.len()),
             record: self.record,
             loops: Vec::with_capacity(2),
@@ -135,12 +143,13 @@ fn step(step: &'static str) -> impl FnOnce(arch::ArchError) -> Error {
 
 fn open_boot_files(boot: &BootConfig) -> Result<BootFiles, Error> {
     Ok(BootFiles {
-        kernel: open_boot_file("kernel", &boot.kernel)?,
-        initrd: boot.initrd.as_deref().map(|path| open_boot_file("initrd", path)).transpose()?,
+        kernel: open_file("kernel", &boot.kernel)?,
+        initrd: boot.initrd.as_deref().map(|path| open_file("initrd", path)).transpose()?,
     })
 }
 
-pub(crate) fn open_boot_file(what: &'static str, path: &Path) -> Result<File, Error> {
+/// Opens a regular file for reading.
+pub(crate) fn open_file(what: &'static str, path: &Path) -> Result<File, Error> {
     let open = |source| Error::Open { what, path: path.to_owned(), source };
     let metadata = std::fs::metadata(path).map_err(open)?;
     // Opening a FIFO would wait for a writer, for ever.
@@ -214,6 +223,9 @@ fn cmdline(config: &VmConfig, devices: &[MmioDevice]) -> String {
     // Each character on a UART is an exit, so only who asks for it gets the early messages.
     let console = if config.console.serial { "console=ttyS0" } else { "console=hvc0 quiet" };
     let mut words = vec![Host::DEFAULT_CMDLINE.to_owned(), console.to_owned()];
+    if config.memory.pluggable_mib != 0 {
+        words.push(PLUG_CMDLINE.to_owned());
+    }
     words.extend(devices.iter().filter_map(Host::cmdline_device));
     words.extend(Some(config.boot.cmdline.trim().to_owned()).filter(|own| !own.is_empty()));
     words.join(" ")
@@ -275,6 +287,14 @@ mod tests {
         let cmdline = cmdline(&config, &[]);
 
         assert_eq!(cmdline, format!("{} console=hvc0 quiet loglevel=7", Host::DEFAULT_CMDLINE));
+    }
+
+    #[test]
+    fn a_kernel_that_can_grow_is_told_to_use_what_it_gets() {
+        let mut config = VmConfig::new("/k".into());
+        config.memory.pluggable_mib = 128;
+
+        assert!(cmdline(&config, &[]).contains(" memhp_default_state=online "));
     }
 
     #[test]

@@ -9,7 +9,7 @@ use std::path::Path;
 use arch::machine::BootFiles;
 use arch::{Arch, Host};
 
-use crate::builder::open_boot_file;
+use crate::builder::open_file;
 use crate::config::{ConfigError, ConsoleOutput, DiskConfig, MemoryConfig, VmConfig};
 use crate::error::chain;
 use crate::memory::GuestRam;
@@ -64,8 +64,8 @@ fn host_memory_mib() -> u64 {
 /// Loads the kernel and the initrd into memory as the builder does, where both can be opened.
 fn check_boot(config: &VmConfig, found: &mut Vec<ConfigError>) {
     let boot = &config.boot;
-    let kernel = open_boot_file("kernel", &boot.kernel);
-    let initrd = boot.initrd.as_deref().map(|path| open_boot_file("initrd", path)).transpose();
+    let kernel = open_file("kernel", &boot.kernel);
+    let initrd = boot.initrd.as_deref().map(|path| open_file("initrd", path)).transpose();
     let opened = match (kernel, initrd) {
         (Ok(kernel), Ok(initrd)) => Some(BootFiles { kernel, initrd }),
         (kernel, initrd) => {

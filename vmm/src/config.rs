@@ -23,6 +23,9 @@ pub const MIN_MEMORY_MIB: u32 = 16;
 /// Processors with 39 bits, as in desktops, reach half of it.
 pub const MAX_MEMORY_MIB: u32 = 1 << 20;
 
+/// Size of what is plugged in at once, in MiB.
+const BLOCK_MIB: u32 = 2;
+
 /// Longest name of a network interface, in bytes: IFNAMSIZ less the terminating zero.
 const MAX_TAP_BYTES: usize = 15;
 
@@ -57,6 +60,9 @@ pub struct VmConfig {
     /// Network interfaces, in the order the guest names them.
     #[serde(default)]
     pub nets: Vec<NetConfig>,
+    /// Files mapped into the guest's memory, in the order the guest names them.
+    #[serde(default)]
+    pub pmem: Vec<PmemConfig>,
     /// Host directories the guest can mount.
     #[serde(default)]
     pub shares: Vec<ShareConfig>,
@@ -66,6 +72,9 @@ pub struct VmConfig {
     /// Whether the guest gets an entropy device.
     #[serde(default = "yes")]
     pub rng: bool,
+    /// The memory balloon, if there is one.
+    #[serde(default)]
+    pub balloon: Option<BalloonConfig>,
 }
 
 /// Guest RAM.
@@ -74,6 +83,11 @@ pub struct VmConfig {
 pub struct MemoryConfig {
     /// Size in MiB, [`MIN_MEMORY_MIB`] to [`MAX_MEMORY_MIB`].
     pub size_mib: u32,
+    /// How much memory more can be plugged in while the guest runs, in MiB, a multiple of 2; 0 leaves
+    /// the device away. Linux uses it in pieces of 128 MiB. None of it is plugged at the start. An
+    /// honest guest keeps to what is plugged; what a hostile one may take is this.
+    #[serde(default)]
+    pub pluggable_mib: u32,
     /// Whether the host may merge equal pages of different guests (KSM).
     #[serde(default)]
     pub mergeable: bool,
@@ -118,6 +132,22 @@ pub enum ConsoleOutput {
     Stdout,
     /// To the end of this file, which is created if need be.
     File(PathBuf),
+}
+
+/// A file mapped into the guest's memory, which the guest sees as a disk of whole 2 MiB, `/dev/pmem0`
+/// and so on, and can mount with DAX: no copy of a page is made. Machines with the same file share
+/// its pages. For each GiB the guest needs 16 MiB of its own memory.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PmemConfig {
+    /// What log lines call it.
+    pub id: String,
+    /// The file, which must not become shorter while the guest runs.
+    pub path: PathBuf,
+    /// Whether the guest may only read it. What a guest writes that may do so is the guest's alone
+    /// and ends with it: the file stays as it is.
+    #[serde(default)]
+    pub read_only: bool,
 }
 
 /// A network interface.
@@ -187,6 +217,27 @@ pub struct VsockConfig {
     pub socket: Option<PathBuf>,
 }
 
+/// The memory balloon: how memory the guest does not need comes back to the host.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BalloonConfig {
+    /// How much of its memory the guest shall hand to the host at once, in MiB, less than it has.
+    #[serde(default)]
+    pub target_mib: u32,
+    /// Whether the guest may take memory back before it kills a process for want of it.
+    #[serde(default)]
+    pub deflate_on_oom: bool,
+    /// Whether every large piece of memory that the guest frees comes back without anyone asking.
+    #[serde(default)]
+    pub free_page_reporting: bool,
+    /// Whether the host can ask for all memory that is free at the moment.
+    #[serde(default)]
+    pub free_page_hinting: bool,
+    /// Whether the guest tells how it uses its memory when it is asked.
+    #[serde(default)]
+    pub statistics: bool,
+}
+
 /// A field whose value cannot be, and the rule it breaks.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{field}: {rule}")]
@@ -207,9 +258,11 @@ impl VmConfig {
             console: ConsoleConfig::default(),
             disks: Vec::new(),
             nets: Vec::new(),
+            pmem: Vec::new(),
             shares: Vec::new(),
             vsock: None,
             rng: yes(),
+            balloon: None,
         }
     }
 
@@ -217,10 +270,18 @@ impl VmConfig {
     pub fn validate(&self) -> Result<(), ConfigError> {
         in_range("vcpus", self.vcpus, 1, MAX_VCPUS)?;
         in_range("memory.size_mib", self.memory.size_mib, MIN_MEMORY_MIB, MAX_MEMORY_MIB)?;
+        in_range("memory.pluggable_mib", self.memory.pluggable_mib, 0, MAX_MEMORY_MIB)?;
+        if self.memory.pluggable_mib % BLOCK_MIB != 0 {
+            return refuse("memory.pluggable_mib", "must be a multiple of 2");
+        }
         self.boot.validate()?;
         disk::validate(&self.disks)?;
         validate_nets(&self.nets)?;
+        validate_pmem(&self.pmem)?;
         validate_shares(&self.shares)?;
+        if let Some(balloon) = &self.balloon {
+            in_range("balloon.target_mib", balloon.target_mib, 0, self.memory.size_mib - 1)?;
+        }
         match &self.vsock {
             Some(vsock) => vsock.validate(),
             None => Ok(()),
@@ -293,7 +354,7 @@ impl NetConfig {
 
 impl Default for MemoryConfig {
     fn default() -> Self {
-        MemoryConfig { size_mib: 256, mergeable: false }
+        MemoryConfig { size_mib: 256, pluggable_mib: 0, mergeable: false }
     }
 }
 
@@ -303,6 +364,16 @@ fn one<N: From<u8>>() -> N {
 
 fn yes() -> bool {
     true
+}
+
+fn validate_pmem(files: &[PmemConfig]) -> Result<(), ConfigError> {
+    let mut seen = BTreeSet::new();
+    for (index, file) in files.iter().enumerate() {
+        let field = |name: &str| format!("pmem[{index}].{name}");
+        name_of(&field("id"), &file.id, disk::MAX_DISK_ID_BYTES, &mut seen)?;
+        not_empty(&field("path"), &file.path)?;
+    }
+    Ok(())
 }
 
 fn validate_nets(nets: &[NetConfig]) -> Result<(), ConfigError> {
@@ -440,6 +511,14 @@ mod tests {
     }
 
     #[test]
+    fn half_a_block_of_memory_is_refused() {
+        let error = refused(
+            r#"{"memory": {"size_mib": 64, "pluggable_mib": 3}, "boot": {"kernel": "/k"}}"#,
+        );
+        assert_eq!(error, "memory.pluggable_mib: must be a multiple of 2");
+    }
+
+    #[test]
     fn a_command_line_of_two_lines_is_refused() {
         let error = refused(r#"{"boot": {"kernel": "/k", "cmdline": "a\nb"}}"#);
         assert_eq!(error, "boot.cmdline: must be one line without control characters");
@@ -568,6 +647,15 @@ mod tests {
         let error = config.validate().unwrap_err();
 
         assert_eq!(error.to_string(), "shares[0].tag: must have 1 to 36 bytes, not 37");
+    }
+
+    #[test]
+    fn a_balloon_as_large_as_the_memory_is_refused() {
+        let error = refused(
+            r#"{"boot": {"kernel": "/k"}, "memory": {"size_mib": 64},
+                "balloon": {"target_mib": 64}}"#,
+        );
+        assert_eq!(error, "balloon.target_mib: must be 0 to 63, not 64");
     }
 
     #[test]

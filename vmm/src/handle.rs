@@ -6,6 +6,8 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use arch::VmFd;
+use devices::virtio::balloon::Host as BalloonHost;
+use devices::virtio::mem::Host as MemHost;
 use devices::virtio::vsock::Host as VsockHost;
 
 use crate::console::ConsoleLog;
@@ -13,6 +15,7 @@ use crate::control::{Control, Exit};
 use crate::event_loop::EventLoop;
 use crate::memory::GuestRam;
 use crate::metrics::{Counter, Metrics, Record};
+use crate::peripherals::Ends;
 
 /// A running virtual machine; dropping it stops the guest and joins every thread.
 ///
@@ -21,7 +24,7 @@ pub struct VmHandle {
     pub(crate) control: Arc<Control>,
     pub(crate) vcpus: Vec<JoinHandle<()>>,
     pub(crate) console: ConsoleLog,
-    pub(crate) vsock: Option<VsockHost>,
+    pub(crate) ends: Ends,
     pub(crate) counters: Vec<Arc<Mutex<Counter>>>,
     pub(crate) record: Record,
     /// Stopped before guest RAM goes: devices work on it.
@@ -80,7 +83,26 @@ impl VmHandle {
 
     /// The host's end of the socket device, if the VM has one.
     pub fn vsock(&self) -> Option<&VsockHost> {
-        self.vsock.as_ref()
+        self.ends.vsock.as_ref()
+    }
+
+    /// The host's end of the memory balloon, if the VM has one.
+    pub fn balloon(&self) -> Option<&BalloonHost> {
+        self.ends.balloon.as_ref()
+    }
+
+    /// The host's end of the memory that can be plugged in, if the VM has any.
+    pub fn pluggable_memory(&self) -> Option<&MemHost> {
+        self.ends.pluggable.as_ref()
+    }
+
+    /// Tells the guest how large the terminal of its console is, in characters; 0 is unknown. A
+    /// serial port has no way to tell it.
+    pub fn resize_console(&self, columns: u16, rows: u16) {
+        if let Some(console) = &self.ends.console {
+            let mut console = console.lock().expect("no device panics while it holds its lock");
+            console.resize(columns, rows);
+        }
     }
 
     /// What the VM did so far.

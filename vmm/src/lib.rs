@@ -26,14 +26,16 @@ mod memory;
 mod metrics;
 mod peripherals;
 mod placement;
+mod pmem;
 pub mod prometheus;
 mod vcpu;
 
 pub use builder::Vmm;
 pub use check::check;
 pub use config::{
-    BootConfig, ConfigError, ConsoleConfig, ConsoleOutput, DiskConfig, DiskEngine, MemoryConfig,
-    NetConfig, RateLimitConfig, ShareConfig, VhostUse, VmConfig, VsockConfig,
+    BalloonConfig, BootConfig, ConfigError, ConsoleConfig, ConsoleOutput, DiskConfig, DiskEngine,
+    MemoryConfig, NetConfig, PmemConfig, RateLimitConfig, ShareConfig, VhostUse, VmConfig,
+    VsockConfig,
 };
 pub use control::Exit;
 pub use error::{Error, chain};
@@ -41,6 +43,16 @@ pub use footprint::{give_back_startup_memory, use_one_heap};
 pub use handle::VmHandle;
 pub use json::from_json;
 pub use metrics::{DeviceCounts, ExitCounts, Metrics};
+
+/// The host's end of the guest's memory balloon.
+pub mod balloon {
+    pub use devices::virtio::balloon::{Host, Statistics};
+}
+
+/// The host's end of the memory that can be plugged into the guest.
+pub mod mem {
+    pub use devices::virtio::mem::{Host, RequestError};
+}
 
 /// The host's end of the guest's sockets.
 pub mod vsock {

@@ -1,6 +1,7 @@
 //! Opens and places every device the configuration asks for.
 
 use std::fs::File;
+use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
 use arch::machine::PlatformDevice;
@@ -8,10 +9,13 @@ use arch::{Arch, Host};
 use devices::listener::Listener;
 use devices::serial::Serial;
 use devices::virtio::VirtioDevice;
+use devices::virtio::balloon::{Balloon, Host as BalloonHost, Offer};
 use devices::virtio::block::{Access, Block, Disk, Ring};
 use devices::virtio::console::Console;
 use devices::virtio::fs::{Fs, Server};
+use devices::virtio::mem::{Host as MemHost, Mem};
 use devices::virtio::net::{Missing, Net, Tap, TapError, Vhost, VhostError};
+use devices::virtio::pmem::Pmem;
 use devices::virtio::rate_limit::RateLimiter;
 use devices::virtio::rng::Rng;
 use devices::virtio::vsock::{Host as VsockHost, Vsock};
@@ -19,15 +23,28 @@ use log::debug;
 use vm_memory::GuestMemoryMmap;
 
 use crate::config::{
-    ConfigError, ConsoleConfig, ConsoleOutput, DiskConfig, DiskEngine, NetConfig, ShareConfig,
-    VhostUse, VmConfig, VsockConfig,
+    BalloonConfig, ConfigError, ConsoleConfig, ConsoleOutput, DiskConfig, DiskEngine, NetConfig,
+    ShareConfig, VhostUse, VmConfig, VsockConfig,
 };
 use crate::console::{self, ConsoleLog};
 use crate::error::Error;
 use crate::placement::{Loop, Placement, PlacementError};
+use crate::pmem::MappedFile;
 
 /// Registers of a 16550, in bytes.
 const SERIAL_PORTS: u64 = 8;
+
+/// The host's ends of devices that have one.
+pub struct Ends {
+    /// Of the console, unless it is a serial port.
+    pub console: Option<Arc<Mutex<Console>>>,
+    /// Of the socket device.
+    pub vsock: Option<VsockHost>,
+    /// Of the balloon.
+    pub balloon: Option<BalloonHost>,
+    /// Of the memory that can be plugged in.
+    pub pluggable: Option<MemHost>,
+}
 
 /// Opens where the guest's console goes.
 pub fn open_console(config: &ConsoleConfig) -> Result<ConsoleLog, Error> {
@@ -40,17 +57,19 @@ pub fn open_console(config: &ConsoleConfig) -> Result<ConsoleLog, Error> {
 }
 
 /// Places all devices in a fixed order, so that a configuration always gives the same machine.
-/// Returns the host's end of the socket device.
 pub fn place_all(
     config: &VmConfig,
     log: &ConsoleLog,
+    files: &[MappedFile],
+    pluggable: Option<Range<u64>>,
     placement: &mut Placement<'_>,
-) -> Result<Option<VsockHost>, Error> {
+) -> Result<Ends, Error> {
     if config.console.serial {
         place_serial(log, placement)?;
     }
     let input = if config.console.serial { None } else { console::input(&config.console.output) };
-    place("console", Console::new(input, Box::new(log.clone())), Loop::Vmm, placement)?;
+    let console = Console::new(input, Box::new(log.clone()));
+    let console = place("console", console, Loop::Vmm, placement)?;
     if config.rng {
         let source = File::open("/dev/urandom").map_err(device("rng"))?;
         place("rng", Rng::new(source), Loop::Vmm, placement)?;
@@ -62,7 +81,14 @@ pub fn place_all(
     config.disks.iter().try_for_each(|disk| place_disk(disk, placement))?;
     config.shares.iter().try_for_each(|share| place_share(share, placement))?;
     (0..).zip(&config.nets).try_for_each(|(index, net)| place_net(index, net, placement))?;
-    Ok(host)
+    for file in files {
+        place(&file.name, Pmem::new(file.start.0, file.bytes), Loop::Vmm, placement)?;
+    }
+    let balloon =
+        config.balloon.as_ref().map(|balloon| place_balloon(balloon, placement)).transpose()?;
+    let pluggable = pluggable.map(|region| place_mem(&region, placement)).transpose()?;
+    let console = Some(console).filter(|_| !config.console.serial);
+    Ok(Ends { console, vsock: host, balloon, pluggable })
 }
 
 /// The serial port is there only for who asks for it: each character on it is an exit.
@@ -84,7 +110,8 @@ fn place_disk(config: &DiskConfig, placement: &mut Placement<'_>) -> Result<(), 
     let limiter = RateLimiter::new(config.rate_limit.limits()).map_err(device(&name))?;
     let ring = open_ring(config.engine, &name)?;
     let block = Block::new(disk, &config.id, config.queues, limiter, ring);
-    place(&name, block, Loop::Io, placement)
+    place(&name, block, Loop::Io, placement)?;
+    Ok(())
 }
 
 fn open_ring(engine: DiskEngine, name: &str) -> Result<Option<Ring>, Error> {
@@ -102,7 +129,8 @@ fn open_ring(engine: DiskEngine, name: &str) -> Result<Option<Ring>, Error> {
 fn place_share(config: &ShareConfig, placement: &mut Placement<'_>) -> Result<(), Error> {
     let name = format!("share {}", config.tag);
     let server = Server::open(&config.path, config.read_only).map_err(device(&name))?;
-    place(&name, Fs::new(&config.tag, server), Loop::Io, placement)
+    place(&name, Fs::new(&config.tag, server), Loop::Io, placement)?;
+    Ok(())
 }
 
 fn place_vsock(config: &VsockConfig, placement: &mut Placement<'_>) -> Result<VsockHost, Error> {
@@ -143,7 +171,8 @@ fn place_net(index: usize, config: &NetConfig, placement: &mut Placement<'_>) ->
         Some(vhost) => net.served_by(vhost),
         None => net,
     };
-    place(&name, net, Loop::Vmm, placement)
+    place(&name, net, Loop::Vmm, placement)?;
+    Ok(())
 }
 
 /// The host's kernel as the one who serves the queues of `taps`, if `config` asks for it or it just
@@ -173,13 +202,36 @@ fn open_taps(config: &NetConfig) -> Result<Vec<Tap>, TapError> {
     }
 }
 
-fn place(
+fn place_mem(region: &Range<u64>, placement: &mut Placement<'_>) -> Result<MemHost, Error> {
+    let bytes = region.end - region.start;
+    let mem = Mem::new(placement.memory().clone(), region.start, bytes);
+    place("mem", mem, Loop::Vmm, placement).map(MemHost::of)
+}
+
+fn place_balloon(
+    config: &BalloonConfig,
+    placement: &mut Placement<'_>,
+) -> Result<BalloonHost, Error> {
+    let offer = Offer {
+        deflate_on_oom: config.deflate_on_oom,
+        statistics: config.statistics,
+        free_page_hint: config.free_page_hinting,
+        page_reporting: config.free_page_reporting,
+    };
+    let balloon = Balloon::new(offer, config.target_mib);
+    place("balloon", balloon, Loop::Vmm, placement).map(BalloonHost::of)
+}
+
+/// Places `device` and returns it as the threads share it.
+fn place<D: VirtioDevice + 'static>(
     name: &str,
-    device: impl VirtioDevice + 'static,
+    device: D,
     served_by: Loop,
     placement: &mut Placement<'_>,
-) -> Result<(), Error> {
-    placement.place(name, Arc::new(Mutex::new(device)), served_by).map_err(error_at(name))
+) -> Result<Arc<Mutex<D>>, Error> {
+    let device = Arc::new(Mutex::new(device));
+    placement.place(name, device.clone(), served_by).map_err(error_at(name))?;
+    Ok(device)
 }
 
 /// Names the device that could not be placed.

@@ -106,7 +106,7 @@ impl<'a> Placement<'a> {
         })
     }
 
-    /// The guest's memory.
+    /// The memory in which drivers place rings and buffers.
     pub fn memory(&self) -> &GuestMemoryMmap {
         self.memory
     }
@@ -128,10 +128,13 @@ impl<'a> Placement<'a> {
             .map_err(PlacementError::Eventfd)?;
 
         let mut kicks = Vec::with_capacity(transport.kicks().len());
+        let notify = IoEventAddress::Mmio(window.start() + QUEUE_NOTIFY);
         for (queue, kick) in (0u32..).zip(transport.kicks()) {
-            self.vm
-                .register_ioevent(kick, &IoEventAddress::Mmio(window.start() + QUEUE_NOTIFY), queue)
-                .map_err(|source| PlacementError::Connect { what: "queue notification", source })?;
+            if !transport.serves_at_once(queue as usize) {
+                self.vm.register_ioevent(kick, &notify, queue).map_err(|source| {
+                    PlacementError::Connect { what: "queue notification", source }
+                })?;
+            }
             kicks.push(kick.try_clone().map_err(PlacementError::Eventfd)?);
         }
         let activity = transport.activity().clone();

@@ -1,6 +1,8 @@
 //! Linux guests find every device of their machine, use it, and end their machine cleanly.
 
 mod guest;
+mod memory;
+mod pmem;
 
 use std::fs;
 use std::io::Write;
@@ -410,4 +412,22 @@ fn early_messages_come_over_the_serial_port() {
 
     let ended = wait(vm);
     assert_ended_by_guest(&ended);
+}
+
+#[test]
+#[ignore = "needs KVM that boots Linux"]
+fn the_guest_learns_the_size_of_its_terminal() {
+    let guest = Guest::new(
+        "echo waiting
+         until stty size < /dev/hvc0 | grep -q '43 132'; do sleep 1; done; echo resized",
+    );
+    let vm = guest.start();
+    while !vm.console_tail().contains("waiting") {
+        std::thread::yield_now();
+    }
+
+    vm.resize_console(132, 43);
+
+    let ended = wait(vm);
+    assert!(ended.output.contains("resized"), "{ended:?}");
 }

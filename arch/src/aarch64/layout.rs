@@ -6,6 +6,7 @@
 //! 0x0b00_0000  16550 UART
 //! 0x1000_0000  device windows
 //! 0x4000_0000  RAM: device tree, then the kernel 2 MiB on, initrd at the top
+//!              from the next GiB on what extends it: mapped files, plugged memory
 //! ```
 
 use std::ops::Range;
@@ -47,13 +48,24 @@ pub const TREE_ROOM: u64 = 2 << 20;
 /// Where the kernel's image goes: 2 MiB aligned, as that text wants it.
 pub const KERNEL: GuestAddress = GuestAddress(RAM.0 + TREE_ROOM);
 
+/// Where the last guest-physical address is in a machine whose size KVM was not asked to change: 40
+/// bits.
+pub const ADDRESSES_END: u64 = 1 << 40;
+/// What extends RAM starts at a multiple of this: a huge page of any size ends before it.
+const EXTENSION_ALIGNMENT: u64 = 1 << 30;
+
 /// Devices that are found in the device tree.
 pub const PLATFORM_DEVICES: &[PlatformDevice] =
     &[PlatformDevice::Serial { space: Space::Memory, base: UART, gsi: UART_SPI }];
 
 /// Where `ram_bytes` of RAM lie: in one piece.
 pub fn memory_map(ram_bytes: u64) -> MemoryMap {
-    MemoryMap { regions: vec![(RAM, ram_bytes)], device_window: DEVICES }
+    let extensions = (RAM.0 + ram_bytes).next_multiple_of(EXTENSION_ALIGNMENT);
+    MemoryMap {
+        regions: vec![(RAM, ram_bytes)],
+        device_window: DEVICES,
+        extension_window: extensions..ADDRESSES_END.max(extensions),
+    }
 }
 
 /// Affinity of vCPU `index` as KVM sets it in MPIDR_EL1: sixteen vCPUs per cluster, as many as
@@ -73,6 +85,12 @@ mod tests {
 
         assert_eq!(map.regions, [(RAM, 8 << 30)]);
         assert_eq!(map.device_window.end, RAM.0);
+    }
+
+    #[test]
+    fn extensions_start_at_the_gib_behind_ram() {
+        assert_eq!(memory_map(256 << 20).extension_window, 2 << 30..ADDRESSES_END);
+        assert!(memory_map(1 << 40).extension_window.is_empty());
     }
 
     #[test]

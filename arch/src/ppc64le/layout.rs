@@ -4,6 +4,7 @@
 //! ```text
 //! 0x0000_0000  RAM: kernel upwards
 //!              initrd, RTAS, device tree: up to the end of the real mode area
+//!              from the next GiB on what extends it: mapped files, plugged memory
 //! 0x0100_8000_0000  device windows of the PCI host bridge
 //! ```
 
@@ -29,12 +30,19 @@ pub const DEVICES: Range<u64> = 0x100_8000_0000..0x100_c000_0000;
 /// Interrupt sources free for devices; lower numbers are inter-processor interrupts (XICS).
 pub const DEVICE_GSIS: Range<u32> = 0x1000..0x1100;
 
+/// What extends RAM starts and ends at a multiple of this: a huge page of any size ends before it.
+const EXTENSION_ALIGNMENT: u64 = 1 << 30;
+
 /// Consoles and power are hypercalls.
 pub const PLATFORM_DEVICES: &[PlatformDevice] = &[];
 
 /// Where `ram_bytes` of RAM lie: in one piece from 0.
 pub fn memory_map(ram_bytes: u64) -> MemoryMap {
-    MemoryMap { regions: vec![(GuestAddress(0), ram_bytes)], device_window: DEVICES }
+    MemoryMap {
+        regions: vec![(GuestAddress(0), ram_bytes)],
+        device_window: DEVICES,
+        extension_window: ram_bytes.next_multiple_of(EXTENSION_ALIGNMENT)..DEVICES.start,
+    }
 }
 
 /// Size of the real mode area of a machine with `ram_bytes` of RAM, in bytes.
@@ -59,6 +67,12 @@ mod tests {
     #[test]
     fn ram_is_one_region_from_zero() {
         assert_eq!(memory_map(8 << 30).regions, [(GuestAddress(0), 8 << 30)]);
+    }
+
+    #[test]
+    fn extensions_lie_between_ram_and_the_devices() {
+        assert_eq!(memory_map(8 << 30).extension_window, 8 << 30..DEVICES.start);
+        assert!(memory_map(1 << 40).extension_window.start < DEVICES.start);
     }
 
     #[test]

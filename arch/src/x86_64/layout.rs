@@ -11,7 +11,7 @@
 //! 0x0010_0000  RAM again: kernel upwards, initrd at the top
 //! 0xc000_0000  gap: device windows
 //! 0xfec0_0000  IOAPIC, local APICs, pages KVM needs on Intel hosts
-//! 0x1_0000_0000  the rest of RAM
+//! 0x1_0000_0000  the rest of RAM, then what extends it: mapped files, plugged memory
 //! ```
 
 use std::ops::Range;
@@ -62,6 +62,11 @@ pub const DEVICES_END: u64 = 0xfec0_0000;
 /// Where RAM continues above the gap.
 pub const GAP_END: u64 = 0x1_0000_0000;
 
+/// Where the last guest-physical address is that every supported processor has: 46 bits.
+pub const ADDRESSES_END: u64 = 1 << 46;
+/// What extends RAM starts at a multiple of this: a huge page of any size ends before it.
+const EXTENSION_ALIGNMENT: u64 = 1 << 30;
+
 /// Registers of KVM's IOAPIC.
 pub const IOAPIC: u32 = 0xfec0_0000;
 /// Input pins of KVM's IOAPIC.
@@ -110,7 +115,12 @@ pub fn memory_map(ram_bytes: u64) -> MemoryMap {
     if ram_bytes > low {
         regions.push((GuestAddress(GAP_END), ram_bytes - low));
     }
-    MemoryMap { regions, device_window: GAP_START..DEVICES_END }
+    let ram_end = GAP_END + (ram_bytes - low);
+    MemoryMap {
+        regions,
+        device_window: GAP_START..DEVICES_END,
+        extension_window: ram_end.next_multiple_of(EXTENSION_ALIGNMENT)..ADDRESSES_END,
+    }
 }
 
 /// The kernel parameter that names `device`
@@ -145,6 +155,14 @@ mod tests {
             map.regions,
             [(GuestAddress(0), GAP_START), (GuestAddress(GAP_END), (8 << 30) - GAP_START)]
         );
+    }
+
+    #[test]
+    fn extensions_start_above_ram_and_above_the_gap() {
+        let starts = [256 << 20, GAP_START, GAP_START + 1, 8 << 30]
+            .map(|ram_bytes| memory_map(ram_bytes).extension_window.start);
+
+        assert_eq!(starts, [4 << 30, 4 << 30, 5 << 30, 9 << 30]);
     }
 
     #[test]

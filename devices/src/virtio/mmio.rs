@@ -306,12 +306,7 @@ impl MmioTransport {
                 self.registers.set_driver_features(value);
             }
             VIRTIO_MMIO_QUEUE_SEL => self.registers.queue_select = value,
-            VIRTIO_MMIO_QUEUE_NOTIFY => {
-                if let Some(kick) = self.kicks.get(value as usize) {
-                    // The only failure is a counter at its maximum: then the kick is pending.
-                    let _ = kick.write(1);
-                }
-            }
+            VIRTIO_MMIO_QUEUE_NOTIFY => self.kick(value as usize),
             VIRTIO_MMIO_INTERRUPT_ACK => {
                 self.shared.interrupts.fetch_and(!value, Ordering::AcqRel);
             }
@@ -320,6 +315,25 @@ impl MmioTransport {
                 self.registers.set_queue(register, value);
             }
             _ => {}
+        }
+    }
+
+    /// Whether kicks of queue `index` must come here, and not go to its eventfd.
+    pub fn serves_at_once(&self, index: usize) -> bool {
+        self.lock_device().serves_at_once(index)
+    }
+
+    fn kick(&mut self, index: usize) {
+        let Some(kick) = self.kicks.get(index) else { return };
+        let mut device = self.lock_device();
+        if !device.serves_at_once(index) {
+            // The only failure is a counter at its maximum, and then the kick is pending anyway.
+            let _ = kick.write(1);
+        } else if let Err(error) = device.queue_ready(index) {
+            // The queue has already told the driver that the device needs a reset.
+            device.reset();
+            drop(device);
+            self.complaints.add(&format_args!("stopped until it is reset: {error}"));
         }
     }
 
@@ -482,6 +496,8 @@ mod tests {
         active: Option<Activation>,
         resets: usize,
         config: Vec<u8>,
+        at_once: bool,
+        served: usize,
     }
 
     impl VirtioDevice for Probe {
@@ -508,7 +524,14 @@ mod tests {
         }
 
         fn queue_ready(&mut self, _index: usize) -> Result<(), QueueError> {
-            Ok(())
+            self.served += 1;
+            self.active
+                .as_mut()
+                .map_or(Ok(()), |active| active.queues[0].drain(|_, _| Verdict::Used(0)))
+        }
+
+        fn serves_at_once(&self, index: usize) -> bool {
+            self.at_once && index == 0
         }
     }
 
@@ -594,6 +617,32 @@ mod tests {
         fn is_active(&self) -> bool {
             self.device.lock().unwrap().active.is_some()
         }
+    }
+
+    #[test]
+    fn a_queue_that_is_served_at_once_needs_no_eventfd() {
+        let mut guest = Guest::running();
+        guest.transport.kicks().iter().for_each(|kick| _ = kick.read());
+        guest.device.lock().unwrap().at_once = true;
+
+        guest.write(VIRTIO_MMIO_QUEUE_NOTIFY, 0);
+        guest.write(VIRTIO_MMIO_QUEUE_NOTIFY, 1);
+
+        assert_eq!(guest.device.lock().unwrap().served, 1);
+        let kicked = guest.transport.kicks().iter().map(|kick| kick.read().is_ok());
+        assert_eq!(kicked.collect::<Vec<_>>(), [false, true]);
+    }
+
+    #[test]
+    fn a_broken_queue_that_is_served_at_once_resets_the_device() {
+        let mut guest = Guest::running();
+        guest.device.lock().unwrap().at_once = true;
+
+        guest.memory.write_obj(1000_u16, GuestAddress(0x2002)).unwrap();
+        guest.write(VIRTIO_MMIO_QUEUE_NOTIFY, 0);
+
+        assert!(!guest.is_active());
+        assert_eq!(guest.status() & NEEDS_RESET, NEEDS_RESET);
     }
 
     #[test]

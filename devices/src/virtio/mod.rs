@@ -1,6 +1,7 @@
 //! What a virtio device is, independent of the transport that shows it to the guest.
 
 pub mod activity;
+pub mod balloon;
 pub mod block;
 pub mod buffers;
 pub mod complaints;
@@ -8,8 +9,10 @@ pub mod console;
 pub mod fs;
 #[cfg(test)]
 mod hostile_tests;
+pub mod mem;
 pub mod mmio;
 pub mod net;
+pub mod pmem;
 pub mod queue;
 pub mod rate_limit;
 pub mod rng;
@@ -113,6 +116,13 @@ pub trait VirtioDevice: Send {
 
     /// Serves queue `index`, because the driver kicked it.
     fn queue_ready(&mut self, index: usize) -> Result<(), QueueError>;
+
+    /// Whether the processor that kicks queue `index` waits until the kick is served: then the
+    /// transport calls `queue_ready` before the guest's instruction ends, and no eventfd stands in
+    /// between. For the rare queue whose driver relies on it; such a kick is slow.
+    fn serves_at_once(&self, _index: usize) -> bool {
+        false
+    }
 
     /// The descriptors to wait on; read once, before the guest starts, and watched edge-triggered:
     /// data that cannot move yet must be looked for again in `queue_ready`. The transport kicks

@@ -6,8 +6,8 @@ use std::path::Path;
 use agent_protocol::SHARE_TAG;
 use oci_spec::runtime::{LinuxCpu, LinuxMemory, LinuxResources};
 use vmm::{
-    BootConfig, ConsoleConfig, ConsoleOutput, MemoryConfig, NetConfig, ShareConfig, VmConfig,
-    VsockConfig,
+    BalloonConfig, BootConfig, ConsoleConfig, ConsoleOutput, MemoryConfig, NetConfig, ShareConfig,
+    VmConfig, VsockConfig,
 };
 
 use crate::settings::{MAX_VCPUS, MIN_MEMORY_MIB, Settings};
@@ -154,7 +154,7 @@ pub(super) fn config(
     };
     VmConfig {
         vcpus: size.vcpus,
-        memory: MemoryConfig { size_mib: size.memory_mib, mergeable: false },
+        memory: MemoryConfig { size_mib: size.memory_mib, ..MemoryConfig::default() },
         boot: BootConfig {
             kernel: settings.kernel.clone(),
             initrd: Some(settings.initrd.clone()),
@@ -163,9 +163,11 @@ pub(super) fn config(
         console: ConsoleConfig { serial: settings.debug_console, output },
         disks: Vec::new(),
         nets,
+        pmem: Vec::new(),
         shares: vec![ShareConfig { tag: SHARE_TAG.into(), path: share.into(), read_only: false }],
         vsock: Some(VsockConfig { cid: GUEST_CID, socket: None }),
         rng: true,
+        balloon: Some(BalloonConfig { free_page_reporting: true, ..BalloonConfig::default() }),
     }
 }
 
