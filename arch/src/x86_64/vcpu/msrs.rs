@@ -24,9 +24,8 @@ pub fn set(vcpu: &VcpuFd) -> Result<(), ArchError> {
 
 /// Reads every register that KVM has of a vCPU.
 pub fn save(kvm: &Kvm, vcpu: &VcpuFd) -> Result<Vec<kvm_msr_entry>, ArchError> {
-    let list = kvm
-        .get_msr_index_list()
-        .map_err(ArchError::kvm("list the model-specific registers"))?;
+    let list =
+        kvm.get_msr_index_list().map_err(ArchError::kvm("list the model-specific registers"))?;
     let mut indices = list.as_slice().to_vec();
     // It counts only once the time stamp counter is set.
     indices.sort_by_key(|&index| index == TSC_DEADLINE);

@@ -1,10 +1,13 @@
 //! Where a vCPU stands: read out of KVM, kept as plain data, and given to a fresh vCPU.
 #![cfg(target_arch = "x86_64")]
 
+use std::fmt;
+
 use kvm_bindings::{
     CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state, kvm_mp_state,
     kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
+use kvm_ioctls::{Cap, KvmNestedStateBuffer};
 use log::debug;
 use serde::{Deserialize, Serialize};
 
@@ -29,6 +32,17 @@ pub struct State {
     msrs: Vec<kvm_msr_entry>,
     /// Exceptions and interrupts on their way.
     events: kvm_vcpu_events,
+    /// What the guest does with virtualization of its own, on hosts that let it.
+    nested: Option<Box<Nested>>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Nested(KvmNestedStateBuffer);
+
+impl fmt::Debug for Nested {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.debug_struct("Nested").field("flags", &self.0.flags).finish_non_exhaustive()
+    }
 }
 
 impl State {
@@ -54,6 +68,7 @@ impl State {
             msrs: msrs::save(kvm, vcpu)?,
             // Last, after whatever may still have made KVM change it.
             events: vcpu.get_vcpu_events().map_err(ArchError::kvm("read a vCPU's events"))?,
+            nested: Nested::of(kvm, vcpu)?,
         })
     }
 
@@ -81,6 +96,10 @@ impl State {
         vcpu.set_lapic(&self.local_apic).map_err(ArchError::kvm("set the local APIC"))?;
         msrs::restore(vcpu, &self.msrs)?;
         vcpu.set_vcpu_events(&self.events).map_err(ArchError::kvm("set a vCPU's events"))?;
+        // Enters the guest of the guest, if the vCPU was there, on top of all that is set by now.
+        if let Some(nested) = &self.nested {
+            vcpu.set_nested_state(&nested.0).map_err(ArchError::kvm("set the nested state"))?;
+        }
         // Tells a guest with kvmclock why its watchdogs heard nothing; others need not know.
         if let Err(error) = vcpu.kvmclock_ctrl() {
             debug!("the guest has no kvmclock to tell of the pause: {error}");
@@ -95,5 +114,17 @@ impl State {
             return Ok(());
         }
         vcpu.set_tsc_khz(self.tsc_khz).map_err(ArchError::kvm("set the time stamp frequency"))
+    }
+}
+
+impl Nested {
+    fn of(kvm: &Kvm, vcpu: &VcpuFd) -> Result<Option<Box<Self>>, ArchError> {
+        if !kvm.check_extension(Cap::NestedState) {
+            return Ok(None);
+        }
+        let mut nested = Box::new(Nested(KvmNestedStateBuffer::empty()));
+        // The header alone, which KVM calls no state, says whether virtualization is on.
+        vcpu.nested_state(&mut nested.0).map_err(ArchError::kvm("read the nested state"))?;
+        Ok(Some(nested))
     }
 }
