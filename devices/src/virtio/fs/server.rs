@@ -14,6 +14,8 @@ use fuse_backend_rs::passthrough::{CachePolicy, Config, PassthroughFs};
 use fuse_backend_rs::transport::{Reader, VirtioFsWriter};
 use vm_memory::GuestMemoryMmap;
 
+use super::ledger::Ledger;
+use super::saved::State;
 use super::tree::{Access, Tree};
 use crate::virtio::queue::Chain;
 
@@ -68,10 +70,10 @@ pub(super) enum RequestError {
 /// lives: names of open files there are how files are opened and extended attributes are reached.
 /// It clears the umask of the process, as each request has its own.
 pub struct Server {
-    server: server::Server<Arc<Tree>>,
-    tree: Arc<Tree>,
+    server: server::Server<Arc<Ledger>>,
+    ledger: Arc<Ledger>,
     /// The library finds the tree again through this, whatever the mounts of the process become.
-    _root: File,
+    root: File,
 }
 
 impl Server {
@@ -88,8 +90,8 @@ impl Server {
             .and_then(|files| files.import().map(|()| files))
             .map_err(|source| Error::Serve { path: root.to_owned(), source })?;
         let access = if read_only { Access::ReadOnly } else { Access::ReadWrite };
-        let tree = Arc::new(Tree::new(files, access));
-        Ok(Server { server: server::Server::new(tree.clone()), tree, _root: directory })
+        let ledger = Arc::new(Ledger::new(Tree::new(files, access)));
+        Ok(Server { server: server::Server::new(ledger.clone()), ledger, root: directory })
     }
 
     /// Serves one request and returns the size of the answer in bytes, 0 for a request without one.
@@ -113,9 +115,19 @@ impl Server {
         Ok(u32::try_from(written).expect("no more than MAX_MESSAGE_BYTES fit"))
     }
 
+    /// What the guest knows and has open.
+    pub(super) fn save(&self) -> State {
+        self.ledger.save(&self.root)
+    }
+
+    /// Goes on with a guest that knows and has open what `state` says.
+    pub(super) fn restore(&self, state: &State) -> io::Result<()> {
+        self.ledger.restore(state)
+    }
+
     /// Forgets the guest: closes what it has open.
     pub(super) fn reset(&self) {
-        self.tree.destroy();
+        self.ledger.destroy();
     }
 }
 
