@@ -28,21 +28,24 @@ mod peripherals;
 mod placement;
 mod pmem;
 pub mod prometheus;
+mod state;
 mod vcpu;
 
 pub use builder::Vmm;
 pub use check::check;
 pub use config::{
     BalloonConfig, BootConfig, ConfigError, ConsoleConfig, ConsoleOutput, DiskConfig, DiskEngine,
-    MemoryConfig, NetConfig, PmemConfig, RateLimitConfig, ShareConfig, VhostUse, VmConfig,
-    VsockConfig,
+    MemoryBacking, MemoryConfig, NetConfig, PmemConfig, RateLimitConfig, ShareConfig, VhostUse,
+    VmConfig, VsockConfig,
 };
 pub use control::Exit;
 pub use error::{Error, chain};
 pub use footprint::{give_back_startup_memory, use_one_heap};
 pub use handle::VmHandle;
 pub use json::from_json;
+pub use memory::{SavedMemory, Sharing};
 pub use metrics::{DeviceCounts, ExitCounts, Metrics};
+pub use state::{MachineState, Unsaved};
 
 /// The host's end of the guest's memory balloon.
 pub mod balloon {

@@ -100,7 +100,7 @@ impl Book {
 
     /// The guest opened something that the file system calls `own`: its handle there.
     pub fn open(&mut self, own: u64, open: Open) -> u64 {
-        let guest = own + self.handle_lead;
+        let guest = own.saturating_add(self.handle_lead);
         self.open.insert(guest, open);
         guest
     }

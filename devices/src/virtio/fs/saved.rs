@@ -9,6 +9,7 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use fuse_backend_rs::abi::fuse_abi::stat64;
 use fuse_backend_rs::api::filesystem::{Context, FileSystem, FsOptions};
 use serde::{Deserialize, Serialize};
 
@@ -54,22 +55,13 @@ impl Ledger {
     pub fn save(&self, root: &File) -> State {
         let capable = self.capable.lock().expect("nothing panics while it holds this");
         let book = self.book();
-        let root = link(root);
         let file = |(number, count)| {
-            let found = book.file(number).and_then(|own| self.tree.path_and_attributes(own));
-            let found = found.ok().zip(root.as_ref());
+            let found = book.file(number).and_then(|own| self.tree.path_and_attributes(own)).ok();
             KnownFile {
                 number,
                 count,
-                kind: found.as_ref().map_or(0, |((_, attributes), _)| kind(attributes.st_mode)),
-                path: found.and_then(|((path, attributes), root)| {
-                    let is_same = |found: &fs::Metadata| {
-                        (found.dev(), found.ino()) == (attributes.st_dev, attributes.st_ino)
-                    };
-                    fs::symlink_metadata(&path).ok().filter(is_same)?;
-                    let path = path.strip_prefix(root).ok()?;
-                    Some(path.as_os_str().to_owned().into_vec())
-                }),
+                kind: found.as_ref().map_or(0, |(_, attributes)| kind(attributes.st_mode)),
+                path: found.and_then(|(path, attributes)| name_below(root, &path, &attributes)),
             }
         };
         State {
@@ -164,7 +156,13 @@ fn kind(mode: u32) -> u32 {
     mode & libc::S_IFMT
 }
 
-/// The path of an open file.
-fn link(file: &File) -> Option<PathBuf> {
-    fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd())).ok()
+/// The path below `root` of a file with these attributes that was seen at `path`; nothing if it is not
+/// there.
+fn name_below(root: &File, path: &Path, attributes: &stat64) -> Option<Vec<u8>> {
+    let root = PathBuf::from(format!("/proc/self/fd/{}", root.as_raw_fd()));
+    let path = path.strip_prefix(fs::read_link(&root).ok()?).ok()?;
+    // A file without a name is shown with the one that it had, and something appended.
+    let found = fs::symlink_metadata(root.join(path)).ok()?;
+    let is_same = (found.dev(), found.ino()) == (attributes.st_dev, attributes.st_ino);
+    is_same.then(|| path.as_os_str().to_owned().into_vec())
 }
