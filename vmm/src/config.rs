@@ -481,6 +481,23 @@ mod tests {
     }
 
     #[test]
+    fn memory_may_be_kept_in_a_file() {
+        let backing = |json: &str| {
+            let json =
+                format!(r#"{{"memory": {{"size_mib": 64{json}}}, "boot": {{"kernel": "/k"}}}}"#);
+            let config = parse(&json);
+            config.validate().map(|()| config.memory.backing)
+        };
+
+        assert_eq!(backing(""), Ok(MemoryBacking::Anonymous));
+        assert_eq!(backing(r#", "backing": "memfd""#), Ok(MemoryBacking::Memfd));
+        let file = backing(r#", "backing": {"file": "/m"}"#);
+        assert_eq!(file, Ok(MemoryBacking::File("/m".into())));
+        let error = backing(r#", "backing": "memfd", "mergeable": true"#).unwrap_err();
+        assert_eq!(error.field, "memory.mergeable");
+    }
+
+    #[test]
     fn too_little_memory_is_refused() {
         let error = refused(r#"{"memory": {"size_mib": 1}, "boot": {"kernel": "/k"}}"#);
         assert_eq!(error, "memory.size_mib: must be 16 to 1048576, not 1");

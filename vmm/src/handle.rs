@@ -43,7 +43,8 @@ pub struct VmHandle {
 }
 
 impl VmHandle {
-    /// Stops the guest's processors; returns once none of them runs. Devices go on.
+    /// Stops the guest's processors; returns once none of them runs. Devices go on, until
+    /// [`VmHandle::save`].
     pub fn pause(&self) {
         self.control.pause();
     }

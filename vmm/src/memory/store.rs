@@ -23,7 +23,8 @@ pub enum Sharing {
     /// The new machine goes on writing to it, and can be saved again. It must be the only one.
     Shared,
     /// It stays as it is: what the new machine writes is its own. Any number of machines can go on
-    /// from there, and share what none of them writes.
+    /// from there, and share what none of them writes. They share what their kernels draw random
+    /// numbers from, too, until each has fresh entropy.
     Private,
 }
 
@@ -121,4 +122,107 @@ fn memfd() -> io::Result<File> {
     }
     // SAFETY: the descriptor was just made, and nobody else knows of it.
     Ok(unsafe { File::from_raw_fd(fd) })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+    use std::os::unix::fs::FileExt;
+
+    use arch::machine::MemoryMap;
+    use vm_memory::{Bytes, GuestAddress};
+
+    use super::*;
+    use crate::config::MemoryConfig;
+    use crate::memory::GuestRam;
+
+    const FIRST: GuestAddress = GuestAddress(0x10);
+    const SECOND: GuestAddress = GuestAddress((1 << 32) + 0x20);
+
+    /// Two regions, of 3 and 1 MiB.
+    fn ram(store: Store) -> Result<GuestRam, MemoryError> {
+        let regions = vec![(GuestAddress(0), 3 << 20), (GuestAddress(1 << 32), 1 << 20)];
+        let map = MemoryMap { regions, device_window: 0..0, extension_window: 0..0 };
+        GuestRam::allocate(&map, &MemoryConfig::default(), store)
+    }
+
+    fn read(ram: &GuestRam, address: GuestAddress) -> u8 {
+        ram.memory().read_obj(address).unwrap()
+    }
+
+    /// The file of a machine that wrote 1 to its first region and 2 to its second.
+    fn saved() -> File {
+        let ram = ram(Store::create(&MemoryBacking::Memfd).unwrap()).unwrap();
+        ram.memory().write_obj(1u8, FIRST).unwrap();
+        ram.memory().write_obj(2u8, SECOND).unwrap();
+        ram.file().unwrap().try_clone().unwrap()
+    }
+
+    fn on(file: &File, sharing: Sharing) -> Result<GuestRam, MemoryError> {
+        ram(Store::of_saved(SavedMemory { file: file.try_clone().unwrap(), sharing }))
+    }
+
+    #[test]
+    fn what_a_machine_wrote_is_there_for_the_next() {
+        let file = saved();
+
+        let first = on(&file, Sharing::Shared).unwrap();
+        assert_eq!([read(&first, FIRST), read(&first, SECOND)], [1, 2]);
+        first.memory().write_obj(3u8, FIRST).unwrap();
+        drop(first);
+
+        let second = on(&file, Sharing::Shared).unwrap();
+        assert_eq!([read(&second, FIRST), read(&second, SECOND)], [3, 2]);
+    }
+
+    #[test]
+    fn a_template_stays_as_it_is() {
+        let file = saved();
+
+        let first = on(&file, Sharing::Private).unwrap();
+        first.memory().write_obj(3u8, FIRST).unwrap();
+
+        assert_eq!(read(&on(&file, Sharing::Private).unwrap(), FIRST), 1);
+        assert_eq!(read(&first, FIRST), 3);
+        assert!(first.file().is_none());
+    }
+
+    #[test]
+    fn memory_that_is_gone_holds_no_file_and_reads_as_zeros() {
+        let file = saved();
+        let ram = on(&file, Sharing::Shared).unwrap();
+        let clone = ram.memory().clone();
+
+        drop(ram);
+        clone.write_obj(9u8, FIRST).unwrap();
+
+        assert_eq!(clone.read_obj::<u8>(SECOND).unwrap(), 0);
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, FIRST.0).unwrap();
+        assert_eq!(byte, [1]);
+    }
+
+    #[test]
+    fn a_file_that_lacks_a_part_is_refused() {
+        let file = saved();
+        file.set_len(4 << 20).unwrap();
+
+        let error = on(&file, Sharing::Private).err().unwrap().to_string();
+
+        assert_eq!(error, "the file with guest RAM has 4194304 bytes, of at least 5242880");
+    }
+
+    #[test]
+    fn a_file_that_is_there_is_left_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("memory");
+        std::fs::write(&path, "precious").unwrap();
+
+        let error = Store::create(&MemoryBacking::File(path.clone())).unwrap_err();
+
+        assert!(error.to_string().contains("must not exist yet"));
+        let mut kept = String::new();
+        File::open(path).unwrap().read_to_string(&mut kept).unwrap();
+        assert_eq!(kept, "precious");
+    }
 }

@@ -102,7 +102,7 @@ struct Worker {
 }
 
 impl Worker {
-    fn new(tap: &str, subnet: &str) -> Self {
+    fn new(tap: &str, subnet: &str, vhost: VhostUse) -> Self {
         let work = WORK.replace("$ADDRESS", subnet);
         let mut guest = Guest::with_program(&work, "talk", &elf(TALK));
         let folder = TempDir::new().unwrap();
@@ -118,7 +118,7 @@ impl Worker {
         config.disks = vec![DiskConfig::new("disk", disk.path().to_owned())];
         config.shares = vec![ShareConfig { tag: "share".into(), path: share, read_only: false }];
         config.vsock = Some(VsockConfig { cid: 3, socket: Some(socket) });
-        config.nets = vec![NetConfig { vhost: VhostUse::Off, ..new_tap(tap) }];
+        config.nets = vec![NetConfig { vhost, ..new_tap(tap) }];
         Worker { guest, folder, disk, listener }
     }
 
@@ -229,7 +229,7 @@ fn open(path: &Path) -> File {
 #[test]
 #[ignore = "needs KVM that boots Linux"]
 fn a_guest_goes_on_in_another_machine_with_its_memory_in_a_memfd() {
-    let mut worker = Worker::new("vmmstate1", "192.168.241");
+    let mut worker = Worker::new("vmmstate1", "192.168.241", VhostUse::Off);
     let config = &mut worker.guest.config;
     config.memory.backing = MemoryBacking::Memfd;
     let config = config.clone();
@@ -247,9 +247,10 @@ fn a_guest_goes_on_in_another_machine_with_its_memory_in_a_memfd() {
 fn a_guest_of_two_processors_goes_on_from_a_file_and_leaves_it_alone() {
     let memory = TempDir::new().unwrap();
     let path = memory.path().join("memory");
-    let mut worker = Worker::new("vmmstate2", "192.168.242");
+    let mut worker = Worker::new("vmmstate2", "192.168.242", VhostUse::On);
     let config = &mut worker.guest.config;
     config.vcpus = 2;
+    config.nets[0].queue_pairs = 2;
     config.memory.backing = MemoryBacking::File(path.clone());
     let config = config.clone();
 
@@ -263,7 +264,7 @@ fn a_guest_of_two_processors_goes_on_from_a_file_and_leaves_it_alone() {
 #[test]
 #[ignore = "needs KVM that boots Linux"]
 fn a_saved_guest_may_also_just_go_on() {
-    let mut worker = Worker::new("vmmstate3", "192.168.243");
+    let mut worker = Worker::new("vmmstate3", "192.168.243", VhostUse::On);
     worker.guest.config.memory.backing = MemoryBacking::Memfd;
     let vm = worker.guest.start();
     connect("vmmstate3", "192.168.243");
@@ -278,6 +279,8 @@ fn a_saved_guest_may_also_just_go_on() {
     vm.resume();
 
     worker.wait_for_count(&vm, before + 3);
+    let ping = ["ping", "-q", "-c", "3", "-W", "20", "192.168.243.2"];
+    assert!(Command::new("/bin/busybox").args(ping).status().unwrap().success());
     early.write_all(b"still").unwrap();
     vm.stop();
 }
