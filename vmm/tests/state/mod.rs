@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 
 use tempfile::{NamedTempFile, TempDir};
 use vmm::{
-    DiskConfig, Error, MachineState, MemoryBacking, NetConfig, SavedMemory, ShareConfig, Sharing,
-    Unsaved, VhostUse, VmConfig, VmHandle, Vmm, VsockConfig,
+    BalloonConfig, DiskConfig, Error, MachineState, MemoryBacking, NetConfig, SavedMemory,
+    ShareConfig, Sharing, Unsaved, VhostUse, VmConfig, VmHandle, Vmm, VsockConfig,
 };
 
 use crate::guest::{Guest, PATIENCE, wait};
@@ -210,6 +210,23 @@ fn connect(tap: &str, subnet: &str) {
     give_address(tap, &format!("{subnet}.1/24"));
 }
 
+/// Waits until the guest has plugged in this much memory.
+fn plug(vm: &VmHandle, mib: u32) {
+    let memory = vm.pluggable_memory().unwrap();
+    memory.request_mib(mib).unwrap();
+    let start = Instant::now();
+    while memory.plugged_mib() != u64::from(mib) {
+        assert!(start.elapsed() < PATIENCE, "{} MiB of {mib} are plugged", memory.plugged_mib());
+        thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// How much memory the guest says that it has.
+fn total_bytes(vm: &VmHandle) -> Option<u64> {
+    let statistics = vm.balloon().unwrap().statistics(PATIENCE).unwrap();
+    statistics.expect("the guest answers").total_bytes
+}
+
 /// Where a paused machine stands, written as JSON and read again.
 fn saved(vm: &VmHandle) -> MachineState {
     vm.pause();
@@ -251,13 +268,21 @@ fn a_guest_of_two_processors_goes_on_from_a_file_and_leaves_it_alone() {
     let config = &mut worker.guest.config;
     config.vcpus = 2;
     config.nets[0].queue_pairs = 2;
+    config.memory.pluggable_mib = 256;
     config.memory.backing = MemoryBacking::File(path.clone());
+    config.balloon = Some(BalloonConfig { statistics: true, ..BalloonConfig::default() });
     let config = config.clone();
 
     worker.run("vmmstate2", "192.168.242", |vm| {
+        plug(&vm, 128);
+        let before = total_bytes(&vm);
         let state = saved(&vm);
         drop(vm);
-        rebuilt(&config, &state, open(&path), Sharing::Private)
+        let vm = rebuilt(&config, &state, open(&path), Sharing::Private);
+        assert_eq!(vm.pluggable_memory().unwrap().plugged_mib(), 128);
+        assert_eq!(total_bytes(&vm), before);
+        plug(&vm, 256);
+        vm
     });
 }
 
