@@ -17,12 +17,13 @@ use crate::error::Error;
 use crate::event_loop::EventLoop;
 use crate::handle::VmHandle;
 use crate::jail::Jail;
-use crate::memory::GuestRam;
+use crate::memory::{GuestRam, MemoryError, SavedMemory, Store};
 use crate::metrics::{Counter, Metrics, Record, now_ns};
 use crate::peripherals::{self, Ends};
 use crate::placement::{Placed, Placement};
 use crate::pmem;
 use crate::seccomp::{self, Kind};
+use crate::state::{MachineState, Shape};
 use crate::vcpu::Vcpu;
 use crate::vsock;
 
@@ -40,6 +41,8 @@ pub struct Vmm {
     ends: Ends,
     record: Record,
     confinement: Confinement,
+    shape: Shape,
+    kvm: Kvm,
     vm: VmFd,
     ram: GuestRam,
 }
@@ -48,7 +51,7 @@ impl Vmm {
     /// Opens and builds everything `config` names. The guest does not run yet.
     #[expect(clippy::needless_pass_by_value, reason = "one configuration makes one machine")]
     pub fn new(config: VmConfig) -> Result<Vmm, Error> {
-        let mut record = Record { started_ns: now_ns(), ..Record::default() };
+        let started_ns = now_ns();
         config.validate()?;
         if config.seccomp && !seccomp::is_available() {
             return Err(Error::NoFilter);
@@ -56,11 +59,62 @@ impl Vmm {
         check_memory(&config.memory)?;
         Confinement::check(&config)?;
         let mut boot = open_boot_files(&config.boot)?;
+        let mut vmm = Vmm::assemble(&config, started_ns, || Store::create(&config.memory.backing))?;
+
+        let entry = Host::load(vmm.ram.memory(), &mut boot)
+            .map_err(|source| Error::LoadKernel { path: config.boot.kernel.clone(), source })?;
+        vmm.record.loaded_ns = now_ns();
+        vmm.create_vcpus(config.vcpus)?;
+        describe(&config, &vmm.ram, entry, &vmm.placed.devices)?;
+        for (index, vcpu) in (0..).zip(&vmm.vcpus) {
+            Host::reset_vcpu(&vmm.kvm, vcpu, index, config.vcpus, &entry)
+                .map_err(step("set a vCPU's registers"))?;
+        }
+        vmm.record.built_ns = now_ns();
+        Ok(vmm)
+    }
+
+    /// Builds the machine of `config` anew, to go on where the one stood that `state` was saved of,
+    /// with its `memory`. What `config` says of booting and of where memory is kept does not matter;
+    /// all else must be as it was, but files, taps and the like may be others that do as well.
+    ///
+    /// For the guest no time passes. Its connections over the socket device end, like after a reset.
+    /// Files of a share that it knows are found again by their names; those that are not answer ESTALE.
+    #[expect(clippy::needless_pass_by_value, reason = "one configuration makes one machine")]
+    pub fn restore(
+        config: VmConfig,
+        state: &MachineState,
+        memory: SavedMemory,
+    ) -> Result<Vmm, Error> {
+        let started_ns = now_ns();
+        config.validate()?;
+        check_memory(&config.memory)?;
+        state.compare(&config)?;
+        let mut vmm = Vmm::assemble(&config, started_ns, || Ok(Store::of_saved(memory)))?;
+
+        vmm.create_vcpus(config.vcpus)?;
+        for (vcpu, state) in vmm.vcpus.iter().zip(&state.vcpus) {
+            Host::restore_vcpu(vcpu, state).map_err(step("restore a vCPU"))?;
+        }
+        Host::restore_board(&vmm.vm, &state.board).map_err(step("restore the machine"))?;
+        // Last, because they interrupt the guest.
+        vmm.placed.kept.restore(&state.devices)?;
+        vmm.record.built_ns = now_ns();
+        Ok(vmm)
+    }
+
+    /// A machine with memory and devices, without vCPUs.
+    fn assemble(
+        config: &VmConfig,
+        started_ns: u64,
+        store: impl FnOnce() -> Result<Store, MemoryError>,
+    ) -> Result<Vmm, Error> {
+        let mut record = Record { started_ns, ..Record::default() };
         let kvm = open_kvm()?;
         let vm = create_vm(&kvm)?;
 
         let mut map = Host::memory_map(u64::from(config.memory.size_mib) << 20);
-        let mut ram = GuestRam::allocate(&map, &config.memory)?;
+        let mut ram = GuestRam::allocate(&map, &config.memory, store()?)?;
         ram.register(&vm)?;
         let pluggable = ram.add_pluggable(&vm, &mut map.extension_window, &config.memory)?;
         let files = pmem::map_all(&config.pmem, &map.extension_window, &mut ram, &vm)?;
@@ -74,9 +128,9 @@ impl Vmm {
         let control = Control::new(config.vcpus)
             .map(Arc::new)
             .map_err(|source| Error::Start { what: "the machine's control", source })?;
-        let jail = build_jail(&config)?;
+        let jail = build_jail(config)?;
         let ends = peripherals::place_all(
-            &config,
+            config,
             &console,
             jail.as_deref(),
             &files,
@@ -85,21 +139,15 @@ impl Vmm {
         )?;
         let mut placed = placement.finish();
         record.devices_ns = now_ns();
-
-        let entry = Host::load(ram.memory(), &mut boot)
-            .map_err(|source| Error::LoadKernel { path: config.boot.kernel.clone(), source })?;
-        record.loaded_ns = now_ns();
-        let vcpus = create_vcpus(&vm, config.vcpus)?;
-        Host::after_vcpus(&vm, config.vcpus).map_err(step("finish the interrupt controller"))?;
-        describe(&config, &ram, entry, &placed.devices)?;
-        for (index, vcpu) in (0..).zip(&vcpus) {
-            Host::reset_vcpu(&kvm, vcpu, index, config.vcpus, &entry)
-                .map_err(step("set a vCPU's registers"))?;
-        }
-        record.built_ns = now_ns();
         record.activities = mem::take(&mut placed.activities);
-        let confinement = Confinement::of(&config, jail);
-        Ok(Vmm { control, vcpus, placed, console, ends, record, confinement, vm, ram })
+        let confinement = Confinement::of(config, jail);
+        let (vcpus, shape) = (Vec::new(), Shape::of(config));
+        Ok(Vmm { control, vcpus, placed, console, ends, record, confinement, shape, kvm, vm, ram })
+    }
+
+    fn create_vcpus(&mut self, count: u8) -> Result<(), Error> {
+        self.vcpus = create_vcpus(&self.vm, count)?;
+        Host::after_vcpus(&self.vm, count).map_err(step("finish the interrupt controller"))
     }
 
     /// The host's end of the socket device, if the VM has one: streams may be connected and
@@ -116,18 +164,22 @@ impl Vmm {
     /// Starts the machine's threads, and with them the guest.
     pub fn start(self) -> Result<VmHandle, Error> {
         let confinement = self.confinement;
-        let Placed { buses, vmm_loop, io_loop, socket_files, .. } = self.placed;
+        let Placed { buses, kept, vmm_loop, io_loop, socket_files, .. } = self.placed;
         let mut handle = VmHandle {
             control: self.control,
             vcpus: Vec::with_capacity(self.vcpus.len()),
+            vcpu_fds: self.vcpus.into_iter().map(|fd| Arc::new(Mutex::new(fd))).collect(),
             console: self.console,
             ends: self.ends,
-            counters: Vec::with_capacity(self.vcpus.len()),
+            counters: Vec::new(),
             record: self.record,
             loops: Vec::with_capacity(2),
             _socket_files: socket_files,
-            _vm: self.vm,
-            _ram: self.ram,
+            devices: kept,
+            shape: self.shape,
+            kvm: self.kvm,
+            vm: self.vm,
+            ram: self.ram,
         };
         for (kind, subscribers) in [(Kind::Vmm, vmm_loop), (Kind::Io, io_loop)] {
             if !subscribers.is_empty() {
@@ -137,13 +189,13 @@ impl Vmm {
             }
         }
         let buses = Arc::new(buses);
-        for (index, fd) in (0..).zip(self.vcpus) {
+        for (index, fd) in (0..).zip(&handle.vcpu_fds) {
             let counter = Arc::new(Mutex::new(Counter::default()));
             handle.counters.push(counter.clone());
             let vcpu = Vcpu {
                 index,
-                fd,
-                memory: handle._ram.memory().clone(),
+                fd: fd.clone(),
+                memory: handle.ram.memory().clone(),
                 buses: buses.clone(),
                 control: handle.control.clone(),
                 counter,

@@ -10,10 +10,12 @@ use arch::machine::BootFiles;
 use arch::{Arch, Host};
 
 use crate::builder::open_file;
-use crate::config::{ConfigError, ConsoleOutput, DiskConfig, MemoryConfig, VmConfig};
+use crate::config::{
+    ConfigError, ConsoleOutput, DiskConfig, MemoryBacking, MemoryConfig, VmConfig,
+};
 use crate::confinement::Confinement;
 use crate::error::chain;
-use crate::memory::GuestRam;
+use crate::memory::{GuestRam, Store};
 
 /// Everything that keeps `config` from starting, as far as a look at configuration and host can tell:
 /// values that cannot be, files that are not there, a kernel that is none, more memory than the host
@@ -31,6 +33,9 @@ pub fn check(config: &VmConfig) -> Vec<ConfigError> {
     }
     for (index, share) in config.shares.iter().enumerate() {
         found.extend(check_folder(&format!("shares[{index}].path"), &share.path).err());
+    }
+    if let MemoryBacking::File(path) = &config.memory.backing {
+        found.extend(check_folder("memory.backing.file", parent(path)).err());
     }
     if let ConsoleOutput::File(path) = &config.console.output {
         found.extend(check_folder("console.output", parent(path)).err());
@@ -78,7 +83,7 @@ fn check_boot(config: &VmConfig, found: &mut Vec<ConfigError>) {
     };
     let Some(mut files) = opened.filter(|_| found.is_empty()) else { return };
     let map = Host::memory_map(u64::from(config.memory.size_mib) << 20);
-    found.extend(match GuestRam::allocate(&map, &config.memory) {
+    found.extend(match GuestRam::allocate(&map, &config.memory, Store::anonymous()) {
         Ok(ram) => {
             let loaded = Host::load(ram.memory(), &mut files);
             loaded.err().map(|error| refusal("boot.kernel", chain(&error)))

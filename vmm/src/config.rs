@@ -2,6 +2,7 @@
 //! read once by the builder.
 
 mod disk;
+mod memory;
 mod rate_limit;
 
 use std::collections::BTreeSet;
@@ -11,6 +12,7 @@ use devices::virtio::net::MAX_PAIRS;
 use serde::{Deserialize, Serialize};
 
 pub use disk::{DiskConfig, DiskEngine};
+pub use memory::{MemoryBacking, MemoryConfig};
 pub use rate_limit::RateLimitConfig;
 
 /// Most vCPUs of one VM: what the guest kernels we build are configured for.
@@ -94,22 +96,6 @@ pub struct UserConfig {
     pub uid: u32,
     /// Group id, not 0; the only group.
     pub gid: u32,
-}
-
-/// Guest RAM.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct MemoryConfig {
-    /// Size in MiB, [`MIN_MEMORY_MIB`] to [`MAX_MEMORY_MIB`].
-    pub size_mib: u32,
-    /// How much memory more can be plugged in while the guest runs, in MiB, a multiple of 2; 0 leaves
-    /// the device away. Linux uses it in pieces of 128 MiB. None of it is plugged at the start. An
-    /// honest guest keeps to what is plugged; what a hostile one may take is this.
-    #[serde(default)]
-    pub pluggable_mib: u32,
-    /// Whether the host may merge equal pages of different guests (KSM).
-    #[serde(default)]
-    pub mergeable: bool,
 }
 
 /// What the guest boots from.
@@ -290,11 +276,7 @@ impl VmConfig {
     /// Checks every rule that needs no look at the host.
     pub fn validate(&self) -> Result<(), ConfigError> {
         in_range("vcpus", self.vcpus, 1, MAX_VCPUS)?;
-        in_range("memory.size_mib", self.memory.size_mib, MIN_MEMORY_MIB, MAX_MEMORY_MIB)?;
-        in_range("memory.pluggable_mib", self.memory.pluggable_mib, 0, MAX_MEMORY_MIB)?;
-        if self.memory.pluggable_mib % BLOCK_MIB != 0 {
-            return refuse("memory.pluggable_mib", "must be a multiple of 2");
-        }
+        self.memory.validate()?;
         self.boot.validate()?;
         disk::validate(&self.disks)?;
         validate_nets(&self.nets)?;
@@ -375,12 +357,6 @@ impl NetConfig {
         }
         let multicast = bytes[0] & 1 != 0;
         (parts.next().is_none() && !multicast && bytes != [0; 6]).then_some(bytes)
-    }
-}
-
-impl Default for MemoryConfig {
-    fn default() -> Self {
-        MemoryConfig { size_mib: 256, pluggable_mib: 0, mergeable: false }
     }
 }
 
@@ -528,6 +504,23 @@ mod tests {
     fn no_vcpu_is_refused() {
         let error = refused(r#"{"vcpus": 0, "boot": {"kernel": "/k"}}"#);
         assert_eq!(error, "vcpus: must be 1 to 64, not 0");
+    }
+
+    #[test]
+    fn memory_may_be_kept_in_a_file() {
+        let backing = |json: &str| {
+            let json =
+                format!(r#"{{"memory": {{"size_mib": 64{json}}}, "boot": {{"kernel": "/k"}}}}"#);
+            let config = parse(&json);
+            config.validate().map(|()| config.memory.backing)
+        };
+
+        assert_eq!(backing(""), Ok(MemoryBacking::Anonymous));
+        assert_eq!(backing(r#", "backing": "memfd""#), Ok(MemoryBacking::Memfd));
+        let file = backing(r#", "backing": {"file": "/m"}"#);
+        assert_eq!(file, Ok(MemoryBacking::File("/m".into())));
+        let error = backing(r#", "backing": "memfd", "mergeable": true"#).unwrap_err();
+        assert_eq!(error.field, "memory.mergeable");
     }
 
     #[test]

@@ -31,14 +31,15 @@ mod placement;
 mod pmem;
 pub mod prometheus;
 mod seccomp;
+mod state;
 mod vcpu;
 
 pub use builder::Vmm;
 pub use check::check;
 pub use config::{
     BalloonConfig, BootConfig, ConfigError, ConsoleConfig, ConsoleOutput, DiskConfig, DiskEngine,
-    MemoryConfig, NetConfig, PmemConfig, RateLimitConfig, ShareConfig, UserConfig, VhostUse,
-    VmConfig, VsockConfig,
+    MemoryBacking, MemoryConfig, NetConfig, PmemConfig, RateLimitConfig, ShareConfig, UserConfig,
+    VhostUse, VmConfig, VsockConfig,
 };
 pub use confinement::{forbid_core_dumps, give_up_privileges, leave_namespaces};
 pub use control::Exit;
@@ -46,7 +47,9 @@ pub use error::{Error, chain};
 pub use footprint::{give_back_startup_memory, use_one_heap};
 pub use handle::VmHandle;
 pub use json::from_json;
+pub use memory::{SavedMemory, Sharing};
 pub use metrics::{DeviceCounts, ExitCounts, Metrics};
+pub use state::{MachineState, Unsaved};
 
 /// The host's end of the guest's memory balloon.
 pub mod balloon {

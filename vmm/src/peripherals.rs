@@ -104,7 +104,7 @@ fn place_serial(log: &ConsoleLog, placement: &mut Placement<'_>) -> Result<(), E
         let name = error_at("serial port");
         let line = placement.irq_line(gsi).map_err(&name)?;
         let serial = Serial::new(line, Box::new(log.clone()));
-        placement.place_at(space, base, SERIAL_PORTS, serial).map_err(name)?;
+        placement.place_serial(space, base, SERIAL_PORTS, serial).map_err(name)?;
     }
     Ok(())
 }

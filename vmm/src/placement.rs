@@ -9,6 +9,7 @@ use arch::machine::{MmioDevice, Space};
 use devices::bus::{BusBuilder, BusDevice, BusError};
 use devices::interrupt::IrqLine;
 use devices::listener::SocketFile;
+use devices::serial::Serial;
 use devices::virtio::VirtioDevice;
 use devices::virtio::activity::Activity;
 use devices::virtio::mmio::{MMIO_WINDOW, MmioTransport};
@@ -18,6 +19,7 @@ use vm_allocator::{AddressAllocator, AllocPolicy, IdAllocator};
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 use crate::event_loop::BoxedSubscriber;
+use crate::state::Devices;
 use crate::vcpu::Buses;
 
 /// Where a driver writes the number of the queue it kicks (virtio 1.2, section 4.2.2: QueueNotify).
@@ -64,6 +66,7 @@ pub struct Placement<'a> {
     memory_bus: BusBuilder,
     ports: BusBuilder,
     placed: Vec<MmioDevice>,
+    devices: Devices,
     activities: Vec<(String, Arc<Activity>)>,
     vmm_loop: Vec<BoxedSubscriber>,
     io_loop: Vec<BoxedSubscriber>,
@@ -74,6 +77,8 @@ pub struct Placement<'a> {
 pub struct Placed {
     /// The devices the guest must be told about.
     pub devices: Vec<MmioDevice>,
+    /// The same devices, and those of the platform, for who wants to know where they stand.
+    pub(crate) kept: Devices,
     /// What counts the activity of each virtio device, with the device's name.
     pub activities: Vec<(String, Arc<Activity>)>,
     /// The frozen buses.
@@ -104,6 +109,7 @@ impl<'a> Placement<'a> {
             memory_bus: BusBuilder::default(),
             ports: BusBuilder::default(),
             placed: Vec::new(),
+            devices: Devices::default(),
             activities: Vec::new(),
             vmm_loop: Vec::new(),
             io_loop: Vec::new(),
@@ -152,22 +158,36 @@ impl<'a> Placement<'a> {
 
         let base = GuestAddress(window.start());
         self.placed.push(MmioDevice { base, size: MMIO_WINDOW, gsi });
+        let transport = Arc::new(Mutex::new(transport));
+        self.devices.transports.push((name.to_owned(), transport.clone()));
         self.place_at(Space::Memory, base.0, MMIO_WINDOW, transport)
     }
 
-    /// Places a device of the platform at `size` addresses from `base` on.
-    pub fn place_at(
+    /// Places a serial port at `size` addresses from `base` on.
+    pub fn place_serial(
         &mut self,
         space: Space,
         base: u64,
         size: u64,
-        device: impl BusDevice + 'static,
+        serial: Serial,
+    ) -> Result<(), PlacementError> {
+        let serial = Arc::new(Mutex::new(serial));
+        self.devices.serials.push(serial.clone());
+        self.place_at(space, base, size, serial)
+    }
+
+    fn place_at(
+        &mut self,
+        space: Space,
+        base: u64,
+        size: u64,
+        device: Arc<Mutex<dyn BusDevice>>,
     ) -> Result<(), PlacementError> {
         let bus = match space {
             Space::Memory => &mut self.memory_bus,
             Space::Port => &mut self.ports,
         };
-        bus.place(base..base + size, Arc::new(Mutex::new(device))).map_err(PlacementError::Bus)
+        bus.place(base..base + size, device).map_err(PlacementError::Bus)
     }
 
     /// An interrupt line that raises `gsi`.
@@ -188,6 +208,7 @@ impl<'a> Placement<'a> {
     pub fn finish(self) -> Placed {
         Placed {
             devices: self.placed,
+            kept: self.devices,
             activities: self.activities,
             buses: Buses { memory: self.memory_bus.build(), ports: self.ports.build() },
             vmm_loop: self.vmm_loop,

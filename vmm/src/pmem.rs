@@ -104,7 +104,7 @@ fn map(
         .start();
     let host = map_file(file, file_bytes, bytes).map_err(PmemError::Map)?;
     let length = usize::try_from(bytes).expect("it is mapped");
-    ram.extend(vm, memory::describe(GuestAddress(start), host, length)?, read_only)?;
+    ram.extend(vm, memory::describe(GuestAddress(start), host, length, memory::FLAGS)?, read_only)?;
     Ok((GuestAddress(start), bytes))
 }
 

@@ -3,6 +3,7 @@
 mod guest;
 mod memory;
 mod pmem;
+mod state;
 
 use std::fs;
 use std::io::Write;

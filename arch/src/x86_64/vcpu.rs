@@ -4,9 +4,11 @@
 mod cpuid;
 mod msrs;
 pub mod segments;
+mod state;
 
 use kvm_bindings::{kvm_fpu, kvm_lapic_state, kvm_regs};
 
+pub use self::state::State;
 use super::layout;
 use crate::machine::Entry;
 use crate::{ArchError, Kvm, VcpuFd};

@@ -2,7 +2,7 @@
 //! guest shall not have.
 #![cfg(target_arch = "x86_64")]
 
-use kvm_bindings::{KVM_CAP_PMU_CAPABILITY, KVM_PMU_CAP_DISABLE, kvm_enable_cap};
+use kvm_bindings::{KVM_CAP_PMU_CAPABILITY, KVM_PMU_CAP_DISABLE, kvm_clock_data, kvm_enable_cap};
 
 use super::layout;
 use crate::{ArchError, VmFd};
@@ -25,4 +25,16 @@ pub fn leave_out_counters(vm: &VmFd) -> Result<(), ArchError> {
     let mut capability = kvm_enable_cap { cap: KVM_CAP_PMU_CAPABILITY, ..Default::default() };
     capability.args[0] = KVM_PMU_CAP_DISABLE.into();
     vm.enable_cap(&capability).map_err(ArchError::kvm("leave out the performance counters"))
+}
+
+/// Reads the clock the guest's kvmclock is made of, in nanoseconds.
+pub fn save_clock(vm: &VmFd) -> Result<kvm_clock_data, ArchError> {
+    vm.get_clock().map_err(ArchError::kvm("read the clock"))
+}
+
+/// Sets the clock to where it stood: for the guest no time has passed.
+pub fn restore_clock(vm: &VmFd, saved: &kvm_clock_data) -> Result<(), ArchError> {
+    // What else was read describes the host of that time, and KVM takes none of it back.
+    let clock = kvm_clock_data { clock: saved.clock, ..Default::default() };
+    vm.set_clock(&clock).map_err(ArchError::kvm("set the clock"))
 }

@@ -9,9 +9,10 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::Activation;
 use super::activity::{Activity, ActivityCounts};
 use super::queue::VirtQueue;
+use super::state::Position;
+use super::{Activation, VirtioDevice};
 use crate::interrupt::Interrupt;
 
 /// Size of guest memory, in bytes.
@@ -116,11 +117,28 @@ impl<'m> Driver<'m> {
 
     /// What the transport would hand to the device if these feature bits were negotiated.
     pub fn activation_with(&self, features: u64) -> Activation {
-        let queues = (0u16..).zip(self.kicks.iter()).map(|(index, _)| self.queue(index)).collect();
+        self.activation_at(features, &vec![Position::default(); self.kicks.len()])
+    }
+
+    /// What the transport would hand to a device that goes on at these positions.
+    pub fn activation_at(&self, features: u64, positions: &[Position]) -> Activation {
+        assert_eq!(positions.len(), self.kicks.len());
+        let queues =
+            (0u16..).zip(positions).map(|(index, &position)| self.queue(index, position)).collect();
         Activation { queues, features, interrupt: self.interrupts.clone() }
     }
 
-    fn queue(&self, index: u16) -> VirtQueue {
+    /// Makes `new` go on in the place of `old`, as the transport would, with all that it knows of it
+    /// as bytes.
+    pub fn hand_over(&self, features: u64, old: &mut dyn VirtioDevice, new: &mut dyn VirtioDevice) {
+        let positions = old.quiesce().unwrap();
+        let bytes = postcard::to_stdvec(&(positions, old.save())).unwrap();
+        let (positions, state): (Vec<_>, _) = postcard::from_bytes(&bytes).unwrap();
+        new.activate(self.activation_at(features, &positions)).unwrap();
+        new.restore(&state).unwrap();
+    }
+
+    fn queue(&self, index: u16, position: Position) -> VirtQueue {
         let rings = u64::from(index) * RINGS;
         let mut queue = Queue::new(QUEUE_SIZE).unwrap();
         queue.try_set_desc_table_address(GuestAddress(rings)).unwrap();
@@ -128,6 +146,8 @@ impl<'m> Driver<'m> {
         queue.try_set_used_ring_address(GuestAddress(rings + USED)).unwrap();
         queue.set_event_idx(self.event_index);
         queue.set_ready(true);
+        queue.set_next_avail(position.next_available);
+        queue.set_next_used(position.next_used);
         let interrupt = self.interrupts.clone();
         let (kicks, activity) = (self.kicks.clone(), self.activity.clone());
         VirtQueue::new(index, queue, self.memory.clone(), interrupt, kicks, activity)

@@ -1,6 +1,9 @@
 //! File system device (virtio 1.2, section 5.11): a directory of the host, mounted by the guest.
 
+mod book;
 mod credentials;
+mod ledger;
+mod saved;
 mod server;
 #[cfg(test)]
 mod tests;
@@ -13,8 +16,10 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
 
 use super::complaints::Complaints;
 use super::queue::{QueueError, Verdict, VirtQueue};
+use super::state::{DeviceState, Position, RestoreError};
 use super::{ActivateError, Activation, Backend, DeviceTraits, VirtioDevice, copy_config};
 
+pub use self::saved::State;
 pub use self::server::{Error, Server};
 
 /// Size of the tag in the configuration space, in bytes (virtio 1.2, section 5.11.4).
@@ -104,5 +109,19 @@ impl VirtioDevice for Fs {
     fn backend_ready(&mut self, _index: usize, _events: EventSet) -> Result<(), QueueError> {
         self.forget();
         Ok(())
+    }
+
+    fn quiesce(&mut self) -> Result<Vec<Position>, QueueError> {
+        let queues = self.queues.iter().flatten();
+        Ok(queues.map(|queue| queue.position(0)).collect())
+    }
+
+    fn save(&self) -> DeviceState {
+        DeviceState::Fs(self.server.save())
+    }
+
+    fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
+        let DeviceState::Fs(state) = state else { return Err(RestoreError::Kind) };
+        self.server.restore(state).map_err(RestoreError::Backend)
     }
 }

@@ -15,6 +15,8 @@ use fuse_backend_rs::transport::{Reader, VirtioFsWriter};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::ledger::Ledger;
+use super::saved::State;
 use super::tree::{Access, Tree};
 use crate::virtio::queue::Chain;
 
@@ -72,10 +74,10 @@ pub(super) enum RequestError {
 /// lives: names of open files there are how files are opened and extended attributes are reached.
 /// It clears the umask of the process, as each request has its own.
 pub struct Server {
-    server: server::Server<Arc<Tree>>,
-    tree: Arc<Tree>,
+    server: server::Server<Arc<Ledger>>,
+    ledger: Arc<Ledger>,
     /// The library finds the tree again through this, whatever the mounts of the process become.
-    _root: File,
+    root: File,
     wake: EventFd,
 }
 
@@ -94,8 +96,8 @@ impl Server {
             .map_err(|source| Error::Serve { path: root.to_owned(), source })?;
         let wake = EventFd::new(EFD_NONBLOCK).map_err(Error::Eventfd)?;
         let access = if read_only { Access::ReadOnly } else { Access::ReadWrite };
-        let tree = Arc::new(Tree::new(files, access));
-        Ok(Server { server: server::Server::new(tree.clone()), tree, _root: directory, wake })
+        let ledger = Arc::new(Ledger::new(Tree::new(files, access)));
+        Ok(Server { server: server::Server::new(ledger.clone()), ledger, root: directory, wake })
     }
 
     /// Serves one request and returns the size of the answer in bytes, 0 for a request without one.
@@ -130,9 +132,19 @@ impl Server {
         &self.wake
     }
 
+    /// What the guest knows and has open.
+    pub(super) fn save(&self) -> State {
+        self.ledger.save(&self.root)
+    }
+
+    /// Goes on with a guest that knows and has open what `state` says.
+    pub(super) fn restore(&self, state: &State) -> io::Result<()> {
+        self.ledger.restore(state)
+    }
+
     /// Forgets the guest: closes what it has open.
     pub(super) fn reset(&self) {
-        self.tree.destroy();
+        self.ledger.destroy();
     }
 }
 

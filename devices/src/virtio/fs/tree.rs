@@ -2,6 +2,7 @@
 
 use std::ffi::CStr;
 use std::io;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use fuse_backend_rs::abi::fuse_abi::{CreateIn, stat64, statvfs64};
@@ -56,6 +57,13 @@ impl Tree {
     /// A tree over `files`, which use host inode numbers for nodes.
     pub fn new(files: PassthroughFs, access: Access) -> Self {
         Tree { files, access }
+    }
+
+    /// Where a file is, as this process sees it, and its attributes with the host's inode number.
+    pub fn path_and_attributes(&self, inode: u64) -> io::Result<(PathBuf, stat64)> {
+        let path = self.files.readlinkat_proc_file(inode)?;
+        let (attributes, _) = self.files.getattr(&Context::default(), inode, None)?;
+        Ok((path, attributes))
     }
 
     fn writable(&self) -> io::Result<()> {

@@ -23,6 +23,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 use self::muxer::Muxer;
 use self::packet::Buffers;
 use super::queue::{QueueError, Verdict, VirtQueue};
+use super::state::{DeviceState, Position, RestoreError};
 use super::{ActivateError, Activation, Backend, DeviceTraits, VirtioDevice, copy_config};
 use crate::listener::Listener;
 
@@ -165,5 +166,29 @@ impl VirtioDevice for Vsock {
     fn backend_ready(&mut self, _index: usize, _events: EventSet) -> Result<(), QueueError> {
         self.muxer.poll();
         self.exchange()
+    }
+
+    fn quiesce(&mut self) -> Result<Vec<Position>, QueueError> {
+        let Some(Queues { receive, transmit, event }) = &self.queues else {
+            return Ok(Vec::new());
+        };
+        Ok([receive, transmit, event].map(|queue| queue.position(0)).to_vec())
+    }
+
+    fn save(&self) -> DeviceState {
+        DeviceState::Vsock {
+            had_streams: self.owes_reset_event || self.muxer.is_known_to_guest(),
+            next_source_port: self.muxer.next_source_port(),
+        }
+    }
+
+    /// The guest's streams are gone, as after a reset; its listening sockets are its own.
+    fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
+        let &DeviceState::Vsock { had_streams, next_source_port } = state else {
+            return Err(RestoreError::Kind);
+        };
+        self.owes_reset_event = had_streams;
+        self.muxer.connect_from(next_source_port);
+        Ok(())
     }
 }

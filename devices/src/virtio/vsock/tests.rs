@@ -1053,3 +1053,41 @@ fn a_client_that_does_not_read_slows_only_its_own_stream() {
     }
     assert_eq!(late, vec![1; WINDOW_BYTES as usize]);
 }
+
+#[test]
+fn the_guest_of_a_device_built_anew_hears_that_its_streams_are_gone() {
+    let memory = memory();
+    let mut guest = Guest::boot(&memory);
+    let (_ours, theirs) = socket();
+    guest.host.connect(GUEST_PORT, theirs).unwrap();
+    let (old, _) = guest.only_packet();
+    guest.send(Op::Response, old.source_port);
+    guest.driver.offer(EVENT_QUEUE, &[], &[4]);
+    guest.device.queue_ready(EVENT_QUEUE).unwrap();
+    assert_eq!(guest.driver.used_of(EVENT_QUEUE), []);
+
+    let (mut device, host) = Vsock::new(CID).unwrap();
+    guest.driver.hand_over(0, &mut guest.device, &mut device);
+    (guest.device, guest.host) = (device, host);
+    guest.device.queue_ready(EVENT_QUEUE).unwrap();
+
+    assert_eq!(guest.driver.written(EVENT_QUEUE, 0), TRANSPORT_RESET);
+    let (_ours, theirs) = socket();
+    guest.host.connect(GUEST_PORT, theirs).unwrap();
+    let (request, _) = guest.only_packet();
+    assert_eq!(Op::from_number(request.op), Some(Op::Request));
+    assert_ne!(request.source_port, old.source_port);
+}
+
+#[test]
+fn a_guest_without_streams_hears_nothing() {
+    let memory = memory();
+    let mut guest = Guest::boot(&memory);
+    guest.driver.offer(EVENT_QUEUE, &[], &[4]);
+
+    let (mut device, _host) = Vsock::new(CID).unwrap();
+    guest.driver.hand_over(0, &mut guest.device, &mut device);
+    device.queue_ready(EVENT_QUEUE).unwrap();
+
+    assert_eq!(guest.driver.used_of(EVENT_QUEUE), []);
+}
