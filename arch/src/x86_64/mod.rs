@@ -43,6 +43,7 @@ mod host {
 
         fn before_vcpus(_kvm: &Kvm, vm: &VmFd) -> Result<(), ArchError> {
             vm::reserve_addresses(vm)?;
+            vm::leave_out_counters(vm)?;
             irqchip::create(vm)
         }
 

@@ -2,6 +2,7 @@
 #![cfg(target_arch = "x86_64")]
 
 mod cpuid;
+mod hidden;
 mod msrs;
 pub mod segments;
 
