@@ -32,8 +32,8 @@ mod vcpu;
 pub use builder::Vmm;
 pub use check::check;
 pub use config::{
-    BootConfig, ConfigError, ConsoleConfig, ConsoleOutput, DiskConfig, DiskEngine, MemoryConfig,
-    NetConfig, RateLimitConfig, ShareConfig, VhostUse, VmConfig, VsockConfig,
+    BootConfig, BootProtocol, ConfigError, ConsoleConfig, ConsoleOutput, DiskConfig, DiskEngine,
+    MemoryConfig, NetConfig, RateLimitConfig, ShareConfig, VhostUse, VmConfig, VsockConfig,
 };
 pub use control::Exit;
 pub use error::{Error, chain};
