@@ -37,6 +37,8 @@ pub struct Guest {
     initrd: NamedTempFile,
     /// Its machine; the initrd and the kernel are filled in.
     pub config: VmConfig,
+    /// How long it may take, in milliseconds.
+    pub patience_ms: i32,
 }
 
 /// What became of a guest.
@@ -55,7 +57,7 @@ impl Guest {
         let mut config = VmConfig::new(path_from("CORACLE_TEST_KERNEL"));
         config.boot.initrd = Some(initrd.path().to_owned());
         config.boot.cmdline = "rdinit=/test-init panic=-1".to_owned();
-        Guest { initrd, config }
+        Guest { initrd, config, patience_ms: PATIENCE_MS }
     }
 
     /// Starts it.
@@ -66,16 +68,19 @@ impl Guest {
 
     /// Runs it to its end.
     pub fn run(&self) -> Ended {
-        let vm = self.start();
-        wait(vm)
+        wait_for(self.start(), self.patience_ms)
     }
 }
 
 /// Waits for the end of `vm`.
 pub fn wait(vm: VmHandle) -> Ended {
+    wait_for(vm, PATIENCE_MS)
+}
+
+fn wait_for(vm: VmHandle, patience_ms: i32) -> Ended {
     let mut ended = libc::pollfd { fd: vm.ended().as_raw_fd(), events: libc::POLLIN, revents: 0 };
     // SAFETY: `ended` is one descriptor that stays open during the call.
-    let ready = unsafe { libc::poll(&raw mut ended, 1, PATIENCE_MS) };
+    let ready = unsafe { libc::poll(&raw mut ended, 1, patience_ms) };
     let output = vm.console_tail();
     assert_eq!(ready, 1, "the guest does not end; it printed:\n{output}");
     let output = output.split("SCRIPT-STARTS").last().unwrap_or_default().to_owned();
