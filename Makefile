@@ -12,7 +12,7 @@ PREFIX   ?= /usr/local
 
 export LAB_KERNEL = $(KERNEL)
 
-.PHONY: run test build guest guest-images setup lab check unit guest-tests perf install clean
+.PHONY: run test build guest guest-images debian setup lab check unit guest-tests perf install clean
 
 ## Builds everything and runs a container through Docker on Coracle.
 run: build guest
@@ -40,6 +40,10 @@ guest-images: build
 	@$(MAKE) --no-print-directory guest KERNEL=distro
 	@$(MAKE) --no-print-directory guest KERNEL=tuned
 
+## A stock Debian on a disk, which the tests and tests/lab/login.sh boot.
+debian: setup
+	@tests/lab/debian.sh $(CACHE)/debian
+
 ## `make lab` opens a shell in the lab; `make lab CMD='…'` runs a command in it.
 lab: setup
 ifdef CMD
@@ -60,7 +64,7 @@ unit: setup
 	@cargo test --package coracle-image --test image --quiet -- --ignored
 	@cargo test --package coracle-agent --test server --quiet -- --ignored --test-threads=1
 
-guest-tests: guest-images
+guest-tests: guest-images debian
 	@echo "==> tests on real guests, tuned kernel"
 	@LAB_KERNEL=tuned tests/lab/suite.sh
 	@echo "==> the main job, distro kernel"
