@@ -14,7 +14,7 @@ FUZZ_SECONDS ?= 5
 
 export LAB_KERNEL = $(KERNEL)
 
-.PHONY: run test build guest guest-images setup lab check unit fuzz guest-tests perf install clean
+.PHONY: run test build guest guest-images debian setup lab check unit fuzz guest-tests perf install clean
 
 ## Builds everything and runs a container through Docker on Coracle.
 run: build guest
@@ -42,6 +42,10 @@ guest-images: build
 	@$(MAKE) --no-print-directory guest KERNEL=distro
 	@$(MAKE) --no-print-directory guest KERNEL=tuned
 
+## A stock Debian on a disk, which the tests and tests/lab/login.sh boot.
+debian: setup
+	@tests/lab/debian.sh $(CACHE)/debian
+
 ## `make lab` opens a shell in the lab; `make lab CMD='…'` runs a command in it.
 lab: setup
 ifdef CMD
@@ -66,7 +70,7 @@ unit: setup
 fuzz: setup
 	@FUZZ_SECONDS=$(FUZZ_SECONDS) tests/fuzz.sh $(TARGETS)
 
-guest-tests: guest-images
+guest-tests: guest-images debian
 	@echo "==> tests on real guests, tuned kernel"
 	@LAB_KERNEL=tuned tests/lab/suite.sh
 	@echo "==> the main job, distro kernel"

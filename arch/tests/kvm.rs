@@ -36,7 +36,7 @@ impl Guest {
 
     /// Loads a vmlinux that consists of `code`, and resets all processors to its start.
     fn boot(&mut self, code: &[u8]) -> Entry {
-        let mut boot = BootFiles { kernel: vmlinux(code), initrd: None };
+        let mut boot = BootFiles { kernel: vmlinux(code), initrd: None, protocol: None };
         let entry = Host::load(&self.memory, &mut boot).unwrap();
         let vcpus = u8::try_from(self.vcpus.len()).unwrap();
         let machine = Machine { vcpus, cmdline: "quiet", entry, devices: &[] };

@@ -14,6 +14,7 @@ mapfile -t executables < <(sed -n 's/.*Executable .*(\(.*\))$/\1/p' "$built" | s
 
 script="failed=0; export CORACLE_TEST_KERNEL=/var/lib/coracle/guest/kernel"
 script+=" CORACLE_TEST_INITRD=/var/lib/coracle/guest/initrd"
+script+=" CORACLE_TEST_DEBIAN=\$CORACLE_CACHE/debian"
 for executable in "${executables[@]}"; do
   case "$executable" in
     */guest-*) arguments="--test-threads=1" ;;

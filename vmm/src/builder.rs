@@ -227,6 +227,7 @@ fn open_boot_files(boot: &BootConfig) -> Result<BootFiles, Error> {
     Ok(BootFiles {
         kernel: open_file("kernel", &boot.kernel)?,
         initrd: boot.initrd.as_deref().map(|path| open_file("initrd", path)).transpose()?,
+        protocol: boot.protocol.into(),
     })
 }
 

@@ -74,7 +74,9 @@ fn check_boot(config: &VmConfig, found: &mut Vec<ConfigError>) {
     let kernel = open_file("kernel", &boot.kernel);
     let initrd = boot.initrd.as_deref().map(|path| open_file("initrd", path)).transpose();
     let opened = match (kernel, initrd) {
-        (Ok(kernel), Ok(initrd)) => Some(BootFiles { kernel, initrd }),
+        (Ok(kernel), Ok(initrd)) => {
+            Some(BootFiles { kernel, initrd, protocol: boot.protocol.into() })
+        }
         (kernel, initrd) => {
             found.extend(kernel.err().map(|error| refusal("boot.kernel", chain(&error))));
             found.extend(initrd.err().map(|error| refusal("boot.initrd", chain(&error))));

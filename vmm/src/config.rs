@@ -8,6 +8,7 @@ mod rate_limit;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
+use arch::machine::Protocol;
 use devices::virtio::net::MAX_PAIRS;
 use serde::{Deserialize, Serialize};
 
@@ -110,6 +111,32 @@ pub struct BootConfig {
     /// Kernel parameters, appended to those the machine needs.
     #[serde(default)]
     pub cmdline: String,
+    /// How the kernel is entered.
+    #[serde(default)]
+    pub protocol: BootProtocol,
+}
+
+/// How a kernel is entered.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum BootProtocol {
+    /// As Linux is, unless the kernel has only a PVH entry.
+    #[default]
+    Auto,
+    /// By the protocol of Linux, in 64-bit mode on x86_64.
+    Linux,
+    /// By the PVH entry that an ELF kernel names in a note; x86_64 only.
+    Pvh,
+}
+
+impl From<BootProtocol> for Option<Protocol> {
+    fn from(protocol: BootProtocol) -> Self {
+        match protocol {
+            BootProtocol::Auto => None,
+            BootProtocol::Linux => Some(Protocol::Linux),
+            BootProtocol::Pvh => Some(Protocol::Pvh),
+        }
+    }
 }
 
 /// Where the guest's console goes, beside the ring that always keeps its last lines.
@@ -259,7 +286,7 @@ impl VmConfig {
         VmConfig {
             vcpus: one(),
             memory: MemoryConfig::default(),
-            boot: BootConfig { kernel, initrd: None, cmdline: String::new() },
+            boot: BootConfig::new(kernel),
             console: ConsoleConfig::default(),
             disks: Vec::new(),
             nets: Vec::new(),
@@ -298,6 +325,12 @@ impl VmConfig {
 }
 
 impl BootConfig {
+    /// A kernel without anything else.
+    pub fn new(kernel: PathBuf) -> Self {
+        let protocol = BootProtocol::default();
+        BootConfig { kernel, initrd: None, cmdline: String::new(), protocol }
+    }
+
     fn validate(&self) -> Result<(), ConfigError> {
         not_empty("boot.kernel", &self.kernel)?;
         if let Some(initrd) = &self.initrd {

@@ -37,9 +37,9 @@ mod vcpu;
 pub use builder::Vmm;
 pub use check::check;
 pub use config::{
-    BalloonConfig, BootConfig, ConfigError, ConsoleConfig, ConsoleOutput, DiskConfig, DiskEngine,
-    MemoryBacking, MemoryConfig, NetConfig, PmemConfig, RateLimitConfig, ShareConfig, UserConfig,
-    VhostUse, VmConfig, VsockConfig,
+    BalloonConfig, BootConfig, BootProtocol, ConfigError, ConsoleConfig, ConsoleOutput, DiskConfig,
+    DiskEngine, MemoryBacking, MemoryConfig, NetConfig, PmemConfig, RateLimitConfig, ShareConfig,
+    UserConfig, VhostUse, VmConfig, VsockConfig,
 };
 pub use confinement::{forbid_core_dumps, give_up_privileges, leave_namespaces};
 pub use control::Exit;

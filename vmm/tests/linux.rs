@@ -1,6 +1,7 @@
 //! Linux guests find every device of their machine, use it, and end their machine cleanly.
 
 mod guest;
+mod machine;
 mod memory;
 mod pmem;
 mod state;

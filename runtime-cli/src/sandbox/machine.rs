@@ -156,9 +156,8 @@ pub(super) fn config(
         vcpus: size.vcpus,
         memory: MemoryConfig { size_mib: size.memory_mib, ..MemoryConfig::default() },
         boot: BootConfig {
-            kernel: settings.kernel.clone(),
             initrd: Some(settings.initrd.clone()),
-            cmdline: String::new(),
+            ..BootConfig::new(settings.kernel.clone())
         },
         console: ConsoleConfig { serial: settings.debug_console, output },
         disks: Vec::new(),

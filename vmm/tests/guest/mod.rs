@@ -38,6 +38,8 @@ pub struct Guest {
     initrd: NamedTempFile,
     /// Its machine; the initrd and the kernel are filled in.
     pub config: VmConfig,
+    /// How long it may take.
+    pub patience: Duration,
 }
 
 /// What became of a guest.
@@ -66,7 +68,7 @@ impl Guest {
         let mut config = VmConfig::new(path_from("CORACLE_TEST_KERNEL"));
         config.boot.initrd = Some(initrd.path().to_owned());
         config.boot.cmdline = "rdinit=/test-init panic=-1".to_owned();
-        Guest { initrd, config }
+        Guest { initrd, config, patience: PATIENCE }
     }
 
     /// Starts it.
@@ -77,15 +79,18 @@ impl Guest {
 
     /// Runs it to its end.
     pub fn run(&self) -> Ended {
-        let vm = self.start();
-        wait(vm)
+        wait_for(self.start(), self.patience)
     }
 }
 
 /// Waits for the end of `vm`.
 pub fn wait(vm: VmHandle) -> Ended {
+    wait_for(vm, PATIENCE)
+}
+
+fn wait_for(vm: VmHandle, patience: Duration) -> Ended {
     let mut ended = libc::pollfd { fd: vm.ended().as_raw_fd(), events: libc::POLLIN, revents: 0 };
-    let patience_ms = i32::try_from(PATIENCE.as_millis()).unwrap();
+    let patience_ms = i32::try_from(patience.as_millis()).unwrap();
     // SAFETY: `ended` is one descriptor that stays open during the call.
     let ready = unsafe { libc::poll(&raw mut ended, 1, patience_ms) };
     let output = vm.console_tail();
