@@ -13,7 +13,7 @@ use anyhow::{Context, Result, bail};
 use nix::poll::{PollFd, PollFlags, poll};
 use serde::{Deserialize, Serialize};
 use vmm::vsock::HostStream;
-use vmm::{Metrics, ShareConfig, VmConfig, VmHandle, Vmm, VsockConfig};
+use vmm::{BalloonConfig, Metrics, ShareConfig, VmConfig, VmHandle, Vmm, VsockConfig};
 
 use crate::Options;
 use crate::memory::OwnMemory;
@@ -46,6 +46,7 @@ pub fn guest(image: &Path, verbose: bool) -> Result<()> {
     config.boot.initrd = Some(image.join("initrd"));
     config.memory.size_mib = 256;
     config.vsock = Some(VsockConfig { cid: 3, socket: None });
+    config.balloon = Some(BalloonConfig { free_page_reporting: true, ..BalloonConfig::default() });
     let share = tempfile::tempdir()?;
     config.shares = vec![ShareConfig::new("coracle", share.path().into())];
     let vm = Vmm::new(config)?;

@@ -2,16 +2,19 @@
 //! read once by the builder.
 
 mod disk;
+mod memory;
 mod rate_limit;
 mod share;
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
+use arch::machine::Protocol;
 use devices::virtio::net::MAX_PAIRS;
 use serde::{Deserialize, Serialize};
 
 pub use disk::{DiskConfig, DiskEngine};
+pub use memory::{MemoryBacking, MemoryConfig};
 pub use rate_limit::RateLimitConfig;
 pub use share::{CachePolicy, MAX_DAX_MIB, ShareConfig};
 
@@ -24,6 +27,9 @@ pub const MIN_MEMORY_MIB: u32 = 16;
 /// Most RAM, in MiB (1 TiB): what 46 physical address bits, usual in servers, hold many times over.
 /// Processors with 39 bits, as in desktops, reach half of it.
 pub const MAX_MEMORY_MIB: u32 = 1 << 20;
+
+/// Size of what is plugged in at once, in MiB.
+const BLOCK_MIB: u32 = 2;
 
 /// Longest name of a network interface, in bytes: IFNAMSIZ less the terminating zero.
 const MAX_TAP_BYTES: usize = 15;
@@ -56,6 +62,9 @@ pub struct VmConfig {
     /// Network interfaces, in the order the guest names them.
     #[serde(default)]
     pub nets: Vec<NetConfig>,
+    /// Files mapped into the guest's memory, in the order the guest names them.
+    #[serde(default)]
+    pub pmem: Vec<PmemConfig>,
     /// Host directories the guest can mount.
     #[serde(default)]
     pub shares: Vec<ShareConfig>,
@@ -65,17 +74,28 @@ pub struct VmConfig {
     /// Whether the guest gets an entropy device.
     #[serde(default = "yes")]
     pub rng: bool,
+    /// The memory balloon, if there is one.
+    #[serde(default)]
+    pub balloon: Option<BalloonConfig>,
+    /// Whether each thread of the machine may make only the system calls it needs, and ends the
+    /// process with any other. To start with it fails where nobody has written those down.
+    #[serde(default = "yes")]
+    pub seccomp: bool,
+    /// Who the machine's threads are once it runs, if this process is root; everything is opened
+    /// before. Only the thread that serves `shares`, if there are any, stays root: it acts for every
+    /// user of the guest.
+    #[serde(default)]
+    pub user: Option<UserConfig>,
 }
 
-/// Guest RAM.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+/// A user of the host, who need not have a name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct MemoryConfig {
-    /// Size in MiB, [`MIN_MEMORY_MIB`] to [`MAX_MEMORY_MIB`].
-    pub size_mib: u32,
-    /// Whether the host may merge equal pages of different guests (KSM).
-    #[serde(default)]
-    pub mergeable: bool,
+pub struct UserConfig {
+    /// User id, not 0.
+    pub uid: u32,
+    /// Group id, not 0; the only group.
+    pub gid: u32,
 }
 
 /// What the guest boots from.
@@ -90,6 +110,32 @@ pub struct BootConfig {
     /// Kernel parameters, appended to those the machine needs.
     #[serde(default)]
     pub cmdline: String,
+    /// How the kernel is entered.
+    #[serde(default)]
+    pub protocol: BootProtocol,
+}
+
+/// How a kernel is entered.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum BootProtocol {
+    /// As Linux is, unless the kernel has only a PVH entry.
+    #[default]
+    Auto,
+    /// By the protocol of Linux, in 64-bit mode on x86_64.
+    Linux,
+    /// By the PVH entry that an ELF kernel names in a note; x86_64 only.
+    Pvh,
+}
+
+impl From<BootProtocol> for Option<Protocol> {
+    fn from(protocol: BootProtocol) -> Self {
+        match protocol {
+            BootProtocol::Auto => None,
+            BootProtocol::Linux => Some(Protocol::Linux),
+            BootProtocol::Pvh => Some(Protocol::Pvh),
+        }
+    }
 }
 
 /// Where the guest's console goes, beside the ring that always keeps its last lines.
@@ -117,6 +163,22 @@ pub enum ConsoleOutput {
     Stdout,
     /// To the end of this file, which is created if need be.
     File(PathBuf),
+}
+
+/// A file mapped into the guest's memory, which the guest sees as a disk of whole 2 MiB, `/dev/pmem0`
+/// and so on, and can mount with DAX: no copy of a page is made. Machines with the same file share
+/// its pages. For each GiB the guest needs 16 MiB of its own memory.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PmemConfig {
+    /// What log lines call it.
+    pub id: String,
+    /// The file, which must not become shorter while the guest runs.
+    pub path: PathBuf,
+    /// Whether the guest may only read it. What a guest writes that may do so is the guest's alone
+    /// and ends with it: the file stays as it is.
+    #[serde(default)]
+    pub read_only: bool,
 }
 
 /// A network interface.
@@ -173,6 +235,27 @@ pub struct VsockConfig {
     pub socket: Option<PathBuf>,
 }
 
+/// The memory balloon: how memory the guest does not need comes back to the host.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BalloonConfig {
+    /// How much of its memory the guest shall hand to the host at once, in MiB, less than it has.
+    #[serde(default)]
+    pub target_mib: u32,
+    /// Whether the guest may take memory back before it kills a process for want of it.
+    #[serde(default)]
+    pub deflate_on_oom: bool,
+    /// Whether every large piece of memory that the guest frees comes back without anyone asking.
+    #[serde(default)]
+    pub free_page_reporting: bool,
+    /// Whether the host can ask for all memory that is free at the moment.
+    #[serde(default)]
+    pub free_page_hinting: bool,
+    /// Whether the guest tells how it uses its memory when it is asked.
+    #[serde(default)]
+    pub statistics: bool,
+}
+
 /// A field whose value cannot be, and the rule it breaks.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{field}: {rule}")]
@@ -189,24 +272,37 @@ impl VmConfig {
         VmConfig {
             vcpus: one(),
             memory: MemoryConfig::default(),
-            boot: BootConfig { kernel, initrd: None, cmdline: String::new() },
+            boot: BootConfig::new(kernel),
             console: ConsoleConfig::default(),
             disks: Vec::new(),
             nets: Vec::new(),
+            pmem: Vec::new(),
             shares: Vec::new(),
             vsock: None,
             rng: yes(),
+            balloon: None,
+            seccomp: yes(),
+            user: None,
         }
     }
 
     /// Checks every rule that needs no look at the host.
     pub fn validate(&self) -> Result<(), ConfigError> {
         in_range("vcpus", self.vcpus, 1, MAX_VCPUS)?;
-        in_range("memory.size_mib", self.memory.size_mib, MIN_MEMORY_MIB, MAX_MEMORY_MIB)?;
+        self.memory.validate()?;
         self.boot.validate()?;
         disk::validate(&self.disks)?;
         validate_nets(&self.nets)?;
+        validate_pmem(&self.pmem)?;
         share::validate(&self.shares)?;
+        if let Some(balloon) = &self.balloon {
+            in_range("balloon.target_mib", balloon.target_mib, 0, self.memory.size_mib - 1)?;
+        }
+        if let Some(user) = &self.user {
+            // All ones means "as it is" (setresuid(2)).
+            in_range("user.uid", user.uid, 1, u32::MAX - 1)?;
+            in_range("user.gid", user.gid, 1, u32::MAX - 1)?;
+        }
         match &self.vsock {
             Some(vsock) => vsock.validate(),
             None => Ok(()),
@@ -215,6 +311,12 @@ impl VmConfig {
 }
 
 impl BootConfig {
+    /// A kernel without anything else.
+    pub fn new(kernel: PathBuf) -> Self {
+        let protocol = BootProtocol::default();
+        BootConfig { kernel, initrd: None, cmdline: String::new(), protocol }
+    }
+
     fn validate(&self) -> Result<(), ConfigError> {
         not_empty("boot.kernel", &self.kernel)?;
         if let Some(initrd) = &self.initrd {
@@ -277,18 +379,22 @@ impl NetConfig {
     }
 }
 
-impl Default for MemoryConfig {
-    fn default() -> Self {
-        MemoryConfig { size_mib: 256, mergeable: false }
-    }
-}
-
 fn one<N: From<u8>>() -> N {
     1.into()
 }
 
 fn yes() -> bool {
     true
+}
+
+fn validate_pmem(files: &[PmemConfig]) -> Result<(), ConfigError> {
+    let mut seen = BTreeSet::new();
+    for (index, file) in files.iter().enumerate() {
+        let field = |name: &str| format!("pmem[{index}].{name}");
+        name_of(&field("id"), &file.id, disk::MAX_DISK_ID_BYTES, &mut seen)?;
+        not_empty(&field("path"), &file.path)?;
+    }
+    Ok(())
 }
 
 fn validate_nets(nets: &[NetConfig]) -> Result<(), ConfigError> {
@@ -411,9 +517,34 @@ mod tests {
     }
 
     #[test]
+    fn memory_may_be_kept_in_a_file() {
+        let backing = |json: &str| {
+            let json =
+                format!(r#"{{"memory": {{"size_mib": 64{json}}}, "boot": {{"kernel": "/k"}}}}"#);
+            let config = parse(&json);
+            config.validate().map(|()| config.memory.backing)
+        };
+
+        assert_eq!(backing(""), Ok(MemoryBacking::Anonymous));
+        assert_eq!(backing(r#", "backing": "memfd""#), Ok(MemoryBacking::Memfd));
+        let file = backing(r#", "backing": {"file": "/m"}"#);
+        assert_eq!(file, Ok(MemoryBacking::File("/m".into())));
+        let error = backing(r#", "backing": "memfd", "mergeable": true"#).unwrap_err();
+        assert_eq!(error.field, "memory.mergeable");
+    }
+
+    #[test]
     fn too_little_memory_is_refused() {
         let error = refused(r#"{"memory": {"size_mib": 1}, "boot": {"kernel": "/k"}}"#);
         assert_eq!(error, "memory.size_mib: must be 16 to 1048576, not 1");
+    }
+
+    #[test]
+    fn half_a_block_of_memory_is_refused() {
+        let error = refused(
+            r#"{"memory": {"size_mib": 64, "pluggable_mib": 3}, "boot": {"kernel": "/k"}}"#,
+        );
+        assert_eq!(error, "memory.pluggable_mib: must be a multiple of 2");
     }
 
     #[test]
@@ -566,6 +697,15 @@ mod tests {
         let error = config.validate().unwrap_err();
 
         assert_eq!(error.to_string(), "shares[0].tag: must have 1 to 36 bytes, not 37");
+    }
+
+    #[test]
+    fn a_balloon_as_large_as_the_memory_is_refused() {
+        let error = refused(
+            r#"{"boot": {"kernel": "/k"}, "memory": {"size_mib": 64},
+                "balloon": {"target_mib": 64}}"#,
+        );
+        assert_eq!(error, "balloon.target_mib: must be 0 to 63, not 64");
     }
 
     #[test]

@@ -15,6 +15,7 @@
 mod builder;
 mod check;
 pub mod config;
+mod confinement;
 mod console;
 mod control;
 mod dax;
@@ -22,26 +23,44 @@ mod error;
 mod event_loop;
 mod footprint;
 mod handle;
+mod jail;
 mod json;
 mod memory;
 mod metrics;
 mod peripherals;
 mod placement;
+mod pmem;
 pub mod prometheus;
+mod seccomp;
+mod state;
 mod vcpu;
 
 pub use builder::Vmm;
 pub use check::check;
 pub use config::{
-    BootConfig, CachePolicy, ConfigError, ConsoleConfig, ConsoleOutput, DiskConfig, DiskEngine,
-    MemoryConfig, NetConfig, RateLimitConfig, ShareConfig, VhostUse, VmConfig, VsockConfig,
+    BalloonConfig, BootConfig, BootProtocol, CachePolicy, ConfigError, ConsoleConfig,
+    ConsoleOutput, DiskConfig, DiskEngine, MemoryBacking, MemoryConfig, NetConfig, PmemConfig,
+    RateLimitConfig, ShareConfig, UserConfig, VhostUse, VmConfig, VsockConfig,
 };
+pub use confinement::{forbid_core_dumps, give_up_privileges, leave_namespaces};
 pub use control::Exit;
 pub use error::{Error, chain};
 pub use footprint::{give_back_startup_memory, use_one_heap};
 pub use handle::VmHandle;
 pub use json::from_json;
+pub use memory::{SavedMemory, Sharing};
 pub use metrics::{DeviceCounts, ExitCounts, Metrics};
+pub use state::{MachineState, Unsaved};
+
+/// The host's end of the guest's memory balloon.
+pub mod balloon {
+    pub use devices::virtio::balloon::{Host, Statistics};
+}
+
+/// The host's end of the memory that can be plugged into the guest.
+pub mod mem {
+    pub use devices::virtio::mem::{Host, RequestError};
+}
 
 /// The host's end of the guest's sockets.
 pub mod vsock {

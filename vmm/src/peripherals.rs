@@ -1,6 +1,9 @@
 //! Opens and places every device the configuration asks for.
 
 use std::fs::File;
+use std::ops::Range;
+use std::os::unix::fs::chown;
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use arch::machine::PlatformDevice;
@@ -8,10 +11,13 @@ use arch::{Arch, Host};
 use devices::listener::Listener;
 use devices::serial::Serial;
 use devices::virtio::VirtioDevice;
+use devices::virtio::balloon::{Balloon, Host as BalloonHost, Offer};
 use devices::virtio::block::{Access, Block, Disk, Ring};
 use devices::virtio::console::Console;
 use devices::virtio::fs::{Fs, Server};
+use devices::virtio::mem::{Host as MemHost, Mem};
 use devices::virtio::net::{Missing, Net, Tap, TapError, Vhost, VhostError};
+use devices::virtio::pmem::Pmem;
 use devices::virtio::rate_limit::RateLimiter;
 use devices::virtio::rng::Rng;
 use devices::virtio::vsock::{Host as VsockHost, Vsock};
@@ -19,15 +25,29 @@ use log::debug;
 use vm_memory::GuestMemoryMmap;
 
 use crate::config::{
-    ConfigError, ConsoleConfig, ConsoleOutput, DiskConfig, DiskEngine, NetConfig, ShareConfig,
-    VhostUse, VmConfig, VsockConfig,
+    BalloonConfig, ConfigError, ConsoleConfig, ConsoleOutput, DiskConfig, DiskEngine, NetConfig,
+    ShareConfig, UserConfig, VhostUse, VmConfig, VsockConfig,
 };
 use crate::console::{self, ConsoleLog};
 use crate::error::Error;
+use crate::jail::Jail;
 use crate::placement::{Loop, Placement, PlacementError};
+use crate::pmem::MappedFile;
 
 /// Registers of a 16550, in bytes.
 const SERIAL_PORTS: u64 = 8;
+
+/// The host's ends of devices that have one.
+pub struct Ends {
+    /// Of the console, unless it is a serial port.
+    pub console: Option<Arc<Mutex<Console>>>,
+    /// Of the socket device.
+    pub vsock: Option<VsockHost>,
+    /// Of the balloon.
+    pub balloon: Option<BalloonHost>,
+    /// Of the memory that can be plugged in.
+    pub pluggable: Option<MemHost>,
+}
 
 /// Opens where the guest's console goes.
 pub fn open_console(config: &ConsoleConfig) -> Result<ConsoleLog, Error> {
@@ -40,29 +60,41 @@ pub fn open_console(config: &ConsoleConfig) -> Result<ConsoleLog, Error> {
 }
 
 /// Places all devices in a fixed order, so that a configuration always gives the same machine.
-/// Returns the host's end of the socket device.
 pub fn place_all(
     config: &VmConfig,
     log: &ConsoleLog,
+    jail: Option<&Jail>,
+    files: &[MappedFile],
+    pluggable: Option<Range<u64>>,
     placement: &mut Placement<'_>,
-) -> Result<Option<VsockHost>, Error> {
+) -> Result<Ends, Error> {
     if config.console.serial {
         place_serial(log, placement)?;
     }
     let input = if config.console.serial { None } else { console::input(&config.console.output) };
-    place("console", Console::new(input, Box::new(log.clone())), Loop::Vmm, placement)?;
+    let console = Console::new(input, Box::new(log.clone()));
+    let console = place("console", console, Loop::Vmm, placement)?;
     if config.rng {
         let source = File::open("/dev/urandom").map_err(device("rng"))?;
         place("rng", Rng::new(source), Loop::Vmm, placement)?;
     }
     let mut host = None;
     if let Some(vsock) = &config.vsock {
-        host = Some(place_vsock(vsock, placement)?);
+        host = Some(place_vsock(vsock, config.user, jail, placement)?);
     }
     config.disks.iter().try_for_each(|disk| place_disk(disk, placement))?;
-    config.shares.iter().try_for_each(|share| place_share(share, placement))?;
+    for (index, share) in config.shares.iter().enumerate() {
+        place_share(share, jail.map(|jail| (jail, index)), placement)?;
+    }
     (0..).zip(&config.nets).try_for_each(|(index, net)| place_net(index, net, placement))?;
-    Ok(host)
+    for file in files {
+        place(&file.name, Pmem::new(file.start.0, file.bytes), Loop::Vmm, placement)?;
+    }
+    let balloon =
+        config.balloon.as_ref().map(|balloon| place_balloon(balloon, placement)).transpose()?;
+    let pluggable = pluggable.map(|region| place_mem(&region, placement)).transpose()?;
+    let console = Some(console).filter(|_| !config.console.serial);
+    Ok(Ends { console, vsock: host, balloon, pluggable })
 }
 
 /// The serial port is there only for who asks for it: each character on it is an exit.
@@ -72,7 +104,7 @@ fn place_serial(log: &ConsoleLog, placement: &mut Placement<'_>) -> Result<(), E
         let name = error_at("serial port");
         let line = placement.irq_line(gsi).map_err(&name)?;
         let serial = Serial::new(line, Box::new(log.clone()));
-        placement.place_at(space, base, SERIAL_PORTS, serial).map_err(name)?;
+        placement.place_serial(space, base, SERIAL_PORTS, serial).map_err(name)?;
     }
     Ok(())
 }
@@ -84,7 +116,8 @@ fn place_disk(config: &DiskConfig, placement: &mut Placement<'_>) -> Result<(), 
     let limiter = RateLimiter::new(config.rate_limit.limits()).map_err(device(&name))?;
     let ring = open_ring(config.engine, &name)?;
     let block = Block::new(disk, &config.id, config.queues, limiter, ring);
-    place(&name, block, Loop::Io, placement)
+    place(&name, block, Loop::Io, placement)?;
+    Ok(())
 }
 
 fn open_ring(engine: DiskEngine, name: &str) -> Result<Option<Ring>, Error> {
@@ -99,7 +132,13 @@ fn open_ring(engine: DiskEngine, name: &str) -> Result<Option<Ring>, Error> {
     }
 }
 
-fn place_share(config: &ShareConfig, placement: &mut Placement<'_>) -> Result<(), Error> {
+/// Opens the directory in the jail, if there is one, where it has the number given with it: from
+/// there no name leads anywhere else.
+fn place_share(
+    config: &ShareConfig,
+    jail: Option<(&Jail, usize)>,
+    placement: &mut Placement<'_>,
+) -> Result<(), Error> {
     let name = format!("share {}", config.tag);
     let mut options = config.options();
     let mut region_start = 0;
@@ -108,19 +147,39 @@ fn place_share(config: &ShareConfig, placement: &mut Placement<'_>) -> Result<()
         options.window = Some(window);
         region_start = start;
     }
-    let server = Server::with_options(&config.path, options).map_err(device(&name))?;
+    let open = |path: &Path| Server::with_options(path, options);
+    let server = match jail {
+        Some((jail, index)) => jail.run(|| open(&Jail::path_of(index))).map_err(device(&name))?,
+        None => open(&config.path),
+    };
+    let server = server.map_err(device(&name))?;
     let fs = Fs::new(&config.tag, server).with_window_at(region_start).map_err(device(&name))?;
-    place(&name, fs, Loop::Io, placement)
+    place(&name, fs, Loop::Io, placement)?;
+    Ok(())
 }
 
-fn place_vsock(config: &VsockConfig, placement: &mut Placement<'_>) -> Result<VsockHost, Error> {
+/// The device's thread finds the sockets of the host in the jail, if there is one.
+fn place_vsock(
+    config: &VsockConfig,
+    user: Option<UserConfig>,
+    jail: Option<&Jail>,
+    placement: &mut Placement<'_>,
+) -> Result<VsockHost, Error> {
     let vsock = match &config.socket {
         Some(path) => {
-            let socket = Listener::bind(path).map_err(|source| Error::Listen {
+            let listen = || {
+                let socket = Listener::bind(path)?;
+                user.map_or(Ok(()), |user| chown(path, Some(user.uid), Some(user.gid)))?;
+                Ok(socket)
+            };
+            let socket = listen().map_err(|source| Error::Listen {
                 field: "vsock.socket",
                 path: path.clone(),
                 source,
             })?;
+            let seen_at = jail.map_or_else(|| path.clone(), |_| Jail::socket_path(path));
+            let (socket, file) = socket.without_file(seen_at);
+            file.into_iter().for_each(|file| placement.keep(file));
             Vsock::with_socket(config.cid, socket)
         }
         None => Vsock::new(config.cid),
@@ -151,7 +210,8 @@ fn place_net(index: usize, config: &NetConfig, placement: &mut Placement<'_>) ->
         Some(vhost) => net.served_by(vhost),
         None => net,
     };
-    place(&name, net, Loop::Vmm, placement)
+    place(&name, net, Loop::Vmm, placement)?;
+    Ok(())
 }
 
 /// The host's kernel as the one who serves the queues of `taps`, if `config` asks for it or it just
@@ -181,13 +241,36 @@ fn open_taps(config: &NetConfig) -> Result<Vec<Tap>, TapError> {
     }
 }
 
-fn place(
+fn place_mem(region: &Range<u64>, placement: &mut Placement<'_>) -> Result<MemHost, Error> {
+    let bytes = region.end - region.start;
+    let mem = Mem::new(placement.memory().clone(), region.start, bytes);
+    place("mem", mem, Loop::Vmm, placement).map(MemHost::of)
+}
+
+fn place_balloon(
+    config: &BalloonConfig,
+    placement: &mut Placement<'_>,
+) -> Result<BalloonHost, Error> {
+    let offer = Offer {
+        deflate_on_oom: config.deflate_on_oom,
+        statistics: config.statistics,
+        free_page_hint: config.free_page_hinting,
+        page_reporting: config.free_page_reporting,
+    };
+    let balloon = Balloon::new(offer, config.target_mib);
+    place("balloon", balloon, Loop::Vmm, placement).map(BalloonHost::of)
+}
+
+/// Places `device` and returns it as the threads share it.
+fn place<D: VirtioDevice + 'static>(
     name: &str,
-    device: impl VirtioDevice + 'static,
+    device: D,
     served_by: Loop,
     placement: &mut Placement<'_>,
-) -> Result<(), Error> {
-    placement.place(name, Arc::new(Mutex::new(device)), served_by).map_err(error_at(name))
+) -> Result<Arc<Mutex<D>>, Error> {
+    let device = Arc::new(Mutex::new(device));
+    placement.place(name, device.clone(), served_by).map_err(error_at(name))?;
+    Ok(device)
 }
 
 /// Names the device that could not be placed.

@@ -8,6 +8,8 @@ use arch::VmFd;
 use arch::machine::{MmioDevice, Space};
 use devices::bus::{BusBuilder, BusDevice, BusError};
 use devices::interrupt::IrqLine;
+use devices::listener::SocketFile;
+use devices::serial::Serial;
 use devices::virtio::VirtioDevice;
 use devices::virtio::activity::Activity;
 use devices::virtio::fs::Window;
@@ -19,6 +21,7 @@ use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 use crate::dax::Windows;
 use crate::event_loop::BoxedSubscriber;
+use crate::state::Devices;
 use crate::vcpu::Buses;
 
 /// Where a driver writes the number of the queue it kicks (virtio 1.2, section 4.2.2: QueueNotify).
@@ -65,9 +68,11 @@ pub struct Placement<'a> {
     memory_bus: BusBuilder,
     ports: BusBuilder,
     placed: Vec<MmioDevice>,
+    devices: Devices,
     activities: Vec<(String, Arc<Activity>)>,
     vmm_loop: Vec<BoxedSubscriber>,
     io_loop: Vec<BoxedSubscriber>,
+    socket_files: Vec<SocketFile>,
     dax: Windows<'a>,
 }
 
@@ -75,6 +80,8 @@ pub struct Placement<'a> {
 pub struct Placed {
     /// The devices the guest must be told about.
     pub devices: Vec<MmioDevice>,
+    /// The same devices, and those of the platform, for who wants to know where they stand.
+    pub(crate) kept: Devices,
     /// What counts the activity of each virtio device, with the device's name.
     pub activities: Vec<(String, Arc<Activity>)>,
     /// The frozen buses.
@@ -83,6 +90,8 @@ pub struct Placed {
     pub vmm_loop: Vec<BoxedSubscriber>,
     /// What the `io` loop serves.
     pub io_loop: Vec<BoxedSubscriber>,
+    /// To be removed when the machine ends.
+    pub socket_files: Vec<SocketFile>,
     /// Through which the guest maps files.
     pub dax: Arc<[Arc<Window>]>,
 }
@@ -105,9 +114,11 @@ impl<'a> Placement<'a> {
             memory_bus: BusBuilder::default(),
             ports: BusBuilder::default(),
             placed: Vec::new(),
+            devices: Devices::default(),
             activities: Vec::new(),
             vmm_loop: Vec::new(),
             io_loop: Vec::new(),
+            socket_files: Vec::new(),
             dax: Windows::new(vm, 0..0),
         })
     }
@@ -123,7 +134,7 @@ impl<'a> Placement<'a> {
         &mut self.dax
     }
 
-    /// The guest's memory.
+    /// The memory in which drivers place rings and buffers.
     pub fn memory(&self) -> &GuestMemoryMmap {
         self.memory
     }
@@ -145,10 +156,13 @@ impl<'a> Placement<'a> {
             .map_err(PlacementError::Eventfd)?;
 
         let mut kicks = Vec::with_capacity(transport.kicks().len());
+        let notify = IoEventAddress::Mmio(window.start() + QUEUE_NOTIFY);
         for (queue, kick) in (0u32..).zip(transport.kicks()) {
-            self.vm
-                .register_ioevent(kick, &IoEventAddress::Mmio(window.start() + QUEUE_NOTIFY), queue)
-                .map_err(|source| PlacementError::Connect { what: "queue notification", source })?;
+            if !transport.serves_at_once(queue as usize) {
+                self.vm.register_ioevent(kick, &notify, queue).map_err(|source| {
+                    PlacementError::Connect { what: "queue notification", source }
+                })?;
+            }
             kicks.push(kick.try_clone().map_err(PlacementError::Eventfd)?);
         }
         let activity = transport.activity().clone();
@@ -161,22 +175,36 @@ impl<'a> Placement<'a> {
 
         let base = GuestAddress(window.start());
         self.placed.push(MmioDevice { base, size: MMIO_WINDOW, gsi });
+        let transport = Arc::new(Mutex::new(transport));
+        self.devices.transports.push((name.to_owned(), transport.clone()));
         self.place_at(Space::Memory, base.0, MMIO_WINDOW, transport)
     }
 
-    /// Places a device of the platform at `size` addresses from `base` on.
-    pub fn place_at(
+    /// Places a serial port at `size` addresses from `base` on.
+    pub fn place_serial(
         &mut self,
         space: Space,
         base: u64,
         size: u64,
-        device: impl BusDevice + 'static,
+        serial: Serial,
+    ) -> Result<(), PlacementError> {
+        let serial = Arc::new(Mutex::new(serial));
+        self.devices.serials.push(serial.clone());
+        self.place_at(space, base, size, serial)
+    }
+
+    fn place_at(
+        &mut self,
+        space: Space,
+        base: u64,
+        size: u64,
+        device: Arc<Mutex<dyn BusDevice>>,
     ) -> Result<(), PlacementError> {
         let bus = match space {
             Space::Memory => &mut self.memory_bus,
             Space::Port => &mut self.ports,
         };
-        bus.place(base..base + size, Arc::new(Mutex::new(device))).map_err(PlacementError::Bus)
+        bus.place(base..base + size, device).map_err(PlacementError::Bus)
     }
 
     /// An interrupt line that raises `gsi`.
@@ -188,14 +216,21 @@ impl<'a> Placement<'a> {
         Ok(Arc::new(line))
     }
 
+    /// Keeps `file` for as long as the machine lasts.
+    pub fn keep(&mut self, file: SocketFile) {
+        self.socket_files.push(file);
+    }
+
     /// Freezes the machine.
     pub fn finish(self) -> Placed {
         Placed {
             devices: self.placed,
+            kept: self.devices,
             activities: self.activities,
             buses: Buses { memory: self.memory_bus.build(), ports: self.ports.build() },
             vmm_loop: self.vmm_loop,
             io_loop: self.io_loop,
+            socket_files: self.socket_files,
             dax: self.dax.finish(),
         }
     }

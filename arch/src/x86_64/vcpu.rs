@@ -1,14 +1,17 @@
-//! A vCPU at its first instruction: registers as the 64-bit boot protocol wants them.
+//! A vCPU at its first instruction: registers as the kernel's protocol wants them.
 #![cfg(target_arch = "x86_64")]
 
 mod cpuid;
+mod hidden;
 mod msrs;
 pub mod segments;
+mod state;
 
 use kvm_bindings::{kvm_fpu, kvm_lapic_state, kvm_regs};
 
+pub use self::state::State;
 use super::layout;
-use crate::machine::Entry;
+use crate::machine::{Entry, Protocol};
 use crate::{ArchError, Kvm, VcpuFd};
 
 /// The bit of RFLAGS that is always set.
@@ -41,19 +44,19 @@ pub fn reset(
     set_apic_pins(vcpu)?;
     if index == 0 {
         set_fpu(vcpu)?;
-        segments::set(vcpu)?;
+        segments::set(vcpu, entry.protocol)?;
         set_registers(vcpu, entry)?;
     }
     Ok(())
 }
 
 fn set_registers(vcpu: &VcpuFd, entry: &Entry) -> Result<(), ArchError> {
-    let registers = kvm_regs {
-        rip: entry.address.0,
-        rsi: layout::ZERO_PAGE.0,
-        rflags: RFLAGS_RESERVED,
-        ..Default::default()
-    };
+    let mut registers =
+        kvm_regs { rip: entry.address.0, rflags: RFLAGS_RESERVED, ..Default::default() };
+    match entry.protocol {
+        Protocol::Linux => registers.rsi = layout::ZERO_PAGE.0,
+        Protocol::Pvh => registers.rbx = layout::START_INFO.0,
+    }
     vcpu.set_regs(&registers).map_err(ArchError::kvm("set the registers"))
 }
 

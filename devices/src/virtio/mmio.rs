@@ -1,10 +1,13 @@
 //! The virtio-mmio register block: a driver finds, negotiates with and starts a device through it
 //! (virtio 1.2, section 4.2; the modern interface only).
 
+mod state;
+
 use std::io;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK,
     VIRTIO_CONFIG_S_FAILED, VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET,
@@ -30,9 +33,12 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::activity::Activity;
 use super::complaints::Complaints;
 use super::queue::VirtQueue;
+use super::state::Position;
 use super::{Activation, VirtioDevice};
 use crate::bus::BusDevice;
 use crate::interrupt::{Interrupt, IrqLine};
+
+pub use self::state::TransportState;
 
 /// Size of a device's register block, in bytes: one page, so that it can be mapped alone.
 pub const MMIO_WINDOW: u64 = 0x1000;
@@ -72,7 +78,7 @@ pub struct MmioTransport {
 }
 
 /// What the driver wrote and may read back; plain data.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 struct Registers {
     device_features_select: u32,
     driver_features_select: u32,
@@ -83,7 +89,7 @@ struct Registers {
 }
 
 /// Where the driver placed one queue (virtio 1.2, section 4.2.2).
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 struct QueueRegisters {
     max_size: u16,
     size: u32,
@@ -321,12 +327,7 @@ impl MmioTransport {
             }
             VIRTIO_MMIO_QUEUE_SEL => self.registers.queue_select = value,
             VIRTIO_MMIO_SHM_SEL => self.registers.region_select = value,
-            VIRTIO_MMIO_QUEUE_NOTIFY => {
-                if let Some(kick) = self.kicks.get(value as usize) {
-                    // The only failure is a counter at its maximum: then the kick is pending.
-                    let _ = kick.write(1);
-                }
-            }
+            VIRTIO_MMIO_QUEUE_NOTIFY => self.kick(value as usize),
             VIRTIO_MMIO_INTERRUPT_ACK => {
                 self.shared.interrupts.fetch_and(!value, Ordering::AcqRel);
             }
@@ -335,6 +336,25 @@ impl MmioTransport {
                 self.registers.set_queue(register, value);
             }
             _ => {}
+        }
+    }
+
+    /// Whether kicks of queue `index` must come here, and not go to its eventfd.
+    pub fn serves_at_once(&self, index: usize) -> bool {
+        self.lock_device().serves_at_once(index)
+    }
+
+    fn kick(&mut self, index: usize) {
+        let Some(kick) = self.kicks.get(index) else { return };
+        let mut device = self.lock_device();
+        if !device.serves_at_once(index) {
+            // The only failure is a counter at its maximum, and then the kick is pending anyway.
+            let _ = kick.write(1);
+        } else if let Err(error) = device.queue_ready(index) {
+            // The queue has already told the driver that the device needs a reset.
+            device.reset();
+            drop(device);
+            self.complaints.add(&format_args!("stopped until it is reset: {error}"));
         }
     }
 
@@ -386,24 +406,33 @@ impl MmioTransport {
 
     /// Hands the queues to the device and lets it look for what came before it was ready.
     fn start(&mut self) {
-        if let Err(error) = self.activate() {
+        if let Err(error) = self.activate(&[]) {
             self.shared.needs_reset();
             self.complaints.add(&error);
             return;
         }
+        self.kick_all();
+    }
+
+    /// Has the event loop look at every queue.
+    fn kick_all(&self) {
         for kick in &*self.kicks {
             // The only failure is a counter at its maximum, and then the kick is pending anyway.
             let _ = kick.write(1);
         }
     }
 
-    fn activate(&self) -> Result<(), StartError> {
+    /// Starts the device; it goes on in each queue at its position, or at the start if there is none.
+    fn activate(&self, positions: &[Position]) -> Result<(), StartError> {
         let features = self.registers.driver_features;
         let event_idx = features & 1 << VIRTIO_RING_F_EVENT_IDX != 0;
         let queues = (0u16..)
             .zip(&self.registers.queues)
             .map(|(index, registers)| {
-                let queue = registers.build(index, event_idx, &self.memory)?;
+                let mut queue = registers.build(index, event_idx, &self.memory)?;
+                let position = positions.get(usize::from(index)).copied().unwrap_or_default();
+                queue.set_next_avail(position.next_available);
+                queue.set_next_used(position.next_used);
                 let (memory, kicks) = (self.memory.clone(), self.kicks.clone());
                 let (interrupt, activity) = (self.shared.clone(), self.shared.activity.clone());
                 Ok(VirtQueue::new(index, queue, memory, interrupt, kicks, activity))
@@ -477,8 +506,9 @@ mod tests {
 
     use super::*;
     use crate::virtio::queue::{QueueError, Verdict};
+    use crate::virtio::state::{DeviceState, RestoreError};
     use crate::virtio::testing::memory;
-    use crate::virtio::{ActivateError, DeviceTraits};
+    use crate::virtio::{ActivateError, DeviceTraits, restore_nothing};
 
     const ACKNOWLEDGE: u32 = 1;
     const DRIVER: u32 = 2;
@@ -502,6 +532,8 @@ mod tests {
         active: Option<Activation>,
         resets: usize,
         config: Vec<u8>,
+        at_once: bool,
+        served: usize,
     }
 
     impl VirtioDevice for Probe {
@@ -528,7 +560,27 @@ mod tests {
         }
 
         fn queue_ready(&mut self, _index: usize) -> Result<(), QueueError> {
-            Ok(())
+            self.served += 1;
+            self.active
+                .as_mut()
+                .map_or(Ok(()), |active| active.queues[0].drain(|_, _| Verdict::Used(0)))
+        }
+
+        fn serves_at_once(&self, index: usize) -> bool {
+            self.at_once && index == 0
+        }
+
+        fn quiesce(&mut self) -> Result<Vec<Position>, QueueError> {
+            let queues = self.active.iter().flat_map(|active| &active.queues);
+            Ok(queues.map(|queue| queue.position(0)).collect())
+        }
+
+        fn save(&self) -> DeviceState {
+            DeviceState::None
+        }
+
+        fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
+            restore_nothing(state)
         }
 
         fn shared_memory(&self, id: u32) -> Option<Range<u64>> {
@@ -618,6 +670,32 @@ mod tests {
         fn is_active(&self) -> bool {
             self.device.lock().unwrap().active.is_some()
         }
+    }
+
+    #[test]
+    fn a_queue_that_is_served_at_once_needs_no_eventfd() {
+        let mut guest = Guest::running();
+        guest.transport.kicks().iter().for_each(|kick| _ = kick.read());
+        guest.device.lock().unwrap().at_once = true;
+
+        guest.write(VIRTIO_MMIO_QUEUE_NOTIFY, 0);
+        guest.write(VIRTIO_MMIO_QUEUE_NOTIFY, 1);
+
+        assert_eq!(guest.device.lock().unwrap().served, 1);
+        let kicked = guest.transport.kicks().iter().map(|kick| kick.read().is_ok());
+        assert_eq!(kicked.collect::<Vec<_>>(), [false, true]);
+    }
+
+    #[test]
+    fn a_broken_queue_that_is_served_at_once_resets_the_device() {
+        let mut guest = Guest::running();
+        guest.device.lock().unwrap().at_once = true;
+
+        guest.memory.write_obj(1000_u16, GuestAddress(0x2002)).unwrap();
+        guest.write(VIRTIO_MMIO_QUEUE_NOTIFY, 0);
+
+        assert!(!guest.is_active());
+        assert_eq!(guest.status() & NEEDS_RESET, NEEDS_RESET);
     }
 
     #[test]
@@ -891,5 +969,99 @@ mod tests {
                 guest.read(register);
             }
         }
+    }
+
+    /// Another device in the place of the one of `old`, in the same memory.
+    fn handed_over(mut old: Guest) -> Guest {
+        let bytes = postcard::to_stdvec(&old.transport.save()).unwrap();
+        let device = Arc::new(Mutex::new(Probe::default()));
+        let irq = Arc::new(IrqLine::new().unwrap());
+        let transport = MmioTransport::new(old.memory.clone(), device.clone(), irq.clone());
+        let mut new = Guest { device, transport: transport.unwrap(), irq, memory: old.memory };
+        new.transport.restore(&postcard::from_bytes(&bytes).unwrap()).unwrap();
+        new
+    }
+
+    /// Makes `count` chains of one descriptor, number 0, available in the queue of `running`.
+    fn offer(guest: &Guest, count: u16) {
+        guest.memory.write_obj(count, GuestAddress(0x2002)).unwrap();
+    }
+
+    fn used(guest: &Guest) -> u16 {
+        guest.memory.read_obj(GuestAddress(0x3002)).unwrap()
+    }
+
+    #[test]
+    fn a_device_built_anew_runs_where_the_old_one_was() {
+        let mut old = Guest::running();
+        offer(&old, 3);
+        old.device.lock().unwrap().queue_ready(0).unwrap();
+        old.write(VIRTIO_MMIO_INTERRUPT_ACK, VIRTIO_MMIO_INT_VRING);
+        offer(&old, 5);
+
+        let mut new = handed_over(old);
+
+        assert_eq!(new.status(), RUNNING);
+        assert!(new.transport.kicks().iter().all(|kick| kick.read().is_ok()));
+        assert!(new.irq.event().read().is_ok());
+        assert_eq!(used(&new), 3);
+        new.device.lock().unwrap().queue_ready(0).unwrap();
+        assert_eq!(used(&new), 5);
+        new.set_status(0);
+        assert!(!new.is_active());
+    }
+
+    #[test]
+    fn a_driver_goes_on_negotiating_with_a_device_built_anew() {
+        let mut old = Guest::new();
+        old.negotiate(VERSION_1);
+        old.place_queue(1, 8, [0x1000, 0x2000, 0x3000]);
+
+        let mut new = handed_over(old);
+
+        assert!(!new.is_active());
+        assert_eq!(new.read(VIRTIO_MMIO_QUEUE_READY), 1);
+        assert_eq!(new.set_status(RUNNING), RUNNING);
+        assert!(new.is_active());
+    }
+
+    #[test]
+    fn a_device_that_waits_for_its_reset_still_does() {
+        let old = Guest::running();
+        old.transport.shared.needs_reset();
+        old.device.lock().unwrap().reset();
+
+        let mut new = handed_over(old);
+
+        assert_eq!(new.status(), RUNNING | NEEDS_RESET);
+        assert!(!new.is_active());
+    }
+
+    #[test]
+    fn the_state_of_another_device_is_refused() {
+        let state = Guest::running().transport.save();
+        let refused = |change: fn(&mut MmioTransport)| {
+            let mut other = Guest::new();
+            change(&mut other.transport);
+            other.transport.restore(&state).unwrap_err().to_string()
+        };
+
+        let message = refused(|transport| transport.device_type = 77);
+        assert!(message.contains("the type was 0x4 and is 0x4d"), "{message}");
+        let message = refused(|transport| transport.device_features = 0);
+        assert!(message.contains("the set of features"), "{message}");
+        let message = refused(|transport| _ = transport.registers.queues.pop());
+        assert!(message.contains("the number of queues"), "{message}");
+    }
+
+    #[test]
+    fn rings_outside_memory_are_refused_in_a_state_too() {
+        let mut guest = Guest::running();
+        guest.transport.registers.queues[0].used = 1 << 40;
+        let state = guest.transport.save();
+
+        let refused = Guest::new().transport.restore(&state);
+
+        assert!(matches!(refused, Err(RestoreError::Start(_))), "{refused:?}");
     }
 }

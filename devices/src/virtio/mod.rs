@@ -1,6 +1,7 @@
 //! What a virtio device is, independent of the transport that shows it to the guest.
 
 pub mod activity;
+pub mod balloon;
 pub mod block;
 pub mod buffers;
 pub mod complaints;
@@ -8,11 +9,14 @@ pub mod console;
 pub mod fs;
 #[cfg(test)]
 mod hostile_tests;
+pub mod mem;
 pub mod mmio;
 pub mod net;
+pub mod pmem;
 pub mod queue;
 pub mod rate_limit;
 pub mod rng;
+pub mod state;
 pub mod subscriber;
 #[cfg(test)]
 pub mod testing;
@@ -25,6 +29,7 @@ use std::sync::Arc;
 use event_manager::EventSet;
 
 use self::queue::{QueueError, VirtQueue};
+use self::state::{DeviceState, Position, RestoreError};
 use crate::interrupt::Interrupt;
 
 /// The fixed facts a driver reads before it may use the device (virtio 1.2, section 2).
@@ -121,6 +126,13 @@ pub trait VirtioDevice: Send {
     /// Serves queue `index`, because the driver kicked it.
     fn queue_ready(&mut self, index: usize) -> Result<(), QueueError>;
 
+    /// Whether the processor that kicks queue `index` waits until the kick is served: then the
+    /// transport calls `queue_ready` before the guest's instruction ends, and no eventfd stands in
+    /// between. For the rare queue whose driver relies on it; such a kick is slow.
+    fn serves_at_once(&self, _index: usize) -> bool {
+        false
+    }
+
     /// The descriptors to wait on; read once, before the guest starts, and watched edge-triggered:
     /// data that cannot move yet must be looked for again in `queue_ready`. The transport kicks
     /// every queue once after `activate`, so data that came early is found then.
@@ -132,6 +144,26 @@ pub trait VirtioDevice: Send {
     fn backend_ready(&mut self, _index: usize, _events: EventSet) -> Result<(), QueueError> {
         Ok(())
     }
+
+    /// Waits for all that goes on in guest memory without a call, gives back the chains of what is
+    /// finished, and says where the device stands in each queue; nothing if it is idle. A chain that
+    /// the device keeps for later counts as not taken yet. Nobody else calls the device from here to
+    /// `resume`, and nothing of it touches guest memory.
+    fn quiesce(&mut self) -> Result<Vec<Position>, QueueError>;
+
+    /// Goes on after `quiesce`. Most devices only work when they are called.
+    fn resume(&mut self) {}
+
+    /// What the device knows beside its queues and what it was made with; called after `quiesce`.
+    fn save(&self) -> DeviceState;
+
+    /// Takes over what `save` said. A device whose driver was there is active by then.
+    fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError>;
+}
+
+/// The `restore` of a device whose `save` is [`DeviceState::None`].
+pub fn restore_nothing(state: &DeviceState) -> Result<(), RestoreError> {
+    if *state == DeviceState::None { Ok(()) } else { Err(RestoreError::Kind) }
 }
 
 /// Copies the bytes at `offset` of a configuration space; bytes past its end read as zero.

@@ -6,8 +6,8 @@ use std::path::Path;
 use agent_protocol::SHARE_TAG;
 use oci_spec::runtime::{LinuxCpu, LinuxMemory, LinuxResources};
 use vmm::{
-    BootConfig, ConsoleConfig, ConsoleOutput, MemoryConfig, NetConfig, ShareConfig, VmConfig,
-    VsockConfig,
+    BalloonConfig, BootConfig, ConsoleConfig, ConsoleOutput, MemoryConfig, NetConfig, ShareConfig,
+    VmConfig, VsockConfig,
 };
 
 use crate::settings::{MAX_VCPUS, MIN_MEMORY_MIB, Settings};
@@ -154,18 +154,21 @@ pub(super) fn config(
     };
     VmConfig {
         vcpus: size.vcpus,
-        memory: MemoryConfig { size_mib: size.memory_mib, mergeable: false },
+        memory: MemoryConfig { size_mib: size.memory_mib, ..MemoryConfig::default() },
         boot: BootConfig {
-            kernel: settings.kernel.clone(),
             initrd: Some(settings.initrd.clone()),
-            cmdline: String::new(),
+            ..BootConfig::new(settings.kernel.clone())
         },
         console: ConsoleConfig { serial: settings.debug_console, output },
         disks: Vec::new(),
         nets,
+        pmem: Vec::new(),
         shares: vec![ShareConfig::new(SHARE_TAG, share.into())],
         vsock: Some(VsockConfig { cid: GUEST_CID, socket: None }),
         rng: true,
+        balloon: Some(BalloonConfig { free_page_reporting: true, ..BalloonConfig::default() }),
+        seccomp: true,
+        user: None,
     }
 }
 

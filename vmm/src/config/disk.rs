@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::{ConfigError, RateLimitConfig, in_range, name_of, not_empty, one};
 
 /// Longest disk id, in bytes (virtio 1.2, section 5.2.6: the serial number of a block device).
-const MAX_DISK_ID_BYTES: usize = 20;
+pub(super) const MAX_DISK_ID_BYTES: usize = 20;
 
 /// A block device.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -33,11 +33,6 @@ pub struct ShareConfig {
     /// directories that nobody else uses, and not with `cache` never.
     #[serde(default)]
     pub writeback: bool,
-    /// Whether files the guest knows are remembered by their handles, which takes no open file for
-    /// each; where the host's file system has none, as overlayfs, they are open all the same. For
-    /// trees of hundreds of thousands of files. Takes CAP_DAC_READ_SEARCH.
-    #[serde(default)]
-    pub file_handles: bool,
     /// Size of the window through which the guest maps files, in MiB, an even number up to
     /// [`MAX_DAX_MIB`]. What it reads through it is not copied into its own memory, so that all VMs
     /// share the host's page cache. A guest spends a 64th of the size on keeping account of it, and
@@ -68,7 +63,6 @@ impl ShareConfig {
             read_only: false,
             cache: CachePolicy::default(),
             writeback: false,
-            file_handles: false,
             dax_mib: 0,
         }
     }
@@ -88,7 +82,6 @@ impl ShareConfig {
                 CachePolicy::Always => fs::Cache::Always,
             },
             writeback: self.writeback,
-            file_handles: self.file_handles,
             window: None,
         }
     }

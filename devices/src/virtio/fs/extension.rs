@@ -14,6 +14,8 @@ use fuse_backend_rs::api::filesystem::{Context, Entry, FileSystem};
 use fuse_backend_rs::transport::{FsCacheReqHandler, Reader, VirtioFsWriter};
 use vm_memory::ByteValued;
 
+use super::book::Open;
+use super::ledger::Ledger;
 use super::tree::Tree;
 use super::unnamed;
 
@@ -47,14 +49,14 @@ impl Extension {
     /// Serves the request. Returns the size of the answer in bytes.
     pub fn serve(
         self,
-        tree: &Tree,
+        ledger: &Ledger,
         mut request: Reader<'_>,
         mut answer: VirtioFsWriter<'_>,
     ) -> io::Result<usize> {
         let header: InHeader = request.read_obj()?;
         let result = match self {
-            Extension::CopyFileRange => copy(tree, &header, &mut request),
-            Extension::TmpFile => create(tree, &header, &mut request),
+            Extension::CopyFileRange => copy(ledger, &header, &mut request),
+            Extension::TmpFile => create(ledger, &header, &mut request),
         };
         let (error, body) = match result {
             Ok(body) => (0, body),
@@ -72,12 +74,15 @@ fn context(header: &InHeader) -> Context {
     Context { uid: header.uid, gid: header.gid, pid: header.pid as i32 }
 }
 
-fn copy(tree: &Tree, header: &InHeader, request: &mut Reader<'_>) -> io::Result<Vec<u8>> {
+fn copy(ledger: &Ledger, header: &InHeader, request: &mut Reader<'_>) -> io::Result<Vec<u8>> {
     let args: CopyFileRangeIn = request.read_obj()?;
     let context = context(header);
+    let tree = &ledger.tree;
     tree.writable()?;
-    let from = tree.file(&context, header.nodeid, SetupmappingFlags::READ.bits())?;
-    let to = tree.file(&context, args.nodeid_out, SetupmappingFlags::WRITE.bits())?;
+    let open =
+        |node, flags: SetupmappingFlags| tree.file(&context, ledger.file(node)?, flags.bits());
+    let from = open(header.nodeid, SetupmappingFlags::READ)?;
+    let to = open(args.nodeid_out, SetupmappingFlags::WRITE)?;
     let offset =
         |value| i64::try_from(value).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL));
     let (mut offset_in, mut offset_out) = (offset(args.offset_in)?, offset(args.offset_out)?);
@@ -92,9 +97,13 @@ fn copy(tree: &Tree, header: &InHeader, request: &mut Reader<'_>) -> io::Result<
     Ok(WriteOut { size: copied, padding: 0 }.as_slice().to_vec())
 }
 
-fn create(tree: &Tree, header: &InHeader, request: &mut Reader<'_>) -> io::Result<Vec<u8>> {
+fn create(ledger: &Ledger, header: &InHeader, request: &mut Reader<'_>) -> io::Result<Vec<u8>> {
     let args: CreateIn = request.read_obj()?;
-    let (entry, handle) = tree.create_unnamed(&context(header), header.nodeid, args)?;
+    let parent = ledger.file(header.nodeid)?;
+    let (entry, handle) = ledger.tree.create_unnamed(&context(header), parent, args)?;
+    let entry = ledger.tell(entry);
+    let open = Open { file: entry.inode, flags: args.flags, is_directory: false };
+    let handle = ledger.book().open(handle, open);
     let open = OpenOut { fh: handle, open_flags: 0, passthrough: 0 };
     Ok([EntryOut::from(entry).as_slice(), open.as_slice()].concat())
 }

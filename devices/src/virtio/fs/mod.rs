@@ -1,8 +1,11 @@
 //! File system device (virtio 1.2, section 5.11): a directory of the host, mounted by the guest.
 
 mod access;
+mod book;
 mod credentials;
 mod extension;
+mod ledger;
+mod saved;
 mod server;
 #[cfg(test)]
 mod tests;
@@ -12,7 +15,9 @@ mod watch;
 mod window;
 
 use std::io;
+use std::iter;
 use std::ops::Range;
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use event_manager::EventSet;
@@ -21,8 +26,10 @@ use vm_memory::GuestMemoryMmap;
 
 use super::complaints::Complaints;
 use super::queue::{QueueError, Verdict, VirtQueue};
+use super::state::{DeviceState, Position, RestoreError};
 use super::{ActivateError, Activation, Backend, DeviceTraits, VirtioDevice, copy_config};
 
+pub use self::saved::State;
 pub use self::server::{Cache, Error, Options, Server};
 use self::watch::Watch;
 pub use self::window::{SLOT_BYTES, Window};
@@ -36,6 +43,9 @@ const REQUEST_QUEUES: u32 = 1;
 /// Number of the shared memory region for mapped files (virtio 1.2, section 5.11.6.4, where the
 /// device's only region has it).
 const WINDOW_ID: u32 = 0;
+
+/// Index among the backends of the event that wakes the thread up; the window's timer is the next.
+const WOKEN: usize = 0;
 
 // A request of 1 MiB takes 256 descriptors for its pages and a few more; Linux makes its requests
 // smaller if the queue is.
@@ -55,6 +65,8 @@ pub struct Fs {
     buffers: Option<GuestMemoryMmap>,
     /// The queue for urgent requests, then those for ordinary ones.
     queues: Option<[VirtQueue; 2]>,
+    /// Whether the server still knows a driver that is gone.
+    stale: bool,
     complaints: Complaints,
 }
 
@@ -73,6 +85,7 @@ impl Fs {
             watch: None,
             buffers: None,
             queues: None,
+            stale: false,
             complaints: Complaints::of(format!("fs {tag}")),
         }
     }
@@ -89,6 +102,13 @@ impl Fs {
     fn with_window(&self, memory: &GuestMemoryMmap) -> Option<GuestMemoryMmap> {
         let region = self.server.window()?.region(self.region.as_ref()?.start)?;
         memory.insert_region(Arc::new(region)).ok()
+    }
+
+    /// Closes what a driver that is gone had open.
+    fn forget(&mut self) {
+        if std::mem::take(&mut self.stale) {
+            self.server.reset();
+        }
     }
 }
 
@@ -115,11 +135,14 @@ impl VirtioDevice for Fs {
     fn reset(&mut self) {
         if self.queues.take().is_some() {
             self.buffers = None;
-            self.server.reset();
+            // The processor that resets the device may not touch files: the device's thread may.
+            self.stale = true;
+            self.server.wake();
         }
     }
 
     fn queue_ready(&mut self, index: usize) -> Result<(), QueueError> {
+        self.forget();
         let Fs { server, buffers, queues, watch, complaints, .. } = self;
         let Some(queue) = queues.as_mut().and_then(|queues| queues.get_mut(index)) else {
             return Ok(());
@@ -138,13 +161,30 @@ impl VirtioDevice for Fs {
     }
 
     fn backends(&self) -> Vec<Backend> {
-        self.watch.iter().map(Watch::backend).collect()
+        let woken = Backend { fd: self.server.woken().as_raw_fd(), events: EventSet::IN };
+        iter::once(woken).chain(self.watch.as_ref().map(Watch::backend)).collect()
     }
 
-    fn backend_ready(&mut self, _index: usize, _events: EventSet) -> Result<(), QueueError> {
-        if let (Some(watch), Some(window)) = (&mut self.watch, self.server.window()) {
+    fn backend_ready(&mut self, index: usize, _events: EventSet) -> Result<(), QueueError> {
+        if index == WOKEN {
+            self.forget();
+        } else if let (Some(watch), Some(window)) = (&mut self.watch, self.server.window()) {
             watch.look_after(window);
         }
         Ok(())
+    }
+
+    fn quiesce(&mut self) -> Result<Vec<Position>, QueueError> {
+        let queues = self.queues.iter().flatten();
+        Ok(queues.map(|queue| queue.position(0)).collect())
+    }
+
+    fn save(&self) -> DeviceState {
+        DeviceState::Fs(self.server.save())
+    }
+
+    fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
+        let DeviceState::Fs(state) = state else { return Err(RestoreError::Kind) };
+        self.server.restore(state).map_err(RestoreError::Backend)
     }
 }

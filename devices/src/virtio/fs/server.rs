@@ -13,9 +13,12 @@ use fuse_backend_rs::api::server;
 use fuse_backend_rs::passthrough::{CachePolicy, Config, PassthroughFs};
 use fuse_backend_rs::transport::{FsCacheReqHandler, Reader, VirtioFsWriter};
 use vm_memory::{Address, Bytes, GuestMemoryMmap};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::access::Access;
 use super::extension::Extension;
+use super::ledger::Ledger;
+use super::saved::State;
 use super::tree::Tree;
 use super::window::{Mapper, Window};
 use crate::virtio::queue::Chain;
@@ -77,10 +80,6 @@ pub struct Options {
     /// Whether the guest keeps what is written until it sees fit, or somebody asks for it. Not if
     /// anybody else changes the files, and not with [`Cache::Never`].
     pub writeback: bool,
-    /// Whether a file the guest knows is remembered by its handle (open_by_handle_at(2)) where the
-    /// host's file system has such, and not as an open file. Takes CAP_DAC_READ_SEARCH, and that the
-    /// process stays in its mount namespace. For trees of more files than a process may have open.
-    pub file_handles: bool,
     /// Where the guest may map files.
     pub window: Option<Arc<Window>>,
 }
@@ -100,6 +99,9 @@ pub enum Error {
     /// The process may not open enough files.
     #[error("raise the limit of open files")]
     RaiseFileLimit(#[source] io::Error),
+    /// The process has no descriptor left.
+    #[error("create an eventfd (raise the limit of open files, ulimit -n)")]
+    Eventfd(#[source] io::Error),
     /// The file system library refused; it needs `/proc`.
     #[error("serve shared directory {path}; is /proc mounted?")]
     Serve {
@@ -130,11 +132,12 @@ pub(super) enum RequestError {
 /// lives: names of open files there are how files are opened and extended attributes are reached.
 /// It clears the umask of the process, as each request has its own.
 pub struct Server {
-    server: server::Server<Arc<Tree>>,
-    tree: Arc<Tree>,
+    server: server::Server<Arc<Ledger>>,
+    ledger: Arc<Ledger>,
     window: Option<Arc<Window>>,
     /// The library finds the tree again through this, whatever the mounts of the process become.
-    _root: File,
+    root: File,
+    wake: EventFd,
 }
 
 impl Server {
@@ -156,10 +159,12 @@ impl Server {
         let files = PassthroughFs::new(configuration(&directory, &options))
             .and_then(|files| files.import().map(|()| files))
             .map_err(|source| Error::Serve { path: root.to_owned(), source })?;
+        let wake = EventFd::new(EFD_NONBLOCK).map_err(Error::Eventfd)?;
         let access = if options.read_only { Access::ReadOnly } else { Access::ReadWrite };
-        let tree = Arc::new(Tree::new(files, access, options.window.clone()));
-        let server = server::Server::new(tree.clone());
-        Ok(Server { server, tree, window: options.window, _root: directory })
+        let tree = Tree::new(files, access, options.window.clone());
+        let ledger = Arc::new(Ledger::new(tree));
+        let server = server::Server::new(ledger.clone());
+        Ok(Server { server, ledger, window: options.window, root: directory, wake })
     }
 
     /// Where the guest may map files.
@@ -190,7 +195,7 @@ impl Server {
             window.unpatch();
         }
         if let Some(extension) = opcode.and_then(Extension::of) {
-            let written = extension.serve(&self.tree, request, answer);
+            let written = extension.serve(&self.ledger, request, answer);
             return written.map(bytes_of_answer).map_err(RequestError::Extension);
         }
         let mut mapper = self.window.clone().map(Mapper);
@@ -202,9 +207,30 @@ impl Server {
         Ok(bytes_of_answer(written))
     }
 
+    /// Wakes up the thread that serves the directory.
+    pub(super) fn wake(&self) {
+        // The only failure is a counter at its maximum, and then the thread is woken anyway.
+        let _ = self.wake.write(1);
+    }
+
+    /// An event of this each time somebody wakes the thread up.
+    pub(super) fn woken(&self) -> &EventFd {
+        &self.wake
+    }
+
+    /// What the guest knows and has open.
+    pub(super) fn save(&self) -> State {
+        self.ledger.save(&self.root)
+    }
+
+    /// Goes on with a guest that knows and has open what `state` says.
+    pub(super) fn restore(&self, state: &State) -> io::Result<()> {
+        self.ledger.restore(state)
+    }
+
     /// Forgets the guest: closes what it has open.
     pub(super) fn reset(&self) {
-        self.tree.destroy();
+        self.ledger.destroy();
     }
 }
 
@@ -229,7 +255,6 @@ fn configuration(root: &File, options: &Options) -> Config {
         xattr: true,
         do_import: true,
         killpriv_v2: true,
-        inode_file_handles: options.file_handles,
         dax_file_size: options.window.as_ref().map(|_| MAPPED_FILE_BYTES),
         // Node numbers are made of the mount's number and the inode's. The alternative is a table
         // of every file ever seen, which grows for as long as the guest makes files.

@@ -402,6 +402,25 @@ fn a_reset_closes_what_the_guest_had_open() {
     assert_eq!(guest.lookup("file").errno, 0);
 }
 
+#[test]
+fn a_reset_leaves_it_to_the_devices_thread_to_close_files() {
+    let (root, memory) = (TempDir::new().unwrap(), memory());
+    let mut guest = Guest::mount(&memory, &root, false);
+    guest.create("file").node();
+    let file = root.path().join("file");
+    let is_open = || {
+        let open = fs::read_dir("/proc/self/fd").unwrap();
+        open.flatten().any(|fd| fs::read_link(fd.path()).is_ok_and(|name| name == file))
+    };
+
+    guest.device.reset();
+    assert!(is_open());
+    assert!(guest.device.server.woken().read().is_ok());
+    guest.device.backend_ready(0, EventSet::IN).unwrap();
+
+    assert!(!is_open());
+}
+
 impl<'m> Guest<'m> {
     /// The same device under a driver that starts over.
     fn mount_again(guest: Guest<'_>, memory: &'m GuestMemoryMmap) -> Self {
@@ -543,6 +562,7 @@ fn a_driver_that_starts_over_finds_its_window_empty() {
     assert!(guest.device.server.window().unwrap().is_used());
 
     guest.device.reset();
+    guest.device.backend_ready(WOKEN, EventSet::IN).unwrap();
 
     assert!(!guest.device.server.window().unwrap().is_used());
 }
@@ -634,30 +654,6 @@ fn a_file_without_a_name_is_gone_when_it_is_forgotten_and_closed() {
 }
 
 #[test]
-fn files_known_by_handle_are_not_open() {
-    let (root, memory) = (TempDir::new().unwrap(), memory());
-    (0..100).for_each(|n| fs::write(root.path().join(n.to_string()), "x").unwrap());
-    let options = Options { file_handles: true, ..Options::default() };
-    let mut guest = Guest::mount_with(&memory, &root, options);
-    let open = |root: &TempDir| {
-        let links = fs::read_dir("/proc/self/fd").unwrap();
-        links
-            .filter(|link| {
-                fs::read_link(link.as_ref().unwrap().path())
-                    .is_ok_and(|path| path.starts_with(root))
-            })
-            .count()
-    };
-
-    let before = open(&root);
-    let nodes: Vec<_> = (0..100).map(|n| guest.lookup(&n.to_string()).node()).collect();
-
-    assert_eq!(open(&root), before);
-    let opened = guest.ask(OPEN, nodes[42], &[&[0; 8]]);
-    assert_eq!(guest.read(nodes[42], opened.field(0), 0).data, b"x");
-}
-
-#[test]
 fn what_is_cached_is_believed_for_as_long_as_it_was_chosen() {
     let (root, memory) = (TempDir::new().unwrap(), memory());
     fs::write(root.path().join("file"), "x").unwrap();
@@ -680,4 +676,106 @@ fn writes_are_kept_back_if_it_was_chosen() {
     let answer = guest.init();
 
     assert_ne!(u32::from_le_bytes(answer.data[12..16].try_into().unwrap()) & (1 << 16), 0);
+}
+
+/// The same guest with another device on `root`.
+fn handed_over<'m>(mut guest: Guest<'m>, root: &std::path::Path) -> Guest<'m> {
+    let mut device = Fs::new("root", Server::open(root, false).unwrap());
+    guest.driver.hand_over(0, &mut guest.device, &mut device);
+    guest.device = device;
+    guest
+}
+
+const READ_WRITE: u32 = (libc::O_RDWR | libc::O_CREAT) as u32;
+
+#[test]
+fn what_the_guest_had_open_goes_on_with_a_device_built_anew() {
+    let (root, memory) = (TempDir::new().unwrap(), memory());
+    fs::create_dir_all(root.path().join("deep/er")).unwrap();
+    let mut guest = Guest::mount(&memory, &root, false);
+    let created = guest.create("file");
+    let (node, handle) = (created.node(), created.field(CREATED_HANDLE));
+    guest.write(node, handle, b"hello");
+    let deep = guest.lookup("deep").node();
+    let deeper = guest.ask(LOOKUP, deep, &[b"er\0"]).node();
+    let listing = guest.ask(OPENDIR, deep, &[&[0; 8]]).field(0);
+    guest.rename("file", "renamed");
+
+    let mut guest = handed_over(guest, root.path());
+
+    assert_eq!(guest.read(node, handle, READ_WRITE).data, b"hello");
+    assert_eq!(guest.write(node, handle, b"HELL").errno, 0);
+    assert_eq!(fs::read(root.path().join("renamed")).unwrap(), b"HELLo");
+    assert_eq!(guest.lookup("renamed").node(), node);
+    assert_eq!(guest.ask(GETATTR, deeper, &[&[0; 16]]).field(16), deeper);
+    let rest = words(&[0, 0, ROOM, 0, 0, 0, 0, 0]);
+    let entries = guest.ask(READDIRPLUS, deep, &[&listing.to_le_bytes(), &rest]);
+    assert_eq!(entries.field(0), deeper);
+    let other = guest.create("other");
+    assert!(other.field(CREATED_HANDLE) > handle);
+    assert_eq!(guest.write(other.node(), other.field(CREATED_HANDLE), b"x").errno, 0);
+}
+
+#[test]
+fn a_file_that_is_gone_is_stale_for_a_guest_that_knew_it() {
+    let (root, memory) = (TempDir::new().unwrap(), memory());
+    let mut guest = Guest::mount(&memory, &root, false);
+    let gone = guest.create("gone");
+    let changed = guest.create("changed");
+    guest.ask(UNLINK, ROOT, &[b"gone\0"]);
+    let mut device = Fs::new("root", Server::open(root.path(), false).unwrap());
+    let positions = guest.device.quiesce().unwrap();
+    let state = guest.device.save();
+    fs::remove_file(root.path().join("changed")).unwrap();
+    fs::create_dir(root.path().join("changed")).unwrap();
+    device.activate(guest.driver.activation_at(0, &positions)).unwrap();
+    device.restore(&state).unwrap();
+    guest.device = device;
+
+    for file in [gone, changed] {
+        let (node, handle) = (file.node(), file.field(CREATED_HANDLE));
+        assert_eq!(guest.read(node, handle, READ_WRITE).errno, libc::ESTALE);
+        assert_eq!(guest.ask(GETATTR, node, &[&[0; 16]]).errno, libc::ESTALE);
+    }
+    assert_ne!(guest.lookup("changed").errno, libc::ESTALE);
+}
+
+#[test]
+fn a_copy_of_the_directory_does_as_well() {
+    let (root, memory) = (TempDir::new().unwrap(), memory());
+    let copy = TempDir::new().unwrap();
+    fs::write(root.path().join("file"), "old").unwrap();
+    // In another order, so that the numbers are others.
+    fs::write(copy.path().join("another"), "another").unwrap();
+    fs::write(copy.path().join("file"), "new").unwrap();
+    let mut guest = Guest::mount(&memory, &root, false);
+    let node = guest.lookup("file").node();
+    let handle = guest.ask(OPEN, node, &[&words(&[libc::O_RDONLY as u32, 0])]).field(0);
+
+    let mut guest = handed_over(guest, copy.path());
+
+    assert_eq!(guest.read(node, handle, 0).data, b"new");
+    assert_eq!(guest.lookup("file").node(), node);
+    let another = guest.lookup("another").node();
+    assert_ne!(another, node);
+    let forget = words(&[1, 0]);
+    let one = [&node.to_le_bytes()[..], &2u64.to_le_bytes()].concat();
+    let header = guest.header(BATCH_FORGET, 0, forget.len() + one.len());
+    assert!(guest.ask_raw(&[&header, &forget, &one], &[]).is_none());
+    assert_eq!(guest.ask(GETATTR, node, &[&[0; 16]]).errno, libc::EBADF);
+    assert_eq!(guest.lookup("file").errno, 0);
+}
+
+#[test]
+fn a_directory_that_was_not_mounted_is_mounted_later() {
+    let (root, memory) = (TempDir::new().unwrap(), memory());
+    let mut device = Fs::new("root", Server::open(root.path(), false).unwrap());
+    let driver = Driver::with_queues(&memory, 2);
+    device.activate(driver.activation()).unwrap();
+    let uid = root.path().metadata().unwrap().uid();
+
+    let mut guest = handed_over(Guest { device, driver, uid }, root.path());
+
+    assert_eq!(guest.init().errno, 0);
+    assert_eq!(guest.create("file").errno, 0);
 }

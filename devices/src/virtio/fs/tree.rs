@@ -42,7 +42,7 @@ const OF_WINDOW: FsOptions = FsOptions::PERFILE_DAX;
 /// the file systems mounted in the tree, because the guest sees them as one (without that `find`
 /// suspects loops and `tar` hard links); and owners that do not depend on the guest's groups.
 pub(super) struct Tree {
-    files: PassthroughFs,
+    pub(super) files: PassthroughFs,
     access: Access,
     window: Option<Arc<Window>>,
     /// Files that the library does not know.

@@ -50,7 +50,7 @@ pub struct Machine {
 enum Stage {
     Built(Box<Vmm>),
     Started {
-        vm: VmHandle,
+        vm: Box<VmHandle>,
         is_paused: bool,
         /// Given back when the machine goes.
         _terminal: Option<RawTerminal>,
@@ -138,7 +138,7 @@ impl Machine {
     /// The machine if it was started, else how it ended; the terminal is given back.
     pub fn into_handle(self) -> Result<VmHandle, Exit> {
         match self.stage {
-            Stage::Started { vm, .. } => Ok(vm),
+            Stage::Started { vm, .. } => Ok(*vm),
             Stage::Built(_) => Err(Exit::Stopped),
             Stage::Gone(exit) => Err(exit),
         }
@@ -156,8 +156,10 @@ impl Machine {
         // A guest whose keys do not arrive is better than none.
         let open = || RawTerminal::open().map_err(|error| error!("use the terminal: {error}")).ok();
         let terminal = self.is_interactive.then(open).flatten();
-        self.stage = Stage::Started { vm, is_paused: false, _terminal: terminal };
-        Ok(())
+        self.stage = Stage::Started { vm: Box::new(vm), is_paused: false, _terminal: terminal };
+        // From here on nothing is opened, and nothing else needs a privilege either.
+        vmm::give_up_privileges(&self.config)
+            .map_err(|error| Error::Start(format!("give up privileges: {error}")))
     }
 
     fn pause(&mut self) -> Result<(), Error> {

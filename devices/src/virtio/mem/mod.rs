@@ -1,0 +1,244 @@
+//! Memory device (virtio 1.2, section 5.15): memory that is plugged into a running guest, and out of
+//! it again, in blocks of 2 MiB.
+//!
+//! The host says how much it wants plugged; the driver chooses the blocks. All blocks are mapped from
+//! the start, so that plugging one is a note in a bitmap, and unplugging one gives its pages back.
+
+mod blocks;
+mod host;
+#[cfg(test)]
+mod tests;
+
+use std::sync::Arc;
+
+use virtio_bindings::virtio_ids::VIRTIO_ID_MEM;
+use vm_memory::GuestMemoryMmap;
+
+pub use self::blocks::BLOCK_BYTES;
+use self::blocks::Blocks;
+pub use self::host::{Host, RequestError};
+use super::balloon::discard::Discarder;
+use super::buffers::Buffers;
+use super::complaints::Complaints;
+use super::queue::{QueueError, Verdict, VirtQueue};
+use super::state::{DeviceState, Position, RestoreError};
+use super::{ActivateError, Activation, DeviceTraits, VirtioDevice, copy_config};
+use crate::interrupt::Interrupt;
+
+/// A request: type, address and number of blocks, each after its padding (virtio 1.2, section
+/// 5.15.6.1).
+const REQUEST_BYTES: usize = 24;
+const ADDRESS: usize = 8;
+const BLOCK_COUNT: usize = 16;
+
+/// Request types.
+const PLUG: u16 = 0;
+const UNPLUG: u16 = 1;
+const UNPLUG_ALL: u16 = 2;
+const STATE: u16 = 3;
+
+/// An answer: type and, after its padding, the state that was asked for.
+const ANSWER_BYTES: usize = 10;
+const ANSWER_STATE: usize = 8;
+
+const TRAITS: DeviceTraits =
+    DeviceTraits { device_type: VIRTIO_ID_MEM, features: 0, queue_sizes: &[16] };
+
+/// What the device says to a request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Answer {
+    /// Done; for a question about blocks, their state.
+    Done(State),
+    /// More than the host wants plugged.
+    Denied,
+    /// The request makes no sense.
+    Wrong,
+}
+
+/// State of some blocks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    Plugged,
+    Unplugged,
+    Mixed,
+}
+
+/// Memory that can be plugged and unplugged.
+pub struct Mem {
+    blocks: Blocks,
+    requested_bytes: u64,
+    discarder: Discarder,
+    complaints: Complaints,
+    active: Option<Active>,
+}
+
+struct Active {
+    requests: VirtQueue,
+    buffers: Buffers,
+    interrupt: Arc<dyn Interrupt>,
+}
+
+impl Answer {
+    fn bytes(self) -> [u8; ANSWER_BYTES] {
+        let (answer, state): (u16, u16) = match self {
+            Answer::Done(State::Plugged) => (0, 0),
+            Answer::Done(State::Unplugged) => (0, 1),
+            Answer::Done(State::Mixed) => (0, 2),
+            Answer::Denied => (1, 0),
+            Answer::Wrong => (3, 0),
+        };
+        let mut bytes = [0; ANSWER_BYTES];
+        bytes[..2].copy_from_slice(&answer.to_le_bytes());
+        bytes[ANSWER_STATE..].copy_from_slice(&state.to_le_bytes());
+        bytes
+    }
+}
+
+impl Mem {
+    /// An idle device for the `bytes` bytes of `memory` from address `start` on, both multiples of
+    /// [`BLOCK_BYTES`], none of which is plugged.
+    pub fn new(memory: GuestMemoryMmap, start: u64, bytes: u64) -> Self {
+        Mem {
+            blocks: Blocks::new(start, bytes),
+            requested_bytes: 0,
+            discarder: Discarder::new(memory),
+            complaints: Complaints::of("mem"),
+            active: None,
+        }
+    }
+
+    fn request(&mut self, bytes: u64) {
+        self.requested_bytes = bytes;
+        if let Some(active) = &self.active {
+            active.interrupt.config_changed();
+        }
+    }
+
+    /// Does what a request asks for.
+    fn serve(&mut self, request: &[u8; REQUEST_BYTES]) -> Answer {
+        let half = |at: usize| u16::from_le_bytes([request[at], request[at + 1]]);
+        let address = request[ADDRESS..BLOCK_COUNT].try_into().expect("an address has 8 bytes");
+        let (kind, address) = (half(0), u64::from_le_bytes(address));
+        if kind == UNPLUG_ALL {
+            return self.unplug_all();
+        }
+        let Some(blocks) = self.blocks.find(address, half(BLOCK_COUNT)) else {
+            return Answer::Wrong;
+        };
+        let bytes = u64::from(half(BLOCK_COUNT)) * BLOCK_BYTES;
+        match (kind, self.blocks.state(&blocks)) {
+            (STATE, state) => Answer::Done(state),
+            (PLUG, State::Unplugged) => {
+                if self.blocks.plugged_bytes() + bytes > self.requested_bytes {
+                    return Answer::Denied;
+                }
+                self.blocks.set(&blocks, true);
+                Answer::Done(State::Plugged)
+            }
+            (UNPLUG, State::Plugged) => {
+                self.blocks.set(&blocks, false);
+                self.give_back(address, bytes);
+                Answer::Done(State::Plugged)
+            }
+            _ => Answer::Wrong,
+        }
+    }
+
+    fn unplug_all(&mut self) -> Answer {
+        let (start, bytes) = (self.blocks.start(), self.blocks.bytes());
+        self.blocks.clear();
+        self.give_back(start, bytes);
+        Answer::Done(State::Plugged)
+    }
+
+    fn give_back(&mut self, start: u64, bytes: u64) {
+        if let Err(error) = self.discarder.range(start, bytes) {
+            self.complaints.add(&error);
+        }
+    }
+}
+
+impl VirtioDevice for Mem {
+    fn traits(&self) -> DeviceTraits {
+        TRAITS
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        // The whole region is usable at any time; node 0 has all memory (section 5.15.4).
+        let node = 0;
+        let fields = [
+            BLOCK_BYTES,
+            node,
+            self.blocks.start(),
+            self.blocks.bytes(),
+            self.blocks.bytes(),
+            self.blocks.plugged_bytes(),
+            self.requested_bytes,
+        ];
+        copy_config(fields.map(u64::to_le_bytes).as_flattened(), offset, data);
+    }
+
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
+        let interrupt = activation.interrupt.clone();
+        let [requests] = activation.into_queues()?;
+        let buffers = Buffers::new(requests.memory().clone());
+        self.active = Some(Active { requests, buffers, interrupt });
+        Ok(())
+    }
+
+    /// Forgets the driver, but no block: what is plugged may be in use (section 5.15.5.2).
+    fn reset(&mut self) {
+        self.active = None;
+    }
+
+    fn queue_ready(&mut self, _index: usize) -> Result<(), QueueError> {
+        let Some(mut active) = self.active.take() else { return Ok(()) };
+        let Active { requests, buffers, .. } = &mut active;
+        let outcome = requests.drain(|chain, _| {
+            buffers.clear();
+            let mut request = [0; REQUEST_BYTES];
+            let asked = buffers.add(chain.clone().readable());
+            let whole = buffers.copy_out(0, &mut request) == request.len();
+
+            buffers.clear();
+            let room = asked.and_then(|_| buffers.add(chain.writable()));
+            match room {
+                // Nothing happens that the driver would not hear of.
+                Ok(room) if room >= ANSWER_BYTES => {}
+                Ok(_) => return Verdict::Used(0),
+                Err(error) => {
+                    self.complaints.add(&error);
+                    return Verdict::Used(0);
+                }
+            }
+            let answer = if whole { self.serve(&request) } else { Answer::Wrong };
+            let written = buffers.copy_in(0, &answer.bytes());
+            Verdict::Used(u32::try_from(written).expect("an answer has ten bytes"))
+        });
+        self.active = Some(active);
+        outcome
+    }
+
+    fn quiesce(&mut self) -> Result<Vec<Position>, QueueError> {
+        Ok(self.active.iter().map(|active| active.requests.position(0)).collect())
+    }
+
+    fn save(&self) -> DeviceState {
+        DeviceState::Mem {
+            requested_bytes: self.requested_bytes,
+            plugged: self.blocks.bits().to_vec(),
+        }
+    }
+
+    fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
+        let DeviceState::Mem { requested_bytes, plugged } = state else {
+            return Err(RestoreError::Kind);
+        };
+        self.requested_bytes = *requested_bytes;
+        if self.blocks.set_bits(plugged) {
+            return Ok(());
+        }
+        let (saved, found) = (plugged.len() as u64 * 64, self.blocks.bytes() / BLOCK_BYTES);
+        Err(RestoreError::Other { what: "the number of blocks, up to", saved, found })
+    }
+}
