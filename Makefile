@@ -9,10 +9,12 @@ LAB      := tests/lab/lab.sh
 # the default as soon as it is at hand.
 KERNEL   ?= $(if $(wildcard $(CACHE)/guest-tuned/kernel),tuned,distro)
 PREFIX   ?= /usr/local
+# How long each target is fuzzed, in seconds. 3600 for a release.
+FUZZ_SECONDS ?= 5
 
 export LAB_KERNEL = $(KERNEL)
 
-.PHONY: run test build guest guest-images setup lab check unit guest-tests perf install clean
+.PHONY: run test build guest guest-images debian setup lab check unit fuzz guest-tests perf install clean
 
 ## Builds everything and runs a container through Docker on Coracle.
 run: build guest
@@ -20,7 +22,7 @@ run: build guest
 	@$(LAB) run 'tests/lab/hello.sh'
 
 ## Sets up and runs every test; those that boot guests run in the lab where they have to.
-test: check unit guest-tests
+test: check unit fuzz guest-tests
 
 ## Packages, once per machine.
 setup:
@@ -39,6 +41,10 @@ guest: build
 guest-images: build
 	@$(MAKE) --no-print-directory guest KERNEL=distro
 	@$(MAKE) --no-print-directory guest KERNEL=tuned
+
+## A stock Debian on a disk, which the tests and tests/lab/login.sh boot.
+debian: setup
+	@tests/lab/debian.sh $(CACHE)/debian
 
 ## `make lab` opens a shell in the lab; `make lab CMD='…'` runs a command in it.
 lab: setup
@@ -60,7 +66,11 @@ unit: setup
 	@cargo test --package coracle-image --test image --quiet -- --ignored
 	@cargo test --package coracle-agent --test server --quiet -- --ignored --test-threads=1
 
-guest-tests: guest-images
+## Hostile guests: every parser and device against libFuzzer; TARGETS='fs vsock' chooses some.
+fuzz: setup
+	@FUZZ_SECONDS=$(FUZZ_SECONDS) tests/fuzz.sh $(TARGETS)
+
+guest-tests: guest-images debian
 	@echo "==> tests on real guests, tuned kernel"
 	@LAB_KERNEL=tuned tests/lab/suite.sh
 	@echo "==> the main job, distro kernel"

@@ -18,6 +18,14 @@ pub enum ArchError {
         #[source]
         source: kvm::Error,
     },
+    /// A register of a saved vCPU has a value that this host does not take.
+    #[error("this host takes no {value:#x} in the model-specific register {index:#x}")]
+    Msr {
+        /// Number of the register.
+        index: u32,
+        /// The value it had.
+        value: u64,
+    },
     /// A boot file could not be read.
     #[error("read the {what}")]
     Read {

@@ -16,6 +16,8 @@ pub mod x86_64;
 
 use std::ops::Range;
 
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use vm_memory::GuestMemoryMmap;
 
 pub use error::ArchError;
@@ -25,6 +27,12 @@ use machine::{BootFiles, Entry, Exit, Machine, MemoryMap, MmioDevice, PlatformDe
 
 /// What a CPU architecture does for a virtual machine, in the order of a boot.
 pub trait Arch {
+    /// Where a vCPU stands: all that a new one needs to go on in its place.
+    type VcpuState: Serialize + DeserializeOwned + Send;
+
+    /// Where the interrupt controllers, timers and clocks stand that all vCPUs share.
+    type BoardState: Serialize + DeserializeOwned + Send;
+
     /// What every guest kernel is told first, so that the user's own parameters override it.
     /// Consoles are not named here: they are the configuration's choice.
     const DEFAULT_CMDLINE: &'static str;
@@ -51,15 +59,28 @@ pub trait Arch {
     /// devices. Comes after [`Arch::load`].
     fn describe(memory: &GuestMemoryMmap, machine: &Machine<'_>) -> Result<(), ArchError>;
 
-    /// Gives vCPU `index` of the `vcpus` that there can be the registers of its first instruction. Only vCPU 0 starts at
-    /// `entry`; the others wait until the guest starts them.
+    /// Gives vCPU `index` of the `vcpus` that there can be the registers of its first instruction: that
+    /// at `entry`, or none, for a vCPU that waits until the guest starts it.
     fn reset_vcpu(
         kvm: &Kvm,
         vcpu: &VcpuFd,
         index: u8,
         vcpus: u8,
-        entry: &Entry,
+        entry: Option<&Entry>,
     ) -> Result<(), ArchError>;
+
+    /// Says where `vcpu` stands. It must be outside the guest, with no access to a device half done.
+    fn save_vcpu(kvm: &Kvm, vcpu: &VcpuFd) -> Result<Self::VcpuState, ArchError>;
+
+    /// Makes `vcpu`, a fresh one in the place of the one that was saved, go on from `state`; instead
+    /// of [`Arch::reset_vcpu`].
+    fn restore_vcpu(vcpu: &VcpuFd, state: &Self::VcpuState) -> Result<(), ArchError>;
+
+    /// Says where the machine stands apart from its vCPUs, memory and devices.
+    fn save_board(vm: &VmFd) -> Result<Self::BoardState, ArchError>;
+
+    /// Makes a fresh machine, all of whose vCPUs exist, go on from `state`.
+    fn restore_board(vm: &VmFd, state: &Self::BoardState) -> Result<(), ArchError>;
 
     /// How the kernel's command line names `device`, for a guest that finds devices there. `None`
     /// where [`Arch::describe`] is the only way.

@@ -84,6 +84,15 @@ pub enum PlatformDevice {
     },
 }
 
+/// How a kernel is entered, where there is a choice.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Protocol {
+    /// The kernel's own: on x86_64 the 64-bit protocol of Linux.
+    Linux,
+    /// The 32-bit entry of an x86 kernel that names it in a note, as Xen defined it.
+    Pvh,
+}
+
 /// What the guest boots from.
 #[derive(Debug)]
 pub struct BootFiles {
@@ -91,6 +100,8 @@ pub struct BootFiles {
     pub kernel: File,
     /// The initial RAM disk.
     pub initrd: Option<File>,
+    /// How the kernel is to be entered; `None` leaves that to what the kernel offers.
+    pub protocol: Option<Protocol>,
 }
 
 /// Where the first vCPU starts, and what it finds there.
@@ -100,6 +111,8 @@ pub struct Entry {
     pub address: GuestAddress,
     /// `(base, size in bytes)` of the initial RAM disk.
     pub initrd: Option<(GuestAddress, u64)>,
+    /// What the kernel there expects of registers and tables.
+    pub protocol: Protocol,
 }
 
 /// Everything the guest must be told about the machine.

@@ -7,7 +7,9 @@ use std::io::Write;
 use arch::machine::{BootFiles, Entry, Exit, Machine, Space};
 use arch::x86_64::layout::power;
 use arch::{Arch, Host, Kvm, VcpuFd, VmFd};
-use kvm_bindings::kvm_userspace_memory_region;
+use kvm_bindings::{
+    KVM_IRQCHIP_IOAPIC, Msrs, kvm_irqchip, kvm_msr_entry, kvm_userspace_memory_region,
+};
 use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion};
 
 const RAM_BYTES: u64 = 32 << 20;
@@ -34,13 +36,14 @@ impl Guest {
 
     /// Loads a vmlinux that consists of `code`, and resets all processors to its start.
     fn boot(&mut self, code: &[u8]) -> Entry {
-        let mut boot = BootFiles { kernel: vmlinux(code), initrd: None };
+        let mut boot = BootFiles { kernel: vmlinux(code), initrd: None, protocol: None };
         let entry = Host::load(&self.memory, &mut boot).unwrap();
         let vcpus = u8::try_from(self.vcpus.len()).unwrap();
         let machine = Machine { vcpus, cmdline: "quiet", entry, devices: &[] };
         Host::describe(&self.memory, &machine).unwrap();
         for (index, vcpu) in (0..).zip(&self.vcpus) {
-            Host::reset_vcpu(&self.kvm, vcpu, index, vcpus, &entry).unwrap();
+            Host::reset_vcpu(&self.kvm, vcpu, index, vcpus, (index == 0).then_some(&entry))
+                .unwrap();
         }
         entry
     }
@@ -185,4 +188,112 @@ fn the_code_lies_where_the_file_says() {
     let entry = guest.boot(&[0xf4]);
 
     assert_eq!(guest.memory.read_obj::<u8>(entry.address).unwrap(), 0xf4);
+}
+
+/// Counts in RBX and writes the count to the UART, for ever; says so in LSTAR (MSR 0xc0000082).
+const COUNT: &[u8] = &[
+    0xb9, 0x82, 0x00, 0x00, 0xc0, // mov ecx, 0xc0000082
+    0xb8, 0x34, 0x12, 0x00, 0x00, // mov eax, 0x1234
+    0x31, 0xd2, // xor edx, edx
+    0x0f, 0x30, // wrmsr
+    0x31, 0xdb, // xor ebx, ebx
+    0x66, 0xba, 0xf8, 0x03, // mov dx, 0x3f8
+    0xff, 0xc3, // again: inc ebx
+    0x88, 0xd8, // mov al, bl
+    0xee, // out dx, al
+    0xeb, 0xf9, // jmp again
+];
+
+fn next_count(guest: &mut Guest) -> u8 {
+    match guest.run() {
+        Exit::Write { data: &[count], .. } => count,
+        exit => panic!("{exit:?}"),
+    }
+}
+
+/// What is known of a machine but its memory, written and read again.
+fn saved(guest: &mut Guest) -> (Vec<<Host as Arch>::VcpuState>, <Host as Arch>::BoardState) {
+    // The last write to a port is over for the processor once it was entered again.
+    guest.vcpus[0].set_kvm_immediate_exit(1);
+    assert_eq!(guest.vcpus[0].run().unwrap_err().errno(), libc::EINTR);
+    guest.vcpus[0].set_kvm_immediate_exit(0);
+    let vcpus = guest.vcpus.iter().map(|vcpu| Host::save_vcpu(&guest.kvm, vcpu).unwrap());
+    let vcpus = postcard::to_stdvec(&vcpus.collect::<Vec<_>>()).unwrap();
+    let board = postcard::to_stdvec(&Host::save_board(&guest.vm).unwrap()).unwrap();
+    (postcard::from_bytes(&vcpus).unwrap(), postcard::from_bytes(&board).unwrap())
+}
+
+/// A new machine with the memory of `old` that goes on where `old` stands.
+fn rebuilt(old: &mut Guest) -> Guest {
+    let (vcpus, board) = saved(old);
+    let new = Guest::new(old.vcpus.len().try_into().unwrap());
+    let mut bytes = vec![0; RAM_BYTES.try_into().unwrap()];
+    old.memory.read_slice(&mut bytes, GuestAddress(0)).unwrap();
+    new.memory.write_slice(&bytes, GuestAddress(0)).unwrap();
+    for (vcpu, state) in new.vcpus.iter().zip(&vcpus) {
+        Host::restore_vcpu(vcpu, state).unwrap();
+    }
+    Host::restore_board(&new.vm, &board).unwrap();
+    new
+}
+
+#[test]
+#[ignore = "needs /dev/kvm"]
+fn a_processor_built_anew_goes_on_counting_where_the_old_one_was() {
+    let mut old = Guest::new(2);
+    old.boot(COUNT);
+    let before: Vec<_> = (0..5).map(|_| next_count(&mut old)).collect();
+
+    let mut new = rebuilt(&mut old);
+    drop(old);
+    let after: Vec<_> = (0..5).map(|_| next_count(&mut new)).collect();
+
+    assert_eq!(before, [1, 2, 3, 4, 5]);
+    assert_eq!(after, [6, 7, 8, 9, 10]);
+}
+
+#[test]
+#[ignore = "needs /dev/kvm"]
+fn the_registers_of_a_processor_survive() {
+    const LSTAR: u32 = 0xc000_0082;
+    let mut old = Guest::new(1);
+    old.boot(COUNT);
+    next_count(&mut old);
+
+    let new = rebuilt(&mut old);
+
+    let (old, new) = (&old.vcpus[0], &new.vcpus[0]);
+    assert_eq!(new.get_regs().unwrap(), old.get_regs().unwrap());
+    assert_eq!(new.get_sregs().unwrap(), old.get_sregs().unwrap());
+    assert_eq!(new.get_lapic().unwrap().regs, old.get_lapic().unwrap().regs);
+    let mut msrs = Msrs::from_entries(&[kvm_msr_entry { index: LSTAR, ..Default::default() }]);
+    let msrs = msrs.as_mut().unwrap();
+    assert_eq!(new.get_msrs(msrs).unwrap(), 1);
+    assert_eq!(msrs.as_slice()[0].data, 0x1234);
+}
+
+#[test]
+#[ignore = "needs /dev/kvm"]
+fn the_interrupt_controllers_and_the_timer_survive() {
+    const REDIRECTION_OF_LINE_5: usize = 5;
+    let mut old = Guest::new(1);
+    old.boot(COUNT);
+    let mut ioapic = kvm_irqchip { chip_id: KVM_IRQCHIP_IOAPIC, ..Default::default() };
+    old.vm.get_irqchip(&mut ioapic).unwrap();
+    // SAFETY: the chip is the IOAPIC, and plain numbers are always valid.
+    unsafe { ioapic.chip.ioapic.redirtbl[REDIRECTION_OF_LINE_5].bits = 0x1_0041 };
+    old.vm.set_irqchip(&ioapic).unwrap();
+    let mut pit = old.vm.get_pit2().unwrap();
+    pit.channels[0].count = 11932;
+    pit.channels[0].mode = 2;
+    old.vm.set_pit2(&pit).unwrap();
+
+    let new = rebuilt(&mut old);
+
+    new.vm.get_irqchip(&mut ioapic).unwrap();
+    // SAFETY: as above.
+    let redirection = unsafe { ioapic.chip.ioapic.redirtbl[REDIRECTION_OF_LINE_5].bits };
+    assert_eq!(redirection, 0x1_0041);
+    let channel = new.vm.get_pit2().unwrap().channels[0];
+    assert_eq!((channel.count, channel.mode), (11932, 2));
 }

@@ -2,9 +2,12 @@
 
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::sys::socket::{SockFlag, accept4};
 
 /// A listening socket; dropping it removes its file.
 ///
@@ -14,36 +17,48 @@ use std::path::{Path, PathBuf};
 pub struct Listener {
     socket: UnixListener,
     path: PathBuf,
+    _file: Option<SocketFile>,
 }
+
+/// The file of a listening socket; dropping it removes the file.
+#[derive(Debug)]
+pub struct SocketFile(PathBuf);
 
 impl Listener {
     /// Listens at `path`. A file that is there already is an error: it may be another process's.
     pub fn bind(path: &Path) -> io::Result<Self> {
         let socket = UnixListener::bind(path)?;
-        let listener = Listener { socket, path: path.to_owned() };
-        listener.socket.set_nonblocking(true)?;
-        Ok(listener)
+        let file = SocketFile(path.to_owned());
+        socket.set_nonblocking(true)?;
+        Ok(Listener { socket, path: path.to_owned(), _file: Some(file) })
     }
 
-    /// Where it listens.
+    /// Leaves the file to whoever keeps the second of the two. The first is for a thread that finds
+    /// the file at `path`, and may not remove it.
+    pub fn without_file(mut self, path: PathBuf) -> (Listener, Option<SocketFile>) {
+        let file = self._file.take();
+        (Listener { path, ..self }, file)
+    }
+
+    /// Where it listens, for its thread.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
     /// The next client's connection, in non-blocking mode; `None` if nobody waits for one.
     pub fn accept(&self) -> io::Result<Option<UnixStream>> {
+        let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
         loop {
-            match self.socket.accept() {
-                Ok((client, _)) => {
-                    client.set_nonblocking(true)?;
-                    return Ok(Some(client));
+            match accept4(self.socket.as_raw_fd(), flags) {
+                Ok(client) => {
+                    // SAFETY: the kernel has just given us this descriptor.
+                    let client = unsafe { OwnedFd::from_raw_fd(client) };
+                    return Ok(Some(client.into()));
                 }
-                Err(error) => match error.kind() {
-                    io::ErrorKind::WouldBlock => return Ok(None),
-                    // A client that gave up does not keep the next one waiting.
-                    io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted => {}
-                    _ => return Err(error),
-                },
+                Err(Errno::EAGAIN) => return Ok(None),
+                // A client that gave up does not keep the next one waiting.
+                Err(Errno::EINTR | Errno::ECONNABORTED) => {}
+                Err(error) => return Err(error.into()),
             }
         }
     }
@@ -61,10 +76,10 @@ impl AsRawFd for Listener {
     }
 }
 
-impl Drop for Listener {
+impl Drop for SocketFile {
     fn drop(&mut self) {
         // Somebody else may have removed it, and that is as good.
-        let _ = fs::remove_file(&self.path);
+        let _ = fs::remove_file(&self.0);
     }
 }
 
@@ -88,6 +103,20 @@ mod tests {
         assert!(path.exists());
 
         drop(listener);
+
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_file_that_was_handed_over_outlives_the_listener() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("s");
+        let (listener, file) = Listener::bind(&path).unwrap().without_file("/elsewhere/s".into());
+        assert_eq!(listener.path(), Path::new("/elsewhere/s"));
+
+        drop(listener);
+        assert!(path.exists());
+        drop(file);
 
         assert!(!path.exists());
     }

@@ -48,8 +48,7 @@ pub fn guest(image: &Path, verbose: bool) -> Result<()> {
     config.vsock = Some(VsockConfig { cid: 3, socket: None });
     config.balloon = Some(BalloonConfig { free_page_reporting: true, ..BalloonConfig::default() });
     let share = tempfile::tempdir()?;
-    config.shares =
-        vec![ShareConfig { tag: "coracle".into(), path: share.path().into(), read_only: false }];
+    config.shares = vec![ShareConfig::new("coracle", share.path().into())];
     let vm = Vmm::new(config)?;
     let (ours, guests) = UnixStream::pair()?;
     guests.set_nonblocking(true)?;

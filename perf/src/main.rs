@@ -4,10 +4,15 @@
 //! nanosecond there, so that a duration is a count of instructions and repeats within a few percent
 //! whatever else the machine does. Elsewhere durations are what they are: compare them in one run.
 
+mod block;
 mod boot;
 mod containers;
+mod fs;
+mod guest;
 mod memory;
+mod net;
 mod report;
+mod vsock;
 
 use std::path::PathBuf;
 
@@ -49,6 +54,14 @@ enum Measurement {
     Run,
     /// The host process's own memory beyond guest RAM, with the guest ready and idle.
     Memory,
+    /// fio on a disk, beside QEMU microvm on the same one.
+    Block,
+    /// TCP through a tap, beside QEMU microvm on the same one.
+    Net,
+    /// Small files on a share, beside the same without a guest.
+    Fs,
+    /// The guest's sockets.
+    Vsock,
     /// Boots one guest, says what it cost as JSON and ends: the other measurements start it.
     #[command(hide = true)]
     Guest,
@@ -69,6 +82,18 @@ fn main() -> Result<()> {
     }
     if wanted(Measurement::Memory) {
         memory::measure(&mut report, &options)?;
+    }
+    if wanted(Measurement::Block) {
+        block::measure(&mut report, &options.tuned, options.runs)?;
+    }
+    if wanted(Measurement::Net) {
+        net::measure(&mut report, &options.tuned, options.runs)?;
+    }
+    if wanted(Measurement::Fs) {
+        fs::measure(&mut report, &options.tuned, options.runs)?;
+    }
+    if wanted(Measurement::Vsock) {
+        vsock::measure(&mut report, &options.tuned, options.runs)?;
     }
     if options.json {
         println!("{}", serde_json::to_string_pretty(&report)?);

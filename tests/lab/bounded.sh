@@ -2,7 +2,7 @@
 # Runs a test executable; one that hangs says where, and is ended.
 # Usage: bounded.sh EXECUTABLE ARGUMENT...
 set -uo pipefail
-limit_s=900
+limit_s=1500
 executable=$1; shift
 
 echo "== ${executable##*/}"

@@ -38,7 +38,7 @@ install_coracle() {
   mkdir -p /usr/local/bin /var/lib/coracle/guest /etc/coracle
   # Twenty guests at once on two emulated processors take their time.
   echo '{ "boot_timeout_s": 300 }' > /etc/coracle/config.json
-  for name in coracle coracle-vmm coracle-image coracle-perf containerd-shim-coracle-v2; do
+  for name in coracle coracle-vmm coracle-image coracle-perf coracle-perf-load containerd-shim-coracle-v2; do
     [ -x "$target/$name" ] && install "$target/$name" /usr/local/bin/
   done
   # Copied and not linked: what is timed must not wait for the shared file system.

@@ -4,12 +4,14 @@
 set -euo pipefail
 
 packages=(
-  # build: C compiler for build scripts, static libseccomp for container profiles
-  gcc libc6-dev libseccomp-dev make pkg-config
+  # build: C compiler for build scripts, C++ for libFuzzer, static libseccomp for container profiles
+  gcc g++ libc6-dev libseccomp-dev make pkg-config
   # guest image: unpacking a Debian kernel, compiling our own
   bc bison busybox-static cpio dpkg-dev flex kmod libelf-dev libssl-dev xz-utils zstd
+  # benchmarks: what runs in their guests
+  fio iperf3
   # lab: an emulated machine with hardware virtualization, and the engines that run in it
-  conmon containerd crun docker.io iproute2 iptables podman qemu-system-x86 runc uidmap
+  conmon containerd crun docker.io iproute2 iptables mmdebstrap podman qemu-system-x86 runc uidmap
 )
 
 missing=()

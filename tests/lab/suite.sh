@@ -14,9 +14,16 @@ mapfile -t executables < <(sed -n 's/.*Executable .*(\(.*\))$/\1/p' "$built" | s
 
 script="failed=0; export CORACLE_TEST_KERNEL=/var/lib/coracle/guest/kernel"
 script+=" CORACLE_TEST_INITRD=/var/lib/coracle/guest/initrd"
+script+=" CORACLE_TEST_DEBIAN=\$CORACLE_CACHE/debian"
+# What is shared with guests lies on a file system that has everything a container's may have.
+script+="; modprobe -q loop; truncate -s 3G /tmp/shared.img && mkfs.ext4 -q -N 400000 /tmp/shared.img"
+script+=" && mkdir -p /tmp/shared && mount -o loop /tmp/shared.img /tmp/shared || failed=1"
 for executable in "${executables[@]}"; do
+  environment=
   case "$executable" in
     */guest-*) arguments="--test-threads=1" ;;
+    # The checklist itself runs in the guests.
+    */share-*) environment="TMPDIR=/tmp/shared" arguments="--test-threads=1 --ignored --skip checklist::" ;;
     # These need no KVM but the network or a plain machine: `make unit` runs them.
     */image-*|*/server-*) continue ;;
     *) arguments="--test-threads=1 --ignored"
@@ -25,7 +32,7 @@ for executable in "${executables[@]}"; do
        list=$("$executable" --list --ignored)
        [[ $list == *': test'* ]] || continue ;;
   esac
-  script+="; tests/lab/bounded.sh '$executable' $arguments ${1:-} || failed=1"
+  script+="; $environment tests/lab/bounded.sh '$executable' $arguments ${1:-} || failed=1"
 done
 export LAB_TIMEOUT=${LAB_TIMEOUT:-2400}
 exec tests/lab/lab.sh run "$script; exit \$failed"

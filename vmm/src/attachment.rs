@@ -162,6 +162,11 @@ impl Slots {
         taken.map(|taken| (taken.name.clone(), taken.activity.clone())).collect()
     }
 
+    /// Whether a device is attached.
+    pub fn are_taken(&self) -> bool {
+        self.lock().iter().any(|place| place.taken.is_some())
+    }
+
     fn lock(&self) -> MutexGuard<'_, Vec<Place>> {
         self.places.lock().expect("nothing panics while it attaches a device")
     }
@@ -174,7 +179,7 @@ pub fn of_device(field: &str) -> String {
 
 fn find(loops: &[EventLoop], wanted: Loop) -> std::io::Result<&EventLoop> {
     let is_gone = || std::io::Error::other("the thread is not there");
-    loops.iter().find(|one| one.name() == wanted.name()).ok_or_else(is_gone)
+    loops.iter().find(|one| one.kind() == wanted.kind()).ok_or_else(is_gone)
 }
 
 #[cfg(test)]

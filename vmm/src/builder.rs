@@ -9,19 +9,24 @@ use arch::machine::{BootFiles, Entry, Machine, MmioDevice};
 use arch::{Arch, Host, Kvm, VcpuFd, VmFd};
 
 use crate::attachment::Slots;
-use crate::check::check_memory;
+use crate::check::{check_memory, parent};
 use crate::config::{BootConfig, VmConfig};
+use crate::confinement::Confinement;
 use crate::console::ConsoleLog;
 use crate::control::Control;
+use crate::dax;
 use crate::error::Error;
 use crate::event_loop::EventLoop;
 use crate::handle::VmHandle;
-use crate::memory::GuestRam;
+use crate::jail::Jail;
+use crate::memory::{GuestRam, MemoryError, SavedMemory, Store};
 use crate::metrics::{Metrics, Record, now_ns};
 use crate::peripherals::{self, Ends};
-use crate::placement::{Loop, Placed, Placement};
+use crate::placement::{Placed, Placement};
 use crate::pmem;
-use crate::processors::{Maker, Processors, Shared};
+use crate::processors::{Processors, Shared};
+use crate::seccomp::{self, Kind};
+use crate::state::{MachineState, Shape};
 use crate::vsock;
 
 /// What a kernel is told whose memory can grow: to use what is plugged in without being told to, and
@@ -33,13 +38,13 @@ const PLUG_CMDLINE: &str = "memhp_default_state=online memory_hotplug.online_pol
 pub struct Vmm {
     control: Arc<Control>,
     vcpus: Vec<VcpuFd>,
-    most_vcpus: u8,
-    /// There if the VM can have more vCPUs than it starts with.
-    maker: Option<Maker>,
     placed: Placed,
     console: ConsoleLog,
     ends: Ends,
     record: Record,
+    confinement: Confinement,
+    shape: Shape,
+    kvm: Kvm,
     vm: VmFd,
     ram: GuestRam,
 }
@@ -48,17 +53,80 @@ impl Vmm {
     /// Opens and builds everything `config` names. The guest does not run yet.
     #[expect(clippy::needless_pass_by_value, reason = "one configuration makes one machine")]
     pub fn new(config: VmConfig) -> Result<Vmm, Error> {
-        let mut record = Record { started_ns: now_ns(), ..Record::default() };
+        let started_ns = now_ns();
+        config.validate()?;
+        if config.seccomp && !seccomp::is_available() {
+            return Err(Error::NoFilter);
+        }
+        check_memory(&config.memory)?;
+        Confinement::check(&config)?;
+        let mut boot = open_boot_files(&config.boot)?;
+        let mut vmm = Vmm::assemble(&config, started_ns, || Store::create(&config.memory.backing))?;
+
+        let entry = Host::load(vmm.ram.memory(), &mut boot)
+            .map_err(|source| Error::LoadKernel { path: config.boot.kernel.clone(), source })?;
+        vmm.record.loaded_ns = now_ns();
+        vmm.create_vcpus(config.vcpus)?;
+        describe(&config, &vmm.ram, entry, &vmm.placed.devices)?;
+        for (index, vcpu) in (0..).zip(&vmm.vcpus) {
+            Host::reset_vcpu(
+                &vmm.kvm,
+                vcpu,
+                index,
+                config.most_vcpus(),
+                (index == 0).then_some(&entry),
+            )
+            .map_err(step("set a vCPU's registers"))?;
+        }
+        vmm.record.built_ns = now_ns();
+        Ok(vmm)
+    }
+
+    /// Builds the machine of `config` anew, to go on where the one stood that `state` was saved of,
+    /// with its `memory`. What `config` says of booting and of where memory is kept does not matter;
+    /// all else must be as it was, but files, taps and the like may be others that do as well.
+    ///
+    /// For the guest no time passes. Its connections over the socket device end, like after a reset.
+    /// Files of a share that it knows are found again by their names; those that are not answer ESTALE.
+    #[expect(clippy::needless_pass_by_value, reason = "one configuration makes one machine")]
+    pub fn restore(
+        config: VmConfig,
+        state: &MachineState,
+        memory: SavedMemory,
+    ) -> Result<Vmm, Error> {
+        let started_ns = now_ns();
         config.validate()?;
         check_memory(&config.memory)?;
-        let mut boot = open_boot_files(&config.boot)?;
+        state.compare(&config)?;
+        let mut vmm = Vmm::assemble(&config, started_ns, || Ok(Store::of_saved(memory)))?;
+
+        vmm.create_vcpus(config.vcpus)?;
+        for (vcpu, state) in vmm.vcpus.iter().zip(&state.vcpus) {
+            Host::restore_vcpu(vcpu, state).map_err(step("restore a vCPU"))?;
+        }
+        Host::restore_board(&vmm.vm, &state.board).map_err(step("restore the machine"))?;
+        // Last, because they interrupt the guest.
+        vmm.placed.kept.restore(&state.devices)?;
+        vmm.record.built_ns = now_ns();
+        Ok(vmm)
+    }
+
+    /// A machine with memory and devices, without vCPUs.
+    fn assemble(
+        config: &VmConfig,
+        started_ns: u64,
+        store: impl FnOnce() -> Result<Store, MemoryError>,
+    ) -> Result<Vmm, Error> {
+        let mut record = Record { started_ns, ..Record::default() };
         let kvm = open_kvm()?;
         let vm = create_vm(&kvm)?;
 
         let mut map = Host::memory_map(u64::from(config.memory.size_mib) << 20);
-        let mut ram = GuestRam::allocate(&map, &config.memory)?;
+        let mut ram = GuestRam::allocate(&map, &config.memory, store()?)?;
         ram.register(&vm)?;
         let pluggable = ram.add_pluggable(&vm, &mut map.extension_window, &config.memory)?;
+        let windows = dax::take_addresses(&config.shares, &mut map.extension_window)
+            .map_err(peripherals::device("shares"))?;
         let files = pmem::map_all(&config.pmem, &map.extension_window, &mut ram, &vm)?;
         Host::before_vcpus(&kvm, &vm).map_err(step("prepare the machine for vCPUs"))?;
         record.machine_ns = now_ns();
@@ -66,29 +134,31 @@ impl Vmm {
         let console = peripherals::open_console(&config.console)?;
         let mut placement =
             Placement::new(&vm, ram.device_memory(), &map.device_window, &Host::device_gsis())
-                .map_err(|source| Error::Place { name: "(any)".to_owned(), source })?;
+                .map_err(|source| Error::Place { name: "(any)".to_owned(), source })?
+                .with_dax_at(windows);
         let control = Control::new(config.vcpus)
             .map(Arc::new)
             .map_err(|source| Error::Start { what: "the machine's control", source })?;
-        let ends = peripherals::place_all(&config, &console, &files, pluggable, &mut placement)?;
+        let jail = build_jail(config)?;
+        let ends = peripherals::place_all(
+            config,
+            &console,
+            jail.as_deref(),
+            &files,
+            pluggable,
+            &mut placement,
+        )?;
         let mut placed = placement.finish();
         record.devices_ns = now_ns();
-
-        let entry = Host::load(ram.memory(), &mut boot)
-            .map_err(|source| Error::LoadKernel { path: config.boot.kernel.clone(), source })?;
-        record.loaded_ns = now_ns();
-        let vcpus = create_vcpus(&vm, config.vcpus)?;
-        Host::after_vcpus(&vm, config.vcpus).map_err(step("finish the interrupt controller"))?;
-        describe(&config, &ram, entry, &placed.devices)?;
-        for (index, vcpu) in (0..).zip(&vcpus) {
-            Host::reset_vcpu(&kvm, vcpu, index, config.most_vcpus(), &entry)
-                .map_err(step("set a vCPU's registers"))?;
-        }
-        record.built_ns = now_ns();
         record.activities = mem::take(&mut placed.activities);
-        let most_vcpus = config.most_vcpus();
-        let maker = (most_vcpus > config.vcpus).then_some(Maker { kvm, entry });
-        Ok(Vmm { control, vcpus, most_vcpus, maker, placed, console, ends, record, vm, ram })
+        let confinement = Confinement::of(config, jail);
+        let (vcpus, shape) = (Vec::new(), Shape::of(config));
+        Ok(Vmm { control, vcpus, placed, console, ends, record, confinement, shape, kvm, vm, ram })
+    }
+
+    fn create_vcpus(&mut self, count: u8) -> Result<(), Error> {
+        self.vcpus = create_vcpus(&self.vm, count)?;
+        Host::after_vcpus(&self.vm, count).map_err(step("finish the interrupt controller"))
     }
 
     /// The host's end of the socket device, if the VM has one: streams may be connected and
@@ -104,28 +174,34 @@ impl Vmm {
 
     /// Starts the machine's threads, and with them the guest.
     pub fn start(self) -> Result<VmHandle, Error> {
-        let Placed { buses, vmm_loop, io_loop, spares, .. } = self.placed;
+        let Placed { buses, kept, vmm_loop, io_loop, spares, socket_files, dax, .. } = self.placed;
         let has_spares = !spares.is_empty();
         let names = self.record.activities.iter().map(|(name, _)| name.clone()).collect();
         let shared = Shared {
             memory: self.ram.memory().clone(),
             buses: Arc::new(buses),
+            windows: dax,
             control: self.control.clone(),
+            confinement: self.confinement.clone(),
         };
         let mut handle = VmHandle {
             control: self.control,
-            processors: Processors::new(shared, self.maker, self.most_vcpus),
+            processors: Processors::new(shared, self.shape.most_vcpus),
             console: self.console,
             ends: self.ends,
             record: self.record,
             slots: Slots::new(self.ram.device_memory().clone(), names, spares),
             loops: Vec::with_capacity(2),
+            _socket_files: socket_files,
+            devices: kept,
+            shape: self.shape,
+            kvm: self.kvm,
             vm: self.vm,
-            _ram: self.ram,
+            ram: self.ram,
         };
-        for (kind, subscribers) in [(Loop::Vmm, vmm_loop), (Loop::Io, io_loop)] {
+        for (kind, subscribers) in [(Kind::Vmm, vmm_loop), (Kind::Io, io_loop)] {
             if !subscribers.is_empty() || has_spares {
-                let event_loop = EventLoop::start(kind.name(), subscribers)
+                let event_loop = EventLoop::start(kind, subscribers, &self.confinement)
                     .map_err(|source| Error::Start { what: "an event loop", source })?;
                 handle.loops.push(event_loop);
             }
@@ -142,10 +218,21 @@ fn step(step: &'static str) -> impl FnOnce(arch::ArchError) -> Error {
     move |source| Error::Arch { step, source }
 }
 
+/// An unprivileged user cannot build one, and has little that it could keep from a thread.
+fn build_jail(config: &VmConfig) -> Result<Option<Arc<Jail>>, Error> {
+    if !Jail::is_allowed() {
+        return Ok(None);
+    }
+    let shares = config.shares.iter().map(|share| share.path.as_path());
+    let socket = config.vsock.as_ref().and_then(|vsock| vsock.socket.as_deref());
+    Ok(Some(Arc::new(Jail::build(shares, socket.map(parent))?)))
+}
+
 fn open_boot_files(boot: &BootConfig) -> Result<BootFiles, Error> {
     Ok(BootFiles {
         kernel: open_file("kernel", &boot.kernel)?,
         initrd: boot.initrd.as_deref().map(|path| open_file("initrd", path)).transpose()?,
+        protocol: boot.protocol.into(),
     })
 }
 

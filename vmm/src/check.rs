@@ -10,9 +10,12 @@ use arch::machine::BootFiles;
 use arch::{Arch, Host};
 
 use crate::builder::open_file;
-use crate::config::{ConfigError, ConsoleOutput, DiskConfig, MemoryConfig, VmConfig};
+use crate::config::{
+    ConfigError, ConsoleOutput, DiskConfig, MemoryBacking, MemoryConfig, VmConfig,
+};
+use crate::confinement::Confinement;
 use crate::error::chain;
-use crate::memory::GuestRam;
+use crate::memory::{GuestRam, Store};
 
 /// Everything that keeps `config` from starting, as far as a look at configuration and host can tell:
 /// values that cannot be, files that are not there, a kernel that is none, more memory than the host
@@ -23,12 +26,16 @@ pub fn check(config: &VmConfig) -> Vec<ConfigError> {
     }
     let mut found = Vec::new();
     found.extend(check_memory(&config.memory).err());
+    found.extend(Confinement::check(config).err());
     check_boot(config, &mut found);
     for (index, disk) in config.disks.iter().enumerate() {
         found.extend(check_disk(&format!("disks[{index}].path"), disk).err());
     }
     for (index, share) in config.shares.iter().enumerate() {
         found.extend(check_folder(&format!("shares[{index}].path"), &share.path).err());
+    }
+    if let MemoryBacking::File(path) = &config.memory.backing {
+        found.extend(check_folder("memory.backing.file", parent(path)).err());
     }
     if let ConsoleOutput::File(path) = &config.console.output {
         found.extend(check_folder("console.output", parent(path)).err());
@@ -67,7 +74,9 @@ fn check_boot(config: &VmConfig, found: &mut Vec<ConfigError>) {
     let kernel = open_file("kernel", &boot.kernel);
     let initrd = boot.initrd.as_deref().map(|path| open_file("initrd", path)).transpose();
     let opened = match (kernel, initrd) {
-        (Ok(kernel), Ok(initrd)) => Some(BootFiles { kernel, initrd }),
+        (Ok(kernel), Ok(initrd)) => {
+            Some(BootFiles { kernel, initrd, protocol: boot.protocol.into() })
+        }
         (kernel, initrd) => {
             found.extend(kernel.err().map(|error| refusal("boot.kernel", chain(&error))));
             found.extend(initrd.err().map(|error| refusal("boot.initrd", chain(&error))));
@@ -76,7 +85,7 @@ fn check_boot(config: &VmConfig, found: &mut Vec<ConfigError>) {
     };
     let Some(mut files) = opened.filter(|_| found.is_empty()) else { return };
     let map = Host::memory_map(u64::from(config.memory.size_mib) << 20);
-    found.extend(match GuestRam::allocate(&map, &config.memory) {
+    found.extend(match GuestRam::allocate(&map, &config.memory, Store::anonymous()) {
         Ok(ram) => {
             let loaded = Host::load(ram.memory(), &mut files);
             loaded.err().map(|error| refusal("boot.kernel", chain(&error)))
@@ -109,7 +118,7 @@ fn check_folder(field: &str, path: &Path) -> Result<(), ConfigError> {
 }
 
 /// The folder a file would be made in.
-fn parent(path: &Path) -> &Path {
+pub(crate) fn parent(path: &Path) -> &Path {
     match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
@@ -135,8 +144,7 @@ mod tests {
         config.boot.initrd = Some("/nowhere/initrd".into());
         config.disks =
             vec![DiskConfig { read_only: true, ..DiskConfig::new("a", "/nowhere/disk".into()) }];
-        config.shares =
-            vec![ShareConfig { tag: "t".into(), path: "/nowhere/share".into(), read_only: true }];
+        config.shares = vec![ShareConfig::new("t", "/nowhere/share".into())];
         config.vsock = Some(VsockConfig { cid: 3, socket: Some("/nowhere/socket".into()) });
         config.console.output = ConsoleOutput::File("/nowhere/log".into());
 

@@ -2,16 +2,21 @@
 //! read once by the builder.
 
 mod disk;
+mod memory;
 mod rate_limit;
+mod share;
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
+use arch::machine::Protocol;
 use devices::virtio::net::MAX_PAIRS;
 use serde::{Deserialize, Serialize};
 
 pub use disk::{DiskConfig, DiskEngine};
+pub use memory::{MemoryBacking, MemoryConfig};
 pub use rate_limit::RateLimitConfig;
+pub use share::{CachePolicy, MAX_DAX_MIB, ShareConfig};
 
 /// Most vCPUs of one VM: what the guest kernels we build are configured for.
 pub const MAX_VCPUS: u8 = 64;
@@ -31,9 +36,6 @@ const BLOCK_MIB: u32 = 2;
 
 /// Longest name of a network interface, in bytes: IFNAMSIZ less the terminating zero.
 const MAX_TAP_BYTES: usize = 15;
-
-/// Longest file system tag, in bytes (virtio 1.2, section 5.11.4).
-const MAX_TAG_BYTES: usize = 36;
 
 /// Longest path of the guest's unix socket, in bytes: what unix(7) allows, less `_` and a port.
 const MAX_VSOCK_SOCKET_BYTES: usize = 107 - 11;
@@ -86,22 +88,25 @@ pub struct VmConfig {
     /// [`MAX_SPARE_SLOTS`]; each costs the guest a look at its boot.
     #[serde(default)]
     pub spare_slots: u8,
+    /// Whether each thread of the machine may make only the system calls it needs, and ends the
+    /// process with any other. To start with it fails where nobody has written those down.
+    #[serde(default = "yes")]
+    pub seccomp: bool,
+    /// Who the machine's threads are once it runs, if this process is root; everything is opened
+    /// before. Only the thread that serves `shares`, if there are any, stays root: it acts for every
+    /// user of the guest.
+    #[serde(default)]
+    pub user: Option<UserConfig>,
 }
 
-/// Guest RAM.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+/// A user of the host, who need not have a name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct MemoryConfig {
-    /// Size in MiB, [`MIN_MEMORY_MIB`] to [`MAX_MEMORY_MIB`].
-    pub size_mib: u32,
-    /// How much memory more can be plugged in while the guest runs, in MiB, a multiple of 2; 0 leaves
-    /// the device away. Linux uses it in pieces of 128 MiB. None of it is plugged at the start. An
-    /// honest guest keeps to what is plugged; what a hostile one may take is this.
-    #[serde(default)]
-    pub pluggable_mib: u32,
-    /// Whether the host may merge equal pages of different guests (KSM).
-    #[serde(default)]
-    pub mergeable: bool,
+pub struct UserConfig {
+    /// User id, not 0.
+    pub uid: u32,
+    /// Group id, not 0; the only group.
+    pub gid: u32,
 }
 
 /// What the guest boots from.
@@ -116,6 +121,32 @@ pub struct BootConfig {
     /// Kernel parameters, appended to those the machine needs.
     #[serde(default)]
     pub cmdline: String,
+    /// How the kernel is entered.
+    #[serde(default)]
+    pub protocol: BootProtocol,
+}
+
+/// How a kernel is entered.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum BootProtocol {
+    /// As Linux is, unless the kernel has only a PVH entry.
+    #[default]
+    Auto,
+    /// By the protocol of Linux, in 64-bit mode on x86_64.
+    Linux,
+    /// By the PVH entry that an ELF kernel names in a note; x86_64 only.
+    Pvh,
+}
+
+impl From<BootProtocol> for Option<Protocol> {
+    fn from(protocol: BootProtocol) -> Self {
+        match protocol {
+            BootProtocol::Auto => None,
+            BootProtocol::Linux => Some(Protocol::Linux),
+            BootProtocol::Pvh => Some(Protocol::Pvh),
+        }
+    }
 }
 
 /// Where the guest's console goes, beside the ring that always keeps its last lines.
@@ -201,19 +232,6 @@ pub enum VhostUse {
     Off,
 }
 
-/// A host directory the guest can mount.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct ShareConfig {
-    /// The name the guest mounts it by, at most 36 bytes.
-    pub tag: String,
-    /// The directory.
-    pub path: PathBuf,
-    /// Whether the guest may only read it.
-    #[serde(default)]
-    pub read_only: bool,
-}
-
 /// The socket device.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -266,7 +284,7 @@ impl VmConfig {
             vcpus: one(),
             max_vcpus: None,
             memory: MemoryConfig::default(),
-            boot: BootConfig { kernel, initrd: None, cmdline: String::new() },
+            boot: BootConfig::new(kernel),
             console: ConsoleConfig::default(),
             disks: Vec::new(),
             nets: Vec::new(),
@@ -276,7 +294,14 @@ impl VmConfig {
             rng: yes(),
             balloon: None,
             spare_slots: 0,
+            seccomp: yes(),
+            user: None,
         }
+    }
+
+    /// Whether disks, network interfaces or vCPUs can be added while the guest runs.
+    pub(crate) fn can_grow(&self) -> bool {
+        self.spare_slots != 0 || self.most_vcpus() > self.vcpus
     }
 
     /// How many vCPUs the guest can ever have.
@@ -288,19 +313,20 @@ impl VmConfig {
     pub fn validate(&self) -> Result<(), ConfigError> {
         in_range("vcpus", self.vcpus, 1, MAX_VCPUS)?;
         in_range("max_vcpus", self.most_vcpus(), self.vcpus, MAX_VCPUS)?;
-        in_range("memory.size_mib", self.memory.size_mib, MIN_MEMORY_MIB, MAX_MEMORY_MIB)?;
-        in_range("memory.pluggable_mib", self.memory.pluggable_mib, 0, MAX_MEMORY_MIB)?;
-        if self.memory.pluggable_mib % BLOCK_MIB != 0 {
-            return refuse("memory.pluggable_mib", "must be a multiple of 2");
-        }
+        self.memory.validate()?;
         self.boot.validate()?;
         disk::validate(&self.disks)?;
         validate_nets(&self.nets)?;
         validate_pmem(&self.pmem)?;
-        validate_shares(&self.shares)?;
+        share::validate(&self.shares)?;
         in_range("spare_slots", self.spare_slots, 0, MAX_SPARE_SLOTS)?;
         if let Some(balloon) = &self.balloon {
             in_range("balloon.target_mib", balloon.target_mib, 0, self.memory.size_mib - 1)?;
+        }
+        if let Some(user) = &self.user {
+            // All ones means "as it is" (setresuid(2)).
+            in_range("user.uid", user.uid, 1, u32::MAX - 1)?;
+            in_range("user.gid", user.gid, 1, u32::MAX - 1)?;
         }
         match &self.vsock {
             Some(vsock) => vsock.validate(),
@@ -310,6 +336,12 @@ impl VmConfig {
 }
 
 impl BootConfig {
+    /// A kernel without anything else.
+    pub fn new(kernel: PathBuf) -> Self {
+        let protocol = BootProtocol::default();
+        BootConfig { kernel, initrd: None, cmdline: String::new(), protocol }
+    }
+
     fn validate(&self) -> Result<(), ConfigError> {
         not_empty("boot.kernel", &self.kernel)?;
         if let Some(initrd) = &self.initrd {
@@ -377,12 +409,6 @@ impl NetConfig {
     }
 }
 
-impl Default for MemoryConfig {
-    fn default() -> Self {
-        MemoryConfig { size_mib: 256, pluggable_mib: 0, mergeable: false }
-    }
-}
-
 fn one<N: From<u8>>() -> N {
     1.into()
 }
@@ -422,15 +448,6 @@ fn validate_nets(nets: &[NetConfig]) -> Result<(), ConfigError> {
                 ),
             );
         }
-    }
-    Ok(())
-}
-
-fn validate_shares(shares: &[ShareConfig]) -> Result<(), ConfigError> {
-    let mut seen = BTreeSet::new();
-    for (index, share) in shares.iter().enumerate() {
-        name_of(&format!("shares[{index}].tag"), &share.tag, MAX_TAG_BYTES, &mut seen)?;
-        not_empty(&format!("shares[{index}].path"), &share.path)?;
     }
     Ok(())
 }
@@ -539,6 +556,23 @@ mod tests {
     fn a_machine_has_no_more_spare_slots_than_lines() {
         let error = refused(r#"{"spare_slots": 9, "boot": {"kernel": "/k"}}"#);
         assert_eq!(error, "spare_slots: must be 0 to 8, not 9");
+    }
+
+    #[test]
+    fn memory_may_be_kept_in_a_file() {
+        let backing = |json: &str| {
+            let json =
+                format!(r#"{{"memory": {{"size_mib": 64{json}}}, "boot": {{"kernel": "/k"}}}}"#);
+            let config = parse(&json);
+            config.validate().map(|()| config.memory.backing)
+        };
+
+        assert_eq!(backing(""), Ok(MemoryBacking::Anonymous));
+        assert_eq!(backing(r#", "backing": "memfd""#), Ok(MemoryBacking::Memfd));
+        let file = backing(r#", "backing": {"file": "/m"}"#);
+        assert_eq!(file, Ok(MemoryBacking::File("/m".into())));
+        let error = backing(r#", "backing": "memfd", "mergeable": true"#).unwrap_err();
+        assert_eq!(error.field, "memory.mergeable");
     }
 
     #[test]
@@ -675,11 +709,32 @@ mod tests {
         assert_eq!(mac("+2:00:00:ab:cd:ef"), None);
     }
 
+    fn refused_share(fields: &str) -> String {
+        let share = format!(r#"{{"tag": "t", "path": "/", {fields}}}"#);
+        refused(&format!(r#"{{"boot": {{"kernel": "/k"}}, "shares": [{share}]}}"#))
+    }
+
+    #[test]
+    fn a_window_of_half_a_slot_or_more_than_there_can_be_is_refused() {
+        let odd = refused_share(r#""dax_mib": 3"#);
+        let large = refused_share(r#""dax_mib": 16386"#);
+
+        assert_eq!(odd, "shares[0].dax_mib: must be even, not 3");
+        assert_eq!(large, "shares[0].dax_mib: must be 0 to 16384, not 16386");
+    }
+
+    #[test]
+    fn a_guest_that_believes_nothing_keeps_no_writes() {
+        let error = refused_share(r#""cache": "never", "writeback": true"#);
+
+        assert_eq!(error, "shares[0].writeback: must not be on with cache never");
+    }
+
     #[test]
     fn a_tag_of_37_bytes_is_refused() {
         let mut config = VmConfig::new("/k".into());
         let tag = "t".repeat(37);
-        config.shares = vec![ShareConfig { tag, path: "/".into(), read_only: true }];
+        config.shares = vec![ShareConfig::new(&tag, "/".into())];
 
         let error = config.validate().unwrap_err();
 

@@ -17,6 +17,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler, unblock_signal};
 
 use crate::metrics::now_ns;
+use crate::state::Unsaved;
 
 /// How a virtual machine ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -145,6 +146,18 @@ impl Control {
             self.changed.notify_all();
         }
         !wait.timed_out()
+    }
+
+    /// Does `act` while the VM is paused and cannot be resumed.
+    pub fn while_paused<T>(&self, act: impl FnOnce() -> T) -> Result<T, Unsaved> {
+        let group = self.lock();
+        if group.outcome.is_some() {
+            return Err(Unsaved::Ended);
+        }
+        if group.wish != Wish::Pause || group.parked < group.vcpus {
+            return Err(Unsaved::Running);
+        }
+        Ok(act())
     }
 
     /// Lets a paused VM go on.
@@ -309,6 +322,23 @@ mod tests {
         assert_eq!(control.lock().parked, 2);
         control.end(Exit::Stopped);
         [first, second].into_iter().for_each(|vcpu| vcpu.join().unwrap());
+    }
+
+    #[test]
+    fn nothing_is_done_while_the_vm_runs_or_after_its_end() {
+        let control = Arc::new(Control::new(1).unwrap());
+        assert_eq!(control.while_paused(|| ()), Err(Unsaved::Running));
+        let vcpu = thread::spawn({
+            let control = control.clone();
+            move || while control.checkpoint() {}
+        });
+
+        control.pause();
+        assert_eq!(control.while_paused(|| 7), Ok(7));
+        control.end(Exit::Stopped);
+
+        assert_eq!(control.while_paused(|| ()), Err(Unsaved::Ended));
+        vcpu.join().unwrap();
     }
 
     #[test]

@@ -4,10 +4,13 @@ use std::io;
 use std::path::PathBuf;
 
 use arch::ArchError;
+use devices::virtio::state::RestoreError;
 
 use crate::config::ConfigError;
+use crate::jail::JailError;
 use crate::memory::MemoryError;
 use crate::placement::PlacementError;
+use crate::state::Unsaved;
 
 /// Why a virtual machine could not be built or started.
 #[derive(Debug, thiserror::Error)]
@@ -15,6 +18,12 @@ pub enum Error {
     /// A value of the configuration cannot be.
     #[error("invalid machine configuration")]
     Config(#[from] ConfigError),
+    /// Nobody has written down what this architecture's threads need.
+    #[error(
+        "this build has no system call filters for its architecture: to run without them, set \
+         `seccomp` to false (coracle-vmm --no-seccomp)"
+    )]
+    NoFilter,
     /// /dev/kvm cannot be used.
     #[error("open /dev/kvm: {remedy}")]
     OpenKvm {
@@ -77,6 +86,44 @@ pub enum Error {
     /// Guest RAM could not be made.
     #[error("set up guest memory")]
     Memory(#[from] MemoryError),
+    /// A machine that is not paused cannot be saved.
+    #[error("save the machine: {0}")]
+    Save(Unsaved),
+    /// What the guest wrote to some of its memory is in no file.
+    #[error("save the machine: {what} is kept in no file ({field})")]
+    NoMemoryFile {
+        /// Which memory.
+        what: &'static str,
+        /// The field of the configuration that says where it is kept.
+        field: &'static str,
+    },
+    /// The state is not that of a machine with this configuration.
+    #[error("the machine was saved with {field} {saved}, not {found}")]
+    OtherMachine {
+        /// What differs: a field of the configuration, or a kind of devices.
+        field: &'static str,
+        /// What the saved machine had.
+        saved: u32,
+        /// What the configuration says.
+        found: u32,
+    },
+    /// The state is not that of a machine with this configuration.
+    #[error("the machine was saved with {saved:?} where the configuration has {found:?}")]
+    OtherDevice {
+        /// Name of the saved device.
+        saved: String,
+        /// Name of the device that the configuration has in its place.
+        found: String,
+    },
+    /// A device cannot go on where the saved one was.
+    #[error("restore {name}")]
+    Restore {
+        /// The device, by kind and id.
+        name: String,
+        /// Why not.
+        #[source]
+        source: RestoreError,
+    },
     /// The architecture's part of a step failed.
     #[error("{step}")]
     Arch {
@@ -95,6 +142,9 @@ pub enum Error {
         #[source]
         source: ArchError,
     },
+    /// The machine's threads cannot be kept apart from the host's file systems.
+    #[error("keep the machine's threads to the shared directories")]
+    Jail(#[from] JailError),
     /// A device could not be made.
     #[error("create device {name}")]
     Device {

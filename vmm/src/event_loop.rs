@@ -1,8 +1,7 @@
 //! A thread that waits for file descriptors and calls their subscribers.
 
 use std::io;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::{self, JoinHandle};
 
 use event_manager::{
@@ -10,6 +9,9 @@ use event_manager::{
     SubscriberOps,
 };
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use crate::confinement::Confinement;
+use crate::seccomp::Kind;
 
 /// Address space of a loop's stack, in bytes; only what is used of it becomes memory.
 const STACK_BYTES: usize = 512 << 10;
@@ -19,35 +21,57 @@ pub type BoxedSubscriber = Box<dyn MutEventSubscriber + Send>;
 
 /// A running event loop; dropping it stops the thread and waits for it.
 pub struct EventLoop {
-    name: &'static str,
-    stop: EventFd,
+    kind: Kind,
+    /// Makes the thread look at `wish`.
+    wake: EventFd,
+    wish: Arc<Wish>,
     /// By which its thread is asked to change what it serves.
     remote: RemoteEndpoint<BoxedSubscriber>,
     thread: Option<JoinHandle<()>>,
 }
 
+/// What the owner of a loop wants of its thread.
+#[derive(Default)]
+struct Wish {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    stop: bool,
+    park: bool,
+    /// Whether the thread waits, because it was told to park.
+    is_parked: bool,
+}
+
 impl EventLoop {
-    /// Starts a thread called `name` that serves `subscribers` until the loop is dropped.
-    pub fn start(name: &'static str, subscribers: Vec<BoxedSubscriber>) -> io::Result<Self> {
-        let stop = EventFd::new(EFD_NONBLOCK)?;
-        let running = Arc::new(AtomicBool::new(true));
+    /// Starts a thread of `kind` that serves `subscribers` until the loop is dropped.
+    pub fn start(
+        kind: Kind,
+        subscribers: Vec<BoxedSubscriber>,
+        confinement: &Confinement,
+    ) -> io::Result<Self> {
+        let wake = EventFd::new(EFD_NONBLOCK)?;
+        let wish = Arc::new(Wish::default());
         let mut manager = EventManager::new().map_err(io::Error::other)?;
-        let stopped = Stop { event: stop.try_clone()?, running: running.clone() };
-        manager.add_subscriber(Box::new(stopped) as BoxedSubscriber);
+        let obedience = Obedience { event: wake.try_clone()?, wish: wish.clone() };
+        manager.add_subscriber(Box::new(obedience) as BoxedSubscriber);
         for subscriber in subscribers {
             manager.add_subscriber(subscriber);
         }
         let remote = manager.remote_endpoint();
-        let thread = thread::Builder::new()
-            .name(name.to_owned())
-            .stack_size(STACK_BYTES)
-            .spawn(move || serve(manager, &running))?;
-        Ok(EventLoop { name, stop, remote, thread: Some(thread) })
+        let builder = thread::Builder::new().name(kind.name().to_owned()).stack_size(STACK_BYTES);
+        let thread = confinement.spawn(builder, kind, {
+            let wish = wish.clone();
+            move || serve(manager, &wish)
+        })?;
+        Ok(EventLoop { kind, wake, wish, remote, thread: Some(thread) })
     }
 
     /// What it was started as.
-    pub fn name(&self) -> &'static str {
-        self.name
+    pub fn kind(&self) -> Kind {
+        self.kind
     }
 
     /// Serves `subscriber`, too, until it is removed. Not to be called from a loop's thread.
@@ -63,11 +87,41 @@ impl EventLoop {
             .call_blocking(move |loop_| loop_.remove_subscriber(id).map(drop))
             .map_err(|error: event_manager::Error| io::Error::other(error))
     }
+
+    /// Returns once the thread does nothing any more, until [`EventLoop::unpark`].
+    pub fn park(&self) {
+        self.change(|state| state.park = true);
+        let mut state = self.wish.lock();
+        while state.park && !state.is_parked {
+            state = self.wish.wait(state);
+        }
+    }
+
+    /// Lets the thread go on with what came meanwhile.
+    pub fn unpark(&self) {
+        self.change(|state| state.park = false);
+    }
+
+    fn change(&self, change: impl FnOnce(&mut State)) {
+        change(&mut self.wish.lock());
+        self.wish.changed.notify_all();
+        self.wake.write(1).expect("an eventfd takes a 1");
+    }
+}
+
+impl Wish {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().expect("nothing panics while it holds the wish")
+    }
+
+    fn wait<'a>(&self, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+        self.changed.wait(state).expect("nothing panics while it holds the wish")
+    }
 }
 
 impl Drop for EventLoop {
     fn drop(&mut self) {
-        self.stop.write(1).expect("an eventfd takes a 1");
+        self.change(|state| state.stop = true);
         let thread = self.thread.take().expect("a loop is dropped once");
         if thread.join().is_err() && !thread::panicking() {
             panic!("an event loop panicked");
@@ -75,8 +129,8 @@ impl Drop for EventLoop {
     }
 }
 
-fn serve(mut manager: EventManager<BoxedSubscriber>, running: &AtomicBool) {
-    while running.load(Ordering::Relaxed) {
+fn serve(mut manager: EventManager<BoxedSubscriber>, wish: &Wish) {
+    while !wish.lock().stop {
         match manager.run() {
             Ok(_) => {}
             Err(event_manager::Error::Epoll(error)) if is_interruption(&error) => {}
@@ -90,19 +144,27 @@ fn is_interruption(error: &vmm_sys_util::errno::Error) -> bool {
     error.errno() == libc::EINTR
 }
 
-/// Ends the loop when its owner drops it.
-struct Stop {
+/// Does what the owner of the loop wishes.
+struct Obedience {
     event: EventFd,
-    running: Arc<AtomicBool>,
+    wish: Arc<Wish>,
 }
 
-impl MutEventSubscriber for Stop {
+impl MutEventSubscriber for Obedience {
     fn init(&mut self, ops: &mut EventOps) {
         ops.add(Events::new(&self.event, EventSet::IN)).expect("a fresh eventfd can be polled");
     }
 
     fn process(&mut self, _: Events, _: &mut EventOps) {
-        self.running.store(false, Ordering::Relaxed);
+        // It only fails when there is nothing to read, because the event is an old one.
+        let _ = self.event.read();
+        let mut state = self.wish.lock();
+        while state.park && !state.stop {
+            state.is_parked = true;
+            self.wish.changed.notify_all();
+            state = self.wish.wait(state);
+        }
+        state.is_parked = false;
     }
 }
 
@@ -112,6 +174,9 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
+
+    const CONFINEMENT: Confinement =
+        Confinement { jail: None, seccomp: true, serves_files: false, user: None };
 
     struct Echo {
         event: EventFd,
@@ -133,7 +198,7 @@ mod tests {
         let event = EventFd::new(EFD_NONBLOCK).unwrap();
         let (seen, sight) = channel();
         let echo = Echo { event: event.try_clone().unwrap(), seen };
-        let event_loop = EventLoop::start("test", vec![Box::new(echo)]).unwrap();
+        let event_loop = EventLoop::start(Kind::Vmm, vec![Box::new(echo)], &CONFINEMENT).unwrap();
 
         event.write(7).unwrap();
 
@@ -146,7 +211,7 @@ mod tests {
         let event = EventFd::new(EFD_NONBLOCK).unwrap();
         let (seen, sight) = channel();
         let echo = Echo { event: event.try_clone().unwrap(), seen };
-        let event_loop = EventLoop::start("test", Vec::new()).unwrap();
+        let event_loop = EventLoop::start(Kind::Vmm, Vec::new(), &CONFINEMENT).unwrap();
 
         let id = event_loop.add(Box::new(echo)).unwrap();
         event.write(7).unwrap();
@@ -158,10 +223,33 @@ mod tests {
     }
 
     #[test]
+    fn a_parked_loop_does_nothing_until_it_goes_on() {
+        let event = EventFd::new(EFD_NONBLOCK).unwrap();
+        let (seen, sight) = channel();
+        let echo = Echo { event: event.try_clone().unwrap(), seen };
+        let event_loop = EventLoop::start(Kind::Vmm, vec![Box::new(echo)], &CONFINEMENT).unwrap();
+
+        event_loop.park();
+        event.write(7).unwrap();
+        assert!(sight.recv_timeout(Duration::from_millis(50)).is_err());
+        event_loop.unpark();
+
+        assert_eq!(sight.recv_timeout(Duration::from_secs(10)), Ok(7));
+    }
+
+    #[test]
+    fn a_parked_loop_can_be_dropped() {
+        let event_loop = EventLoop::start(Kind::Vmm, Vec::new(), &CONFINEMENT).unwrap();
+
+        event_loop.park();
+        drop(event_loop);
+    }
+
+    #[test]
     fn a_dropped_loop_has_dropped_its_subscribers() {
         let (seen, sight) = channel();
         let echo = Echo { event: EventFd::new(EFD_NONBLOCK).unwrap(), seen };
-        let event_loop = EventLoop::start("test", vec![Box::new(echo)]).unwrap();
+        let event_loop = EventLoop::start(Kind::Vmm, vec![Box::new(echo)], &CONFINEMENT).unwrap();
 
         drop(event_loop);
 

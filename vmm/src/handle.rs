@@ -1,10 +1,12 @@
 //! A running virtual machine, as every thread of its process sees it.
 
+use std::fs::File;
 use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use arch::VmFd;
+use arch::{Arch, Host, Kvm, VmFd};
+use devices::listener::SocketFile;
 use devices::virtio::balloon::Host as BalloonHost;
 use devices::virtio::mem::Host as MemHost;
 use devices::virtio::vsock::Host as VsockHost;
@@ -13,12 +15,14 @@ use crate::attachment::{AttachError, Attachment, DetachError, Slots, of_device};
 use crate::config::{ConfigError, DiskConfig, NetConfig};
 use crate::console::ConsoleLog;
 use crate::control::{Control, Exit};
+use crate::error::Error;
 use crate::event_loop::EventLoop;
 use crate::memory::GuestRam;
 use crate::metrics::{DeviceCounts, Metrics, Record};
 use crate::peripherals::{self, Ends};
 use crate::placement::Loop;
 use crate::processors::{GrantError, Processors};
+use crate::state::{Devices, MachineState, Shape, Unsaved};
 
 /// A running virtual machine; dropping it stops the guest and joins every thread.
 ///
@@ -32,13 +36,19 @@ pub struct VmHandle {
     pub(crate) slots: Slots,
     /// Stopped before guest RAM goes: devices work on it.
     pub(crate) loops: Vec<EventLoop>,
+    /// The threads that serve the sockets cannot reach their files.
+    pub(crate) _socket_files: Vec<SocketFile>,
+    pub(crate) devices: Devices,
+    pub(crate) shape: Shape,
+    pub(crate) kvm: Kvm,
     /// Closed after the vCPU threads are gone, and before guest RAM goes.
     pub(crate) vm: VmFd,
-    pub(crate) _ram: GuestRam,
+    pub(crate) ram: GuestRam,
 }
 
 impl VmHandle {
-    /// Stops the guest's processors; returns once none of them runs. Devices go on.
+    /// Stops the guest's processors; returns once none of them runs. Devices go on, until
+    /// [`VmHandle::save`].
     pub fn pause(&self) {
         self.control.pause();
     }
@@ -51,7 +61,46 @@ impl VmHandle {
 
     /// Lets a paused guest go on.
     pub fn resume(&self) {
+        self.devices.resume(&self.loops);
         self.control.resume();
+    }
+
+    /// Says where the paused machine stands, so that [`crate::Vmm::restore`] can build another one
+    /// that goes on with its memory. All of the machine stands still from here on: the devices, too,
+    /// until it is resumed. Then its memory changes, and the state is of no use any more; so drop the
+    /// handle, or copy the memory first. No method of a host's end may be called meanwhile.
+    ///
+    /// Fails unless the machine is paused and all that its guest writes is kept in a file.
+    pub fn save(&self) -> Result<MachineState, Error> {
+        let no_file = |(what, field)| Err(Error::NoMemoryFile { what, field });
+        if self.ram.file().is_none() {
+            return no_file(("its memory", "memory.backing"));
+        }
+        if self.shape.has_private_pmem {
+            return no_file(("what it writes to persistent memory", "pmem.read_only"));
+        }
+        if self.shape.has_window {
+            return no_file(("what it has mapped through a window", "shares.dax_mib"));
+        }
+        if self.slots.are_taken() {
+            return Err(Error::Save(Unsaved::Attached));
+        }
+        self.control.while_paused(|| self.save_paused()).map_err(Error::Save)?
+    }
+
+    fn save_paused(&self) -> Result<MachineState, Error> {
+        // First, because what they finish now interrupts the guest.
+        let devices = self.devices.save(&self.loops);
+        let failed = |step| move |source| Error::Arch { step, source };
+        let vcpus = self.processors.save(&self.kvm).map_err(failed("save a vCPU"))?;
+        let board = Host::save_board(&self.vm).map_err(failed("save the machine"))?;
+        Ok(MachineState::new(self.shape, vcpus, board, devices))
+    }
+
+    /// The file that the guest's memory is kept in, if it is; what the guest writes is there at once.
+    /// Not for a machine that went on privately from a file.
+    pub fn memory_file(&self) -> Option<&File> {
+        self.ram.file()
     }
 
     /// Ends the VM as [`Exit::Stopped`], unless it ended before.
@@ -88,7 +137,7 @@ impl VmHandle {
     /// configuration allows. They are idle until the guest brings them online, which is up to an agent
     /// there. Not for a thread of a device.
     pub fn grant_vcpus(&self, count: u8) -> Result<(), GrantError> {
-        self.processors.grant(&self.vm, count)
+        self.processors.grant(&self.kvm, &self.vm, count)
     }
 
     /// Attaches a disk to the running machine: opens it, and puts it into a free place. The guest's

@@ -8,7 +8,9 @@ use crate::config::ConfigError;
 pub fn from_json<T: DeserializeOwned>(text: &str) -> Result<T, ConfigError> {
     let mut reader = serde_json::Deserializer::from_str(text);
     let error = |field: String, source: serde_json::Error| {
-        let field = if field == "." { "(document)".to_owned() } else { field };
+        // A name that is empty is no path either.
+        let is_path = !matches!(field.as_str(), "" | ".");
+        let field = if is_path { field } else { "(document)".to_owned() };
         ConfigError { field, rule: source.to_string() }
     };
     let value = serde_path_to_error::deserialize(&mut reader)
@@ -45,6 +47,13 @@ mod tests {
         let error = refused(r#"{"boot": {}}"#);
 
         assert!(error.starts_with("boot: missing field `kernel`"), "{error}");
+    }
+
+    #[test]
+    fn a_field_without_a_name_is_refused_in_the_name_of_the_document() {
+        let error = refused(r#"{"": 1, "boot": {"kernel": "/k"}}"#);
+
+        assert!(error.starts_with("(document): unknown field ``"), "{error}");
     }
 
     #[test]

@@ -16,12 +16,15 @@ mod attachment;
 mod builder;
 mod check;
 pub mod config;
+mod confinement;
 mod console;
 mod control;
+mod dax;
 mod error;
 mod event_loop;
 mod footprint;
 mod handle;
+mod jail;
 mod json;
 mod memory;
 mod metrics;
@@ -30,23 +33,28 @@ mod placement;
 mod pmem;
 mod processors;
 pub mod prometheus;
+mod seccomp;
+mod state;
 mod vcpu;
 
 pub use attachment::{AttachError, Attachment, DetachError};
 pub use builder::Vmm;
 pub use check::check;
 pub use config::{
-    BalloonConfig, BootConfig, ConfigError, ConsoleConfig, ConsoleOutput, DiskConfig, DiskEngine,
-    MemoryConfig, NetConfig, PmemConfig, RateLimitConfig, ShareConfig, VhostUse, VmConfig,
-    VsockConfig,
+    BalloonConfig, BootConfig, BootProtocol, CachePolicy, ConfigError, ConsoleConfig,
+    ConsoleOutput, DiskConfig, DiskEngine, MemoryBacking, MemoryConfig, NetConfig, PmemConfig,
+    RateLimitConfig, ShareConfig, UserConfig, VhostUse, VmConfig, VsockConfig,
 };
+pub use confinement::{forbid_core_dumps, give_up_privileges, leave_namespaces};
 pub use control::Exit;
 pub use error::{Error, chain};
 pub use footprint::{give_back_startup_memory, use_one_heap};
 pub use handle::VmHandle;
 pub use json::from_json;
+pub use memory::{SavedMemory, Sharing};
 pub use metrics::{DeviceCounts, ExitCounts, Metrics};
 pub use processors::GrantError;
+pub use state::{MachineState, Unsaved};
 
 /// The host's end of the guest's memory balloon.
 pub mod balloon {

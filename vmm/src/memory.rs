@@ -1,5 +1,8 @@
 //! Guest RAM: host memory that suits the guest's page tables, and the KVM slots that show it.
 
+mod store;
+
+use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::ptr;
@@ -15,6 +18,8 @@ use vm_memory::{
 
 use crate::config::MemoryConfig;
 
+pub use self::store::{SavedMemory, Sharing, Store};
+
 /// Size of a huge page, in bytes: guest and host addresses agree modulo this, or KVM could map RAM
 /// only in small pages, at 512 times the faults.
 pub const HUGE_PAGE: usize = 2 << 20;
@@ -24,7 +29,7 @@ const GIB: u64 = 1 << 30;
 const PROTECTION: i32 = libc::PROT_READ | libc::PROT_WRITE;
 
 /// Not reserved: a guest's RAM is a limit, not a need, and the host may promise more than it has.
-const FLAGS: i32 = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+pub const FLAGS: i32 = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
 
 /// Which step of making guest RAM failed.
 #[derive(Debug, thiserror::Error)]
@@ -37,6 +42,21 @@ pub enum MemoryError {
         /// What mmap(2) said.
         #[source]
         source: io::Error,
+    },
+    /// The file for the memory cannot be made.
+    #[error("create the file for guest RAM (memory.backing); it must not exist yet")]
+    CreateFile {
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// The file with the memory of a saved machine lacks a part.
+    #[error("the file with guest RAM has {found} bytes, of at least {needed}")]
+    ShortFile {
+        /// Its size, in bytes.
+        found: u64,
+        /// The size that it should have, in bytes.
+        needed: u64,
     },
     /// The architecture's address space has no room behind RAM.
     #[error("find {bytes} bytes of guest addresses for more memory (lower memory.pluggable_mib)")]
@@ -66,23 +86,33 @@ pub struct GuestRam {
     memory: GuestMemoryMmap,
     /// RAM and what extends it.
     with_extensions: GuestMemoryMmap,
+    store: Store,
 }
 
 impl GuestRam {
-    /// Maps every region of `map`; nothing becomes resident before it is touched.
-    pub fn allocate(map: &MemoryMap, config: &MemoryConfig) -> Result<Self, MemoryError> {
+    /// Maps every region of `map` out of `store`; nothing becomes resident before it is touched.
+    pub fn allocate(
+        map: &MemoryMap,
+        config: &MemoryConfig,
+        mut store: Store,
+    ) -> Result<Self, MemoryError> {
         let regions = map
             .regions
             .iter()
-            .map(|&(base, bytes)| allocate_region(base, bytes, config))
+            .map(|&(base, bytes)| allocate_region(base, bytes, config, &mut store))
             .collect::<Result<Vec<_>, _>>()?;
         let memory = GuestMemoryMmap::from_regions(regions).map_err(MemoryError::Layout)?;
-        Ok(GuestRam { with_extensions: memory.clone(), memory })
+        Ok(GuestRam { with_extensions: memory.clone(), memory, store })
     }
 
     /// The memory the guest starts with, as loaders use it.
     pub fn memory(&self) -> &GuestMemoryMmap {
         &self.memory
+    }
+
+    /// The file that the guest's memory is kept in, if it is.
+    pub fn file(&self) -> Option<&File> {
+        self.store.file()
     }
 
     /// All memory in which a driver may place rings and buffers.
@@ -108,7 +138,8 @@ impl GuestRam {
         if window.start > window.end {
             return Err(MemoryError::NoAddresses { bytes });
         }
-        self.extend(vm, allocate_region(GuestAddress(start), bytes, config)?, false)?;
+        let region = allocate_region(GuestAddress(start), bytes, config, &mut self.store)?;
+        self.extend(vm, region, false)?;
         Ok(Some(start..start + bytes))
     }
 
@@ -153,20 +184,34 @@ impl Drop for GuestRam {
     /// Frees the pages and keeps the addresses: a device may hold a clone of the memory for longer,
     /// and then reads zeros instead of somebody else's mapping.
     fn drop(&mut self) {
+        for region in self.with_extensions.iter() {
+            if region.flags() & libc::MAP_ANONYMOUS == 0 {
+                replace(region);
+            }
+        }
         for region in self.memory.iter() {
             advise(region, libc::MADV_DONTNEED);
         }
     }
 }
 
+/// Maps nothing but zeros in the place of a file, which would be kept for as long as it is mapped.
+/// Failing to costs memory, nothing else.
+fn replace(region: &GuestRegionMmap) {
+    let flags = FLAGS | libc::MAP_FIXED;
+    // SAFETY: the new mapping has the place and the size of that of the region, which is there for the
+    // rest of the process; memory that changes under a reader is what guest RAM is anyway.
+    unsafe { libc::mmap(region.as_ptr().cast(), region.size(), PROTECTION, flags, -1, 0) };
+}
+
 fn allocate_region(
     base: GuestAddress,
     bytes: u64,
     config: &MemoryConfig,
+    store: &mut Store,
 ) -> Result<GuestRegionMmap, MemoryError> {
     let bytes = usize::try_from(bytes).expect("a region fits a 64-bit address space");
-    let start = map_aligned(bytes).map_err(|source| MemoryError::Map { bytes, source })?;
-    let region = describe(base, start, bytes)?;
+    let region = describe(base, store.map(bytes)?, bytes, store.flags())?;
     // A core dump is for our bugs; the guest's secrets do not belong in it.
     advise(&region, libc::MADV_DONTDUMP);
     if config.mergeable {
@@ -175,16 +220,17 @@ fn allocate_region(
     Ok(region)
 }
 
-/// The mapping of `bytes` bytes from `start` on as guest memory at `base`. It must be private, and
-/// readable and writable for the rest of the process.
+/// The mapping of `bytes` bytes from `start` on, made with `flags`, as guest memory at `base`. It must
+/// be readable and writable for the rest of the process.
 pub fn describe(
     base: GuestAddress,
     start: *mut u8,
     bytes: usize,
+    flags: i32,
 ) -> Result<GuestRegionMmap, MemoryError> {
-    // SAFETY: all callers mapped `bytes` bytes from `start` on, readable, writable and private, and
-    // nobody ever unmaps them.
-    let mapping = unsafe { MmapRegion::build_raw(start, bytes, PROTECTION, FLAGS) }
+    // SAFETY: all callers mapped `bytes` bytes from `start` on, readable and writable, and nobody
+    // ever unmaps them.
+    let mapping = unsafe { MmapRegion::build_raw(start, bytes, PROTECTION, flags) }
         .map_err(MemoryError::Region)?;
     Ok(GuestRegionMmap::new(mapping, base).expect("a region ends below 2^64"))
 }
@@ -232,7 +278,7 @@ mod tests {
             .zip(sizes_mib.iter().map(|mib| mib << 20))
             .collect();
         let map = MemoryMap { regions, device_window: 0..0, extension_window: 0..0 };
-        GuestRam::allocate(&map, &MemoryConfig::default()).unwrap()
+        GuestRam::allocate(&map, &MemoryConfig::default(), Store::anonymous()).unwrap()
     }
 
     #[test]
@@ -274,7 +320,8 @@ mod tests {
             extension_window: 0..0,
         };
 
-        let error = GuestRam::allocate(&map, &MemoryConfig::default()).err().unwrap();
+        let error =
+            GuestRam::allocate(&map, &MemoryConfig::default(), Store::anonymous()).err().unwrap();
 
         assert!(error.to_string().contains("lower memory.size_mib"));
     }

@@ -2,6 +2,8 @@
 
 use std::fs::File;
 use std::ops::Range;
+use std::os::unix::fs::chown;
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use arch::machine::PlatformDevice;
@@ -24,10 +26,11 @@ use vm_memory::GuestMemoryMmap;
 
 use crate::config::{
     BalloonConfig, ConfigError, ConsoleConfig, ConsoleOutput, DiskConfig, DiskEngine, NetConfig,
-    ShareConfig, VhostUse, VmConfig, VsockConfig,
+    ShareConfig, UserConfig, VhostUse, VmConfig, VsockConfig,
 };
 use crate::console::{self, ConsoleLog};
 use crate::error::Error;
+use crate::jail::Jail;
 use crate::placement::{Loop, Placement, PlacementError};
 use crate::pmem::MappedFile;
 
@@ -60,6 +63,7 @@ pub fn open_console(config: &ConsoleConfig) -> Result<ConsoleLog, Error> {
 pub fn place_all(
     config: &VmConfig,
     log: &ConsoleLog,
+    jail: Option<&Jail>,
     files: &[MappedFile],
     pluggable: Option<Range<u64>>,
     placement: &mut Placement<'_>,
@@ -76,12 +80,14 @@ pub fn place_all(
     }
     let mut host = None;
     if let Some(vsock) = &config.vsock {
-        host = Some(place_vsock(vsock, placement)?);
+        host = Some(place_vsock(vsock, config.user, jail, placement)?);
     }
     for disk in &config.disks {
         place(&disk_name(&disk.id), open_disk(disk)?, Loop::Io, placement)?;
     }
-    config.shares.iter().try_for_each(|share| place_share(share, placement))?;
+    for (index, share) in config.shares.iter().enumerate() {
+        place_share(share, jail.map(|jail| (jail, index)), placement)?;
+    }
     for (index, net) in (0..).zip(&config.nets) {
         let device = open_net(index, net, placement.memory())?;
         place(&net_name(&net.tap), device, Loop::Vmm, placement)?;
@@ -107,7 +113,7 @@ fn place_serial(log: &ConsoleLog, placement: &mut Placement<'_>) -> Result<(), E
         let name = error_at("serial port");
         let line = placement.irq_line(gsi).map_err(&name)?;
         let serial = Serial::new(line, Box::new(log.clone()));
-        placement.place_at(space, base, SERIAL_PORTS, serial).map_err(name)?;
+        placement.place_serial(space, base, SERIAL_PORTS, serial).map_err(name)?;
     }
     Ok(())
 }
@@ -144,21 +150,54 @@ fn open_ring(engine: DiskEngine, name: &str) -> Result<Option<Ring>, Error> {
     }
 }
 
-fn place_share(config: &ShareConfig, placement: &mut Placement<'_>) -> Result<(), Error> {
+/// Opens the directory in the jail, if there is one, where it has the number given with it: from
+/// there no name leads anywhere else.
+fn place_share(
+    config: &ShareConfig,
+    jail: Option<(&Jail, usize)>,
+    placement: &mut Placement<'_>,
+) -> Result<(), Error> {
     let name = format!("share {}", config.tag);
-    let server = Server::open(&config.path, config.read_only).map_err(device(&name))?;
-    place(&name, Fs::new(&config.tag, server), Loop::Io, placement)?;
+    let mut options = config.options();
+    let mut region_start = 0;
+    if config.dax_mib != 0 {
+        let (window, start) = placement.dax().open(config.dax_bytes()).map_err(device(&name))?;
+        options.window = Some(window);
+        region_start = start;
+    }
+    let open = |path: &Path| Server::with_options(path, options);
+    let server = match jail {
+        Some((jail, index)) => jail.run(|| open(&Jail::path_of(index))).map_err(device(&name))?,
+        None => open(&config.path),
+    };
+    let server = server.map_err(device(&name))?;
+    let fs = Fs::new(&config.tag, server).with_window_at(region_start).map_err(device(&name))?;
+    place(&name, fs, Loop::Io, placement)?;
     Ok(())
 }
 
-fn place_vsock(config: &VsockConfig, placement: &mut Placement<'_>) -> Result<VsockHost, Error> {
+/// The device's thread finds the sockets of the host in the jail, if there is one.
+fn place_vsock(
+    config: &VsockConfig,
+    user: Option<UserConfig>,
+    jail: Option<&Jail>,
+    placement: &mut Placement<'_>,
+) -> Result<VsockHost, Error> {
     let vsock = match &config.socket {
         Some(path) => {
-            let socket = Listener::bind(path).map_err(|source| Error::Listen {
+            let listen = || {
+                let socket = Listener::bind(path)?;
+                user.map_or(Ok(()), |user| chown(path, Some(user.uid), Some(user.gid)))?;
+                Ok(socket)
+            };
+            let socket = listen().map_err(|source| Error::Listen {
                 field: "vsock.socket",
                 path: path.clone(),
                 source,
             })?;
+            let seen_at = jail.map_or_else(|| path.clone(), |_| Jail::socket_path(path));
+            let (socket, file) = socket.without_file(seen_at);
+            file.into_iter().for_each(|file| placement.keep(file));
             Vsock::with_socket(config.cid, socket)
         }
         None => Vsock::new(config.cid),
@@ -261,7 +300,7 @@ fn error_at(name: &str) -> impl Fn(PlacementError) -> Error {
 }
 
 /// Wraps whatever a device's constructor says went wrong.
-fn device<E>(name: &str) -> impl FnOnce(E) -> Error
+pub fn device<E>(name: &str) -> impl FnOnce(E) -> Error
 where
     E: std::error::Error + Send + Sync + 'static,
 {

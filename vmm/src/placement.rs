@@ -8,8 +8,11 @@ use arch::VmFd;
 use arch::machine::{MmioDevice, Space};
 use devices::bus::{BusBuilder, BusDevice, BusError};
 use devices::interrupt::IrqLine;
+use devices::listener::SocketFile;
+use devices::serial::Serial;
 use devices::virtio::VirtioDevice;
 use devices::virtio::activity::Activity;
+use devices::virtio::fs::Window;
 use devices::virtio::mmio::{MMIO_WINDOW, MmioTransport};
 use devices::virtio::slot::Slot;
 use devices::virtio::subscriber::Subscriber;
@@ -18,7 +21,10 @@ use vm_allocator::{AddressAllocator, AllocPolicy, IdAllocator};
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::dax::Windows;
 use crate::event_loop::BoxedSubscriber;
+use crate::seccomp::Kind;
+use crate::state::Devices;
 use crate::vcpu::Buses;
 
 /// Where a driver writes the number of the queue it kicks (virtio 1.2, section 4.2.2: QueueNotify).
@@ -34,11 +40,11 @@ pub enum Loop {
 }
 
 impl Loop {
-    /// What its thread is called.
-    pub fn name(self) -> &'static str {
+    /// The kind of its thread.
+    pub fn kind(self) -> Kind {
         match self {
-            Loop::Vmm => "vmm",
-            Loop::Io => "io",
+            Loop::Vmm => Kind::Vmm,
+            Loop::Io => Kind::Io,
         }
     }
 }
@@ -95,16 +101,21 @@ pub struct Placement<'a> {
     memory_bus: BusBuilder,
     ports: BusBuilder,
     placed: Vec<MmioDevice>,
+    devices: Devices,
     activities: Vec<(String, Arc<Activity>)>,
     vmm_loop: Vec<BoxedSubscriber>,
     io_loop: Vec<BoxedSubscriber>,
     spares: Vec<SpareSlot>,
+    socket_files: Vec<SocketFile>,
+    dax: Windows<'a>,
 }
 
 /// A machine that is complete.
 pub struct Placed {
     /// The devices the guest must be told about.
     pub devices: Vec<MmioDevice>,
+    /// The same devices, and those of the platform, for who wants to know where they stand.
+    pub(crate) kept: Devices,
     /// What counts the activity of each virtio device, with the device's name.
     pub activities: Vec<(String, Arc<Activity>)>,
     /// The frozen buses.
@@ -115,6 +126,10 @@ pub struct Placed {
     pub io_loop: Vec<BoxedSubscriber>,
     /// Where devices can come while the guest runs.
     pub spares: Vec<SpareSlot>,
+    /// To be removed when the machine ends.
+    pub socket_files: Vec<SocketFile>,
+    /// Through which the guest maps files.
+    pub dax: Arc<[Arc<Window>]>,
 }
 
 impl<'a> Placement<'a> {
@@ -135,11 +150,25 @@ impl<'a> Placement<'a> {
             memory_bus: BusBuilder::default(),
             ports: BusBuilder::default(),
             placed: Vec::new(),
+            devices: Devices::default(),
             activities: Vec::new(),
             vmm_loop: Vec::new(),
             io_loop: Vec::new(),
             spares: Vec::new(),
+            socket_files: Vec::new(),
+            dax: Windows::new(vm, 0..0),
         })
+    }
+
+    /// Puts windows for mapped files at the guest-physical `addresses`.
+    pub fn with_dax_at(mut self, addresses: Range<u64>) -> Self {
+        self.dax = Windows::new(self.vm, addresses);
+        self
+    }
+
+    /// The windows for mapped files.
+    pub fn dax(&mut self) -> &mut Windows<'a> {
+        &mut self.dax
     }
 
     /// The memory in which drivers place rings and buffers.
@@ -162,7 +191,9 @@ impl<'a> Placement<'a> {
             Loop::Vmm => self.vmm_loop.push(subscriber),
             Loop::Io => self.io_loop.push(subscriber),
         }
-        self.place_at(Space::Memory, place.base.0, MMIO_WINDOW, wired.transport)
+        let transport = Arc::new(Mutex::new(wired.transport));
+        self.devices.transports.push((name.to_owned(), transport.clone()));
+        self.place_at(Space::Memory, place.base.0, MMIO_WINDOW, transport)
     }
 
     /// Keeps a place free for a device that may come while the guest runs.
@@ -187,19 +218,31 @@ impl<'a> Placement<'a> {
         Ok(place)
     }
 
-    /// Places a device of the platform at `size` addresses from `base` on.
-    pub fn place_at(
+    /// Places a serial port at `size` addresses from `base` on.
+    pub fn place_serial(
         &mut self,
         space: Space,
         base: u64,
         size: u64,
-        device: impl BusDevice + 'static,
+        serial: Serial,
+    ) -> Result<(), PlacementError> {
+        let serial = Arc::new(Mutex::new(serial));
+        self.devices.serials.push(serial.clone());
+        self.place_at(space, base, size, serial)
+    }
+
+    fn place_at(
+        &mut self,
+        space: Space,
+        base: u64,
+        size: u64,
+        device: Arc<Mutex<dyn BusDevice>>,
     ) -> Result<(), PlacementError> {
         let bus = match space {
             Space::Memory => &mut self.memory_bus,
             Space::Port => &mut self.ports,
         };
-        bus.place(base..base + size, Arc::new(Mutex::new(device))).map_err(PlacementError::Bus)
+        bus.place(base..base + size, device).map_err(PlacementError::Bus)
     }
 
     /// An interrupt line that raises `gsi`.
@@ -207,15 +250,23 @@ impl<'a> Placement<'a> {
         irq_line(self.vm, gsi)
     }
 
+    /// Keeps `file` for as long as the machine lasts.
+    pub fn keep(&mut self, file: SocketFile) {
+        self.socket_files.push(file);
+    }
+
     /// Freezes the machine.
     pub fn finish(self) -> Placed {
         Placed {
             devices: self.placed,
+            kept: self.devices,
             activities: self.activities,
             buses: Buses { memory: self.memory_bus.build(), ports: self.ports.build() },
             vmm_loop: self.vmm_loop,
             io_loop: self.io_loop,
             spares: self.spares,
+            socket_files: self.socket_files,
+            dax: self.dax.finish(),
         }
     }
 }

@@ -94,7 +94,8 @@ fn map(
     if file_bytes == 0 {
         return Err(PmemError::Empty);
     }
-    // A length is at most 2^63 - 1. Linux takes nothing smaller than a huge page, and KVM maps it with huge pages where the page cache has them.
+    // A length is at most 2^63 - 1. Linux takes nothing smaller than a huge page, and KVM maps it
+    // with huge pages where the page cache has them.
     let huge_page = HUGE_PAGE as u64;
     let bytes = file_bytes.next_multiple_of(huge_page);
     let start = addresses
@@ -103,7 +104,7 @@ fn map(
         .start();
     let host = map_file(file, file_bytes, bytes).map_err(PmemError::Map)?;
     let length = usize::try_from(bytes).expect("it is mapped");
-    ram.extend(vm, memory::describe(GuestAddress(start), host, length)?, read_only)?;
+    ram.extend(vm, memory::describe(GuestAddress(start), host, length, memory::FLAGS)?, read_only)?;
     Ok((GuestAddress(start), bytes))
 }
 

@@ -7,10 +7,11 @@
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 
-use arch::machine::Entry;
 use arch::{Arch, ArchError, Host, Kvm, VcpuFd, VmFd};
+use devices::virtio::fs::Window;
 use vm_memory::GuestMemoryMmap;
 
+use crate::confinement::Confinement;
 use crate::control::Control;
 use crate::metrics::{Counter, ExitCounts};
 use crate::vcpu::{Buses, Vcpu};
@@ -46,37 +47,33 @@ pub struct Shared {
     pub memory: GuestMemoryMmap,
     /// Where accesses go.
     pub buses: Arc<Buses>,
+    /// Where the guest maps files.
+    pub windows: Arc<[Arc<Window>]>,
     /// Run, pause or stop.
     pub control: Arc<Control>,
-}
-
-/// What it takes to make another vCPU.
-pub struct Maker {
-    /// KVM itself, which knows what a vCPU can do.
-    pub kvm: Kvm,
-    /// Where the first vCPU started.
-    pub entry: Entry,
+    /// What their threads are left with.
+    pub confinement: Confinement,
 }
 
 /// The vCPUs of a running machine.
 pub struct Processors {
     shared: Shared,
-    /// Not there for a machine that has all its vCPUs from the start.
-    maker: Option<Maker>,
     most: u8,
     granted: Mutex<Granted>,
 }
 
 struct Granted {
     threads: Vec<JoinHandle<()>>,
+    /// What the threads run; free while they are out of the guest.
+    fds: Vec<Arc<Mutex<VcpuFd>>>,
     counters: Vec<Arc<Mutex<Counter>>>,
 }
 
 impl Processors {
     /// None yet, of `most` in all.
-    pub fn new(shared: Shared, maker: Option<Maker>, most: u8) -> Self {
-        let granted = Granted { threads: Vec::new(), counters: Vec::new() };
-        Processors { shared, maker, most, granted: Mutex::new(granted) }
+    pub fn new(shared: Shared, most: u8) -> Self {
+        let granted = Granted { threads: Vec::new(), fds: Vec::new(), counters: Vec::new() };
+        Processors { shared, most, granted: Mutex::new(granted) }
     }
 
     /// Starts the thread of the next vCPU, whose registers are set.
@@ -90,21 +87,30 @@ impl Processors {
     }
 
     /// Makes vCPUs until there are `count`, each waiting for the guest to start it.
-    pub fn grant(&self, vm: &VmFd, count: u8) -> Result<(), GrantError> {
+    pub fn grant(&self, kvm: &Kvm, vm: &VmFd, count: u8) -> Result<(), GrantError> {
         let mut granted = self.lock();
         let (least, most) = (granted.count(), self.most);
         if !(least..=most).contains(&count) {
             return Err(GrantError::Count { least, most });
         }
-        let Some(maker) = &self.maker else { return Ok(()) };
         for index in least..count {
             let fd = vm.create_vcpu(index.into()).map_err(GrantError::Create)?;
-            Host::reset_vcpu(&maker.kvm, &fd, index, most, &maker.entry)
-                .map_err(GrantError::Reset)?;
+            Host::reset_vcpu(kvm, &fd, index, most, None).map_err(GrantError::Reset)?;
             let control = &self.shared.control;
             control.add_vcpu(|| granted.start(&self.shared, fd)).map_err(GrantError::Start)?;
         }
         Ok(())
+    }
+
+    /// Says where each of them stands. All must be out of the guest.
+    pub fn save(&self, kvm: &Kvm) -> Result<Vec<<Host as Arch>::VcpuState>, ArchError> {
+        let granted = self.lock();
+        let fds = granted.fds.iter();
+        fds.map(|fd| {
+            let fd = fd.lock().expect("nothing panics while it runs the guest");
+            Host::save_vcpu(kvm, &fd)
+        })
+        .collect()
     }
 
     /// Adds what all of them did to `sum`.
@@ -133,16 +139,19 @@ impl Granted {
     }
 
     fn start(&mut self, shared: &Shared, fd: VcpuFd) -> std::io::Result<()> {
+        let fd = Arc::new(Mutex::new(fd));
         let counter = Arc::new(Mutex::new(Counter::default()));
         let vcpu = Vcpu {
             index: self.count(),
-            fd,
+            fd: fd.clone(),
             memory: shared.memory.clone(),
             buses: shared.buses.clone(),
+            windows: shared.windows.clone(),
             control: shared.control.clone(),
             counter: counter.clone(),
         };
-        self.threads.push(vcpu.start()?);
+        self.threads.push(vcpu.start(&shared.confinement)?);
+        self.fds.push(fd);
         self.counters.push(counter);
         Ok(())
     }

@@ -7,14 +7,17 @@ use std::thread::{self, JoinHandle};
 use arch::machine::{Exit as GuestExit, Space};
 use arch::{Arch, Host, VcpuFd};
 use devices::bus::Bus;
+use devices::virtio::fs::Window;
 use kvm_bindings::{
     KVM_EXIT_FAIL_ENTRY, KVM_EXIT_INTERNAL_ERROR, KVM_INTERNAL_ERROR_DELIVERY_EV,
     KVM_INTERNAL_ERROR_EMULATION, kvm_run,
 };
 use vm_memory::GuestMemoryMmap;
 
+use crate::confinement::Confinement;
 use crate::control::{self, Control, Exit};
 use crate::metrics::Counter;
+use crate::seccomp::Kind;
 
 /// Address space of a vCPU thread's stack, in bytes; only what is used of it becomes memory.
 const STACK_BYTES: usize = 256 << 10;
@@ -31,12 +34,14 @@ pub struct Buses {
 pub struct Vcpu {
     /// Number of the vCPU, from 0.
     pub index: u8,
-    /// Its KVM handle, with all registers set.
-    pub fd: VcpuFd,
+    /// Its KVM handle, with all registers set; the thread holds it while it is in the guest.
+    pub fd: Arc<Mutex<VcpuFd>>,
     /// Guest RAM, for exits that refer to it.
     pub memory: GuestMemoryMmap,
     /// Where its accesses go.
     pub buses: Arc<Buses>,
+    /// Where the guest maps files, which may be truncated meanwhile.
+    pub windows: Arc<[Arc<Window>]>,
     /// Run, pause or stop.
     pub control: Arc<Control>,
     /// Counts its exits.
@@ -45,15 +50,14 @@ pub struct Vcpu {
 
 impl Vcpu {
     /// Starts the vCPU's thread; it ends with the VM.
-    pub fn start(mut self) -> io::Result<JoinHandle<()>> {
-        thread::Builder::new()
-            .name(format!("vcpu {}", self.index))
-            .stack_size(STACK_BYTES)
-            .spawn(move || self.run())
+    pub fn start(self, confinement: &Confinement) -> io::Result<JoinHandle<()>> {
+        let name = format!("{} {}", Kind::Vcpu.name(), self.index);
+        let builder = thread::Builder::new().name(name).stack_size(STACK_BYTES);
+        confinement.spawn(builder, Kind::Vcpu, move || self.run())
     }
 
-    fn run(&mut self) {
-        if let Err(error) = self.control.adopt(&mut self.fd) {
+    fn run(&self) {
+        if let Err(error) = self.control.adopt(&mut lock(&self.fd)) {
             self.fail(&format!("prepare its thread: {error}"));
         }
         while self.control.checkpoint() {
@@ -63,16 +67,19 @@ impl Vcpu {
     }
 
     /// Runs the guest until there is a reason to look at the wish again.
-    fn run_guest(&mut self) {
+    fn run_guest(&self) {
+        let mut fd = lock(&self.fd);
         loop {
-            let exit = match self.fd.run() {
+            let exit = match fd.run() {
                 Ok(exit) => exit,
                 Err(error) => match error.errno() {
                     libc::EINTR => {
-                        self.fd.set_kvm_immediate_exit(0);
+                        fd.set_kvm_immediate_exit(0);
                         lock(&self.counter).signal();
                         return;
                     }
+                    // The guest accessed memory that cannot be had.
+                    libc::EFAULT if self.patch_windows() => continue,
                     // KVM had something else to do first.
                     libc::EAGAIN => continue,
                     _ => return self.fail(&format!("run the guest: {error}")),
@@ -91,15 +98,16 @@ impl Vcpu {
                 Some(GuestExit::Shutdown) => return self.control.end(Exit::PowerOff),
                 Some(GuestExit::Reset) => return self.control.end(Exit::Reset),
                 Some(GuestExit::TripleFault) => return self.control.end(Exit::TripleFault),
-                None => return self.fail_at_exit(),
+                // Nobody knows how to go on after it.
+                None => return self.fail(&explain(fd.get_kvm_run())),
             }
         }
     }
 
-    /// Nobody knows how to go on after the last exit.
-    fn fail_at_exit(&mut self) {
-        let message = explain(self.fd.get_kvm_run());
-        self.fail(&message);
+    /// Puts zeros where the guest's windows reach beyond the ends of files. Returns whether there was
+    /// anything to do, so that what failed may work now.
+    fn patch_windows(&self) -> bool {
+        self.windows.iter().filter(|window| window.patch()).count() != 0
     }
 
     fn fail(&self, message: &str) {
@@ -141,8 +149,8 @@ fn explain(run: &kvm_run) -> String {
     }
 }
 
-fn lock(counter: &Mutex<Counter>) -> MutexGuard<'_, Counter> {
-    counter.lock().expect("nothing panics while it counts")
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().expect("nothing panics while it counts or runs the guest")
 }
 
 #[cfg(test)]

@@ -2,8 +2,10 @@
 
 mod guest;
 mod hotplug;
+mod machine;
 mod memory;
 mod pmem;
+mod state;
 
 use std::fs;
 use std::io::Write;
@@ -204,8 +206,7 @@ fn the_guest_shares_a_directory_with_the_host() {
         "mount -t virtiofs share /mnt && cat /mnt/from-host && echo hello host > /mnt/from-guest
          umount /mnt",
     );
-    guest.config.shares =
-        vec![ShareConfig { tag: "share".into(), path: folder.path().into(), read_only: false }];
+    guest.config.shares = vec![ShareConfig::new("share", folder.path().into())];
 
     let ended = guest.run();
 
@@ -216,11 +217,39 @@ fn the_guest_shares_a_directory_with_the_host() {
 
 #[test]
 #[ignore = "needs KVM that boots Linux"]
+fn the_guest_does_all_kinds_of_things_to_files() {
+    let folder = TempDir::new().unwrap();
+    // The file server's thread may make these system calls and no others.
+    let mut guest = Guest::new(
+        "set -e; trap 'echo failed: $?' EXIT
+         mount -t virtiofs share /mnt; cd /mnt
+         mkdir folder; mkfifo fifo; mknod null c 1 3; ln -s file link; echo data > file; ln file hard
+         chmod 4755 file; chown 7:7 file; chown -h 7:7 link; touch -t 200001010000 file; cat link
+         echo more >> file; truncate -s 100 file; fallocate -l 8192 large; mv -f hard folder/moved
+         dd if=/dev/zero of=large bs=64k count=40 conv=fsync,notrunc 2> /dev/null; sync
+         cp large copy; cmp large copy; readlink link; stat -f . > /dev/null; df . > /dev/null
+         mkdir /etc; echo guest:x:7:7::/:/bin/sh > /etc/passwd; chmod 777 .; su guest -c 'touch /mnt/owned'
+         find . | xargs ls -ld; rm folder/moved; rmdir folder; rm -r copy fifo null link
+         cd /; umount /mnt; mount -t virtiofs share /mnt; cat /mnt/file; umount /mnt
+         trap - EXIT; echo done",
+    );
+    guest.config.shares = vec![ShareConfig::new("share", folder.path().into())];
+
+    let ended = guest.run();
+
+    assert_ended_by_guest(&ended);
+    assert!(ended.output.contains("done"), "{ended:?}");
+    assert_eq!(fs::metadata(folder.path().join("large")).unwrap().len(), 40 << 16);
+    assert_eq!(fs::metadata(folder.path().join("owned")).unwrap().uid(), 7);
+}
+
+#[test]
+#[ignore = "needs KVM that boots Linux"]
 fn a_read_only_share_stays_as_it_is() {
     let folder = TempDir::new().unwrap();
     let mut guest = Guest::new("mount -t virtiofs share /mnt && touch /mnt/new; echo status $?");
-    guest.config.shares =
-        vec![ShareConfig { tag: "share".into(), path: folder.path().into(), read_only: true }];
+    let share = ShareConfig::new("share", folder.path().into());
+    guest.config.shares = vec![ShareConfig { read_only: true, ..share }];
 
     let ended = guest.run();
 

@@ -1,11 +1,18 @@
 //! The life of a VM, shown with guests of a few instructions that any KVM can run.
 
+#[path = "payload/driver.rs"]
+mod driver;
 mod payload;
 
 use std::time::{Duration, Instant};
 
+use driver::{Driver, map_registers};
 use payload::{HANG, Payload, TRIPLE_FAULT, print};
-use vmm::{Error, Exit, NetConfig, VmConfig, VmHandle, Vmm};
+use tempfile::NamedTempFile;
+use vmm::{
+    ConsoleOutput, DiskConfig, Error, Exit, MemoryBacking, NetConfig, SavedMemory, ShareConfig,
+    Sharing, VhostUse, VmConfig, VmHandle, Vmm, VsockConfig,
+};
 
 /// Generous, because this machine may be busy and its KVM emulated.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -139,7 +146,7 @@ fn a_dropped_vm_leaves_no_thread() {
 #[test]
 #[ignore = "needs /dev/kvm"]
 fn a_text_file_is_no_kernel() {
-    let file = tempfile::NamedTempFile::new().unwrap();
+    let file = NamedTempFile::new().unwrap();
     std::fs::write(file.path(), "#!/bin/sh\necho not a kernel\n").unwrap();
 
     let error = anyhow::Error::from(Vmm::new(VmConfig::new(file.path().into())).err().unwrap());
@@ -165,4 +172,137 @@ fn a_tap_that_does_not_exist_is_an_error_and_hurts_no_other_machine() {
     assert!(refused.rule.starts_with("must name a tap"), "{}", refused.rule);
     vm.stop();
     assert_eq!(vm.wait(), Exit::Stopped);
+}
+
+#[test]
+#[ignore = "needs /dev/kvm and taps"]
+fn a_guest_that_breaks_every_device_can_reset_and_use_each() {
+    let disk = NamedTempFile::new().unwrap();
+    disk.as_file().set_len(1 << 20).unwrap();
+    let share = tempfile::TempDir::new().unwrap();
+    // In the order of their windows: console, entropy, socket, disk, share, network.
+    let queues = [1, 0, 1, 0, 1, 1];
+    let mut code = vec![map_registers()];
+    for (index, queue) in (0..).zip(queues) {
+        let driver = Driver { index, queue };
+        code.extend([driver.jump(), print("j"), driver.offer_no_descriptor(), print("d")]);
+        code.extend([driver.start_nowhere(), print("n"), driver.kick_and_kick(), print("k")]);
+        code.extend([driver.behave(), print("ok ")]);
+    }
+    let payload = Payload::elf(&[code.concat(), print("end"), TRIPLE_FAULT.to_vec()]);
+    let mut config = payload.config();
+    config.vsock = Some(VsockConfig { cid: 3, socket: None });
+    config.disks = vec![DiskConfig::new("disk", disk.path().into())];
+    config.shares = vec![ShareConfig::new("t", share.path().into())];
+    let net = NetConfig::new("coracle-hostile", "02:00:00:00:00:01");
+    config.nets = vec![NetConfig { create: true, vhost: VhostUse::Off, ..net }];
+
+    let vm = start(config);
+    wait_for_output(&vm, "end");
+
+    assert_eq!(vm.console_tail(), "jdnkok jdnkok jdnkok jdnkok jdnkok jdnkok end");
+    assert_eq!(vm.wait(), Exit::TripleFault);
+}
+
+/// Writes the lower-case alphabet to the UART again and again.
+const PRINT_ALPHABET: &[u8] = &[
+    0x66,
+    0xba,
+    0xf8,
+    0x03, // mov dx, 0x3f8
+    0xb0,
+    b'a', // start: mov al, 'a'
+    0xee, // next: out dx, al
+    0xfe,
+    0xc0, // inc al
+    0x3c,
+    b'z' + 1, // cmp al, 'z' + 1
+    0x75,
+    0xf9, // jne next
+    0xeb,
+    0xf5, // jmp start
+];
+
+/// What the machines of one guest printed, one after the other.
+fn printed(file: &NamedTempFile) -> String {
+    std::fs::read_to_string(file.path()).unwrap()
+}
+
+/// A machine that prints the alphabet again and again into `output`, with its memory in a file.
+fn alphabet(payload: &Payload, output: &NamedTempFile) -> VmConfig {
+    let mut config = payload.config();
+    config.console.output = ConsoleOutput::File(output.path().to_owned());
+    config.memory.backing = MemoryBacking::Memfd;
+    config
+}
+
+#[test]
+#[ignore = "needs /dev/kvm"]
+fn a_machine_built_anew_prints_on_where_the_saved_one_stopped() {
+    let output = NamedTempFile::new().unwrap();
+    let payload = Payload::elf(&[PRINT_ALPHABET.to_vec()]);
+    let config = alphabet(&payload, &output);
+    let mut vm = start(config.clone());
+    wait_for_output(&vm, "xyz");
+
+    for _ in 0..3 {
+        vm.pause();
+        let state = postcard::to_stdvec(&vm.save().unwrap()).unwrap();
+        let file = vm.memory_file().unwrap().try_clone().unwrap();
+        drop(vm);
+        let memory = SavedMemory { file, sharing: Sharing::Shared };
+        let state = postcard::from_bytes(&state).unwrap();
+        vm = Vmm::restore(config.clone(), &state, memory).unwrap().start().unwrap();
+        wait_for_output(&vm, "xyz");
+    }
+    vm.stop();
+    assert_eq!(vm.wait(), Exit::Stopped);
+
+    let printed = printed(&output);
+    let alphabet = ('a'..='z').cycle();
+    assert!(printed.len() > 4 * 26);
+    assert!(printed.chars().zip(alphabet).all(|(printed, expected)| printed == expected));
+}
+
+#[test]
+#[ignore = "needs /dev/kvm"]
+fn only_a_paused_machine_with_its_memory_in_a_file_is_saved() {
+    let payload = Payload::elf(&[HANG.to_vec()]);
+    let mut config = payload.config();
+    let vm = start(config.clone());
+    vm.pause();
+    let error = vm.save().unwrap_err().to_string();
+    assert!(error.contains("memory.backing"), "{error}");
+
+    config.memory.backing = MemoryBacking::Memfd;
+    let vm = start(config);
+    let error = vm.save().unwrap_err().to_string();
+    assert_eq!(error, "save the machine: it is running: pause it first");
+    vm.stop();
+    let error = vm.save().unwrap_err().to_string();
+    assert_eq!(error, "save the machine: it has ended");
+}
+
+#[test]
+#[ignore = "needs /dev/kvm"]
+fn the_state_of_another_machine_is_refused() {
+    let payload = Payload::elf(&[HANG.to_vec()]);
+    let mut config = payload.config();
+    config.memory.backing = MemoryBacking::Memfd;
+    let vm = start(config.clone());
+    vm.pause();
+    let state = vm.save().unwrap();
+    let refused = |config: &VmConfig| {
+        let file = vm.memory_file().unwrap().try_clone().unwrap();
+        let memory = SavedMemory { file, sharing: Sharing::Private };
+        Vmm::restore(config.clone(), &state, memory).err().unwrap().to_string()
+    };
+
+    let more = VmConfig { vcpus: 2, ..config.clone() };
+    assert_eq!(refused(&more), "the machine was saved with vcpus 1, not 2");
+    let mut larger = config.clone();
+    larger.memory.size_mib += 1;
+    assert_eq!(refused(&larger), "the machine was saved with memory.size_mib 32, not 33");
+    let fewer = VmConfig { rng: false, ..config };
+    assert_eq!(refused(&fewer), "the machine was saved with devices 2, not 1");
 }

@@ -172,7 +172,7 @@ impl ExitStatus {
     pub fn shell_code(self) -> u8 {
         match self {
             ExitStatus::Code(code) => code,
-            ExitStatus::Signal(signal) => u8::try_from(128 + signal).unwrap_or(u8::MAX),
+            ExitStatus::Signal(signal) => u8::try_from(i64::from(signal) + 128).unwrap_or(u8::MAX),
         }
     }
 }
@@ -448,4 +448,16 @@ pub struct Capabilities {
     pub permitted: u64,
     /// Kept over execve.
     pub ambient: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_signal_that_is_none_has_a_code_all_the_same() {
+        assert_eq!(ExitStatus::Signal(9).shell_code(), 137);
+        assert_eq!(ExitStatus::Signal(i32::MAX).shell_code(), u8::MAX);
+        assert_eq!(ExitStatus::Signal(i32::MIN).shell_code(), u8::MAX);
+    }
 }

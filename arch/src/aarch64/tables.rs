@@ -123,7 +123,7 @@ mod tests {
 
     use super::*;
     use crate::fdt::testing::Tree;
-    use crate::machine::Entry;
+    use crate::machine::{Entry, Protocol};
 
     const DEVICE: MmioDevice = MmioDevice { base: GuestAddress(0x1000_0000), size: 0x1000, gsi: 5 };
 
@@ -133,7 +133,7 @@ mod tests {
 
     fn tree_of(vcpus: u8, cmdline: &str) -> Result<Tree, ArchError> {
         let initrd = Some((GuestAddress(0x4300_0000), 0x1000));
-        let entry = Entry { address: layout::KERNEL, initrd };
+        let entry = Entry { address: layout::KERNEL, initrd, protocol: Protocol::Linux };
         let machine = Machine { vcpus, cmdline, entry, devices: &[DEVICE] };
         tree(&memory(), &machine).map(|blob| Tree::parse(&blob))
     }
@@ -194,7 +194,7 @@ mod tests {
     fn the_tree_is_written_to_the_start_of_ram() {
         use vm_memory::Bytes;
         let memory = memory();
-        let entry = Entry { address: layout::KERNEL, initrd: None };
+        let entry = Entry { address: layout::KERNEL, initrd: None, protocol: Protocol::Linux };
 
         write(&memory, &Machine { vcpus: 1, cmdline: "", entry, devices: &[] }).unwrap();
 

@@ -115,7 +115,7 @@ fn console(fdt: &mut FdtWriter) -> Result<(), ArchError> {
 mod tests {
     use super::*;
     use crate::fdt::testing::Tree;
-    use crate::machine::Entry;
+    use crate::machine::{Entry, Protocol};
 
     const RAM: u64 = 64 << 20;
 
@@ -125,7 +125,7 @@ mod tests {
     }
 
     fn machine(vcpus: u8) -> Machine<'static> {
-        let entry = Entry { address: GuestAddress(0), initrd: None };
+        let entry = Entry { address: GuestAddress(0), initrd: None, protocol: Protocol::Linux };
         Machine { vcpus, cmdline: "quiet", entry, devices: &[] }
     }
 

@@ -1,20 +1,22 @@
-//! Kernel and initrd into guest memory: an ELF vmlinux or a bzImage, entered in 64-bit mode.
+//! Kernel and initrd into guest memory: an ELF kernel or a bzImage, entered in 64-bit mode or by PVH.
 #![cfg(target_arch = "x86_64")]
 
 use std::fs::File;
 use std::io::{ErrorKind, Read, Seek};
 
 use linux_loader::loader::bootparam::setup_header;
-use linux_loader::loader::{BzImage, Elf, KernelLoader};
+use linux_loader::loader::elf::PvhBootCapability;
+use linux_loader::loader::{BzImage, Elf, KernelLoader, KernelLoaderResult};
 use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion};
 
 use super::layout;
 use super::tables::zero_page;
 use super::vcpu::segments;
 use crate::ArchError;
-use crate::machine::{BootFiles, Entry};
+use crate::machine::{BootFiles, Entry, Protocol};
 
 const ACCEPTED: &str = "an x86_64 ELF vmlinux and a 64-bit bzImage";
+const ACCEPTED_BY_PVH: &str = "an x86_64 ELF kernel with a PVH note (CONFIG_PVH of Linux)";
 
 /// Bytes of the file that tell its format: the real-mode header ends below 0x280.
 const HEAD_BYTES: u64 = 0x280;
@@ -42,6 +44,7 @@ enum Format {
 /// A kernel that is in guest memory.
 struct Loaded {
     entry: GuestAddress,
+    protocol: Protocol,
     /// First address that the kernel leaves alone while it starts.
     end: u64,
     /// Last address an initrd may occupy.
@@ -49,12 +52,16 @@ struct Loaded {
     header: setup_header,
 }
 
-/// Loads what `boot` names, and what the first vCPU needs to run it in 64-bit mode.
+/// Loads what `boot` names, and what the first vCPU needs to run it.
 pub fn load(memory: &GuestMemoryMmap, boot: &mut BootFiles) -> Result<Entry, ArchError> {
     let ram_end = memory.find_region(layout::HIGH_RAM).map_or(0, |ram| ram.len());
     let head = read_head(&mut boot.kernel)?;
     let kernel = match identify(&head)? {
-        Format::Elf => load_elf(memory, &mut boot.kernel, ram_end)?,
+        Format::Elf => load_elf(memory, &mut boot.kernel, ram_end, boot.protocol)?,
+        Format::BzImage if boot.protocol == Some(Protocol::Pvh) => {
+            let found = "a bzImage, which is not entered by PVH";
+            return Err(ArchError::NotAKernel { found, accepted: ACCEPTED_BY_PVH });
+        }
         Format::BzImage => load_bzimage(memory, &mut boot.kernel, ram_end)?,
     };
     if kernel.end > ram_end {
@@ -67,7 +74,7 @@ pub fn load(memory: &GuestMemoryMmap, boot: &mut BootFiles) -> Result<Entry, Arc
         boot.initrd.as_mut().map(|file| load_initrd(memory, file, &kernel, ram_end)).transpose()?;
     zero_page::write_header(memory, kernel.header.as_slice())?;
     segments::write(memory)?;
-    Ok(Entry { address: kernel.entry, initrd })
+    Ok(Entry { address: kernel.entry, initrd, protocol: kernel.protocol })
 }
 
 fn read_head(kernel: &mut File) -> Result<Vec<u8>, ArchError> {
@@ -112,15 +119,45 @@ fn load_elf(
     memory: &GuestMemoryMmap,
     kernel: &mut File,
     ram_end: u64,
+    wanted: Option<Protocol>,
 ) -> Result<Loaded, ArchError> {
     let loaded = Elf::load(memory, None, kernel, Some(layout::HIGH_RAM))
         .map_err(|source| ArchError::LoadKernel { ram_mib: ram_end >> 20, source })?;
+    let (entry, protocol) = elf_entry(&loaded, wanted)?;
     Ok(Loaded {
-        entry: loaded.kernel_load,
+        entry,
+        protocol,
         end: loaded.kernel_end,
         initrd_max: VMLINUX_INITRD_MAX,
         header: vmlinux_header(),
     })
+}
+
+/// Where and how to enter an ELF kernel. Without a wish that is the ELF entry, as Linux wants it,
+/// unless that is a virtual address: other kernels, as those of the BSDs, have only PVH then.
+fn elf_entry(
+    loaded: &KernelLoaderResult,
+    wanted: Option<Protocol>,
+) -> Result<(GuestAddress, Protocol), ArchError> {
+    let is_physical = loaded.kernel_load.0 < loaded.kernel_end;
+    match (wanted, loaded.pvh_boot_cap) {
+        (None | Some(Protocol::Linux), _) if is_physical => {
+            Ok((loaded.kernel_load, Protocol::Linux))
+        }
+        (None | Some(Protocol::Pvh), PvhBootCapability::PvhEntryPresent(entry))
+            if entry.0 < loaded.kernel_end =>
+        {
+            Ok((entry, Protocol::Pvh))
+        }
+        (Some(Protocol::Pvh), _) => Err(ArchError::NotAKernel {
+            found: "an ELF file that names no entry for PVH",
+            accepted: ACCEPTED_BY_PVH,
+        }),
+        _ => Err(ArchError::NotAKernel {
+            found: "an ELF file whose entry lies behind all that it loads",
+            accepted: ACCEPTED,
+        }),
+    }
 }
 
 /// A vmlinux has no header, but Linux takes nothing from a zero page without one.
@@ -147,6 +184,7 @@ fn load_bzimage(
     let end = unpacked.saturating_add(header.init_size.into()).max(loaded.kernel_end);
     Ok(Loaded {
         entry: GuestAddress(loaded.kernel_load.0 + ENTRY_64),
+        protocol: Protocol::Linux,
         end,
         initrd_max: header.initrd_addr_max.into(),
         header,
@@ -233,16 +271,91 @@ mod tests {
         image
     }
 
+    /// A kernel as [`vmlinux`] makes it, whose note names `entry` for PVH.
+    fn with_pvh_note(entry: u32) -> Vec<u8> {
+        const PT_NOTE: u32 = 4;
+        const SEGMENT: std::ops::Range<usize> = 64..120;
+        let mut elf = vmlinux(0x1000);
+        let mut segment = elf[SEGMENT].to_vec();
+        segment[8] += 56; // the code moves behind one more program header
+        let mut note = [0; 56];
+        note[..4].copy_from_slice(&PT_NOTE.to_le_bytes());
+        note[8..16].copy_from_slice(&177_u64.to_le_bytes());
+        note[32..40].copy_from_slice(&20_u64.to_le_bytes());
+        elf[56] = 2;
+        let code = elf.split_off(SEGMENT.end);
+        elf.truncate(SEGMENT.start);
+        elf.extend([&segment[..], &note, &code].concat());
+        for word in [4, 4, 18] {
+            elf.extend(u32::to_le_bytes(word));
+        }
+        elf.extend(b"Xen\0");
+        elf.extend(entry.to_le_bytes());
+        elf
+    }
+
+    /// A kernel as FreeBSD's: linked to the highest 2 GiB, its ELF entry too.
+    fn linked_high(mut elf: Vec<u8>) -> Vec<u8> {
+        elf[24..32].copy_from_slice(&0xffff_ffff_8038_5000_u64.to_le_bytes());
+        elf
+    }
+
     fn load_files(kernel: &[u8], initrd: Option<&[u8]>) -> Result<Entry, ArchError> {
-        let mut boot = BootFiles { kernel: file(kernel), initrd: initrd.map(file) };
-        load(&memory(), &mut boot)
+        let kernel = file(kernel);
+        load(&memory(), &mut BootFiles { kernel, initrd: initrd.map(file), protocol: None })
+    }
+
+    fn load_by(protocol: Option<Protocol>, kernel: &[u8]) -> Result<Entry, ArchError> {
+        load(&memory(), &mut BootFiles { kernel: file(kernel), initrd: None, protocol })
+    }
+
+    const PVH_ENTRY: u32 = 0x100_0100;
+
+    #[test]
+    fn a_kernel_with_both_entries_is_entered_in_64_bit_mode() {
+        let entry = load_by(None, &with_pvh_note(PVH_ENTRY)).unwrap();
+
+        assert_eq!((entry.address.0, entry.protocol), (LOAD_ADDRESS, Protocol::Linux));
+    }
+
+    #[test]
+    fn a_kernel_with_both_entries_is_entered_by_pvh_if_that_is_wanted() {
+        let entry = load_by(Some(Protocol::Pvh), &with_pvh_note(PVH_ENTRY)).unwrap();
+
+        assert_eq!((entry.address.0, entry.protocol), (PVH_ENTRY.into(), Protocol::Pvh));
+    }
+
+    #[test]
+    fn a_kernel_whose_elf_entry_is_virtual_is_entered_by_pvh() {
+        let entry = load_by(None, &linked_high(with_pvh_note(PVH_ENTRY))).unwrap();
+
+        assert_eq!((entry.address.0, entry.protocol), (PVH_ENTRY.into(), Protocol::Pvh));
+    }
+
+    #[test]
+    fn a_kernel_without_a_note_is_not_entered_by_pvh() {
+        for kernel in [vmlinux(1), bzimage(1 << 20)] {
+            let error = load_by(Some(Protocol::Pvh), &kernel).unwrap_err().to_string();
+
+            assert!(error.contains("accepted are an x86_64 ELF kernel with a PVH note"), "{error}");
+        }
+    }
+
+    #[test]
+    fn an_entry_behind_the_kernel_is_refused_by_either_protocol() {
+        let both = linked_high(with_pvh_note(u32::MAX));
+
+        for protocol in [None, Some(Protocol::Linux), Some(Protocol::Pvh)] {
+            assert!(matches!(load_by(protocol, &both), Err(ArchError::NotAKernel { .. })));
+        }
     }
 
     #[test]
     fn a_vmlinux_starts_at_its_entry() {
         let entry = load_files(&vmlinux(1), None).unwrap();
 
-        assert_eq!(entry, Entry { address: GuestAddress(LOAD_ADDRESS), initrd: None });
+        let (address, protocol) = (GuestAddress(LOAD_ADDRESS), Protocol::Linux);
+        assert_eq!(entry, Entry { address, initrd: None, protocol });
     }
 
     #[test]
@@ -255,7 +368,7 @@ mod tests {
     #[test]
     fn the_code_of_a_bzimage_is_loaded() {
         let memory = memory();
-        let mut boot = BootFiles { kernel: file(&bzimage(1 << 20)), initrd: None };
+        let mut boot = BootFiles { kernel: file(&bzimage(1 << 20)), initrd: None, protocol: None };
 
         load(&memory, &mut boot).unwrap();
 

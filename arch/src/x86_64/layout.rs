@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! 0x0000_0500  GDT of the first vCPU
+//! 0x0000_6000  PVH start info
 //! 0x0000_7000  zero page (boot_params)
 //! 0x0000_9000  page tables of the first vCPU: 12 KiB
 //! 0x0002_0000  kernel command line: 64 KiB at most
@@ -35,6 +36,8 @@ pub const DEFAULT_CMDLINE: &str = "panic=-1 reboot=k tsc=reliable pci=off 8250.n
 
 /// Descriptors the first vCPU runs on until the kernel loads its own.
 pub const GDT: GuestAddress = GuestAddress(0x500);
+/// What a kernel finds that is entered by PVH: one page.
+pub const START_INFO: GuestAddress = GuestAddress(0x6000);
 /// The kernel's `boot_params` (Documentation/arch/x86/zero-page.rst).
 pub const ZERO_PAGE: GuestAddress = GuestAddress(0x7000);
 /// Page tables that map the first GiB onto itself: three pages.

@@ -16,6 +16,8 @@ pub use host::X86_64;
 mod host {
     use std::ops::Range;
 
+    use kvm_bindings::kvm_clock_data;
+    use serde::{Deserialize, Serialize};
     use vm_memory::GuestMemoryMmap;
 
     use super::{boot, exits, irqchip, layout, tables, vcpu, vm};
@@ -26,7 +28,17 @@ mod host {
     #[derive(Debug)]
     pub struct X86_64;
 
+    /// Where everything stands that the vCPUs share.
+    #[derive(Debug, Serialize, Deserialize)]
+    pub struct BoardState {
+        irqchip: irqchip::State,
+        clock: kvm_clock_data,
+    }
+
     impl Arch for X86_64 {
+        type VcpuState = vcpu::State;
+        type BoardState = BoardState;
+
         const DEFAULT_CMDLINE: &'static str = layout::DEFAULT_CMDLINE;
 
         fn memory_map(ram_bytes: u64) -> MemoryMap {
@@ -43,6 +55,7 @@ mod host {
 
         fn before_vcpus(_kvm: &Kvm, vm: &VmFd) -> Result<(), ArchError> {
             vm::reserve_addresses(vm)?;
+            vm::leave_out_counters(vm)?;
             irqchip::create(vm)
         }
 
@@ -63,9 +76,26 @@ mod host {
             vcpu: &VcpuFd,
             index: u8,
             vcpus: u8,
-            entry: &Entry,
+            entry: Option<&Entry>,
         ) -> Result<(), ArchError> {
             vcpu::reset(kvm, vcpu, index, vcpus, entry)
+        }
+
+        fn save_vcpu(kvm: &Kvm, vcpu: &VcpuFd) -> Result<vcpu::State, ArchError> {
+            vcpu::State::of(kvm, vcpu)
+        }
+
+        fn restore_vcpu(vcpu: &VcpuFd, state: &vcpu::State) -> Result<(), ArchError> {
+            state.apply(vcpu)
+        }
+
+        fn save_board(vm: &VmFd) -> Result<BoardState, ArchError> {
+            Ok(BoardState { irqchip: irqchip::State::of(vm)?, clock: vm::save_clock(vm)? })
+        }
+
+        fn restore_board(vm: &VmFd, state: &BoardState) -> Result<(), ArchError> {
+            vm::restore_clock(vm, &state.clock)?;
+            state.irqchip.apply(vm)
         }
 
         fn cmdline_device(device: &MmioDevice) -> Option<String> {

@@ -1,20 +1,25 @@
-//! How the guest learns the machine: the zero page, and an MP table and ACPI tables, of which a
-//! kernel takes what it was built for.
+//! How the guest learns the machine: the zero page or the PVH start info, and an MP table and ACPI
+//! tables, of which a kernel takes what it was built for.
 
 mod acpi;
 mod mp;
+mod start_info;
 pub mod zero_page;
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use crate::ArchError;
-use crate::machine::Machine;
+use crate::machine::{Machine, Protocol};
 
 /// Writes every table of `machine`, after the kernel's setup header.
 pub fn write(memory: &GuestMemoryMmap, machine: &Machine<'_>) -> Result<(), ArchError> {
     acpi::write(memory, machine)?;
     mp::write(memory, machine.vcpus)?;
-    zero_page::write(memory, machine)
+    zero_page::write(memory, machine)?;
+    match machine.entry.protocol {
+        Protocol::Linux => Ok(()),
+        Protocol::Pvh => start_info::write(memory, machine),
+    }
 }
 
 /// Copies a finished table to its place.

@@ -1,14 +1,17 @@
-//! A vCPU at its first instruction: registers as the 64-bit boot protocol wants them.
+//! A vCPU at its first instruction: registers as the kernel's protocol wants them.
 #![cfg(target_arch = "x86_64")]
 
 mod cpuid;
+mod hidden;
 mod msrs;
 pub mod segments;
+mod state;
 
 use kvm_bindings::{kvm_fpu, kvm_lapic_state, kvm_regs};
 
+pub use self::state::State;
 use super::layout;
-use crate::machine::Entry;
+use crate::machine::{Entry, Protocol};
 use crate::{ArchError, Kvm, VcpuFd};
 
 /// The bit of RFLAGS that is always set.
@@ -27,33 +30,33 @@ const DELIVERY_MODES: u32 = 0x700;
 const DELIVER_EXTINT: u32 = 0x700;
 const DELIVER_NMI: u32 = 0x400;
 
-/// Sets up vCPU `index` of `vcpus`. The first one starts at `entry`; KVM keeps the others waiting
-/// for the guest's INIT and SIPI, which set their registers.
+/// Sets up vCPU `index` of `vcpus`. The first one starts at its `entry`; KVM keeps the others, which
+/// have none, waiting for the guest's INIT and SIPI, which set their registers.
 pub fn reset(
     kvm: &Kvm,
     vcpu: &VcpuFd,
     index: u8,
     vcpus: u8,
-    entry: &Entry,
+    entry: Option<&Entry>,
 ) -> Result<(), ArchError> {
     cpuid::set(kvm, vcpu, index, vcpus)?;
     msrs::set(vcpu)?;
     set_apic_pins(vcpu)?;
-    if index == 0 {
+    if let Some(entry) = entry {
         set_fpu(vcpu)?;
-        segments::set(vcpu)?;
+        segments::set(vcpu, entry.protocol)?;
         set_registers(vcpu, entry)?;
     }
     Ok(())
 }
 
 fn set_registers(vcpu: &VcpuFd, entry: &Entry) -> Result<(), ArchError> {
-    let registers = kvm_regs {
-        rip: entry.address.0,
-        rsi: layout::ZERO_PAGE.0,
-        rflags: RFLAGS_RESERVED,
-        ..Default::default()
-    };
+    let mut registers =
+        kvm_regs { rip: entry.address.0, rflags: RFLAGS_RESERVED, ..Default::default() };
+    match entry.protocol {
+        Protocol::Linux => registers.rsi = layout::ZERO_PAGE.0,
+        Protocol::Pvh => registers.rbx = layout::START_INFO.0,
+    }
     vcpu.set_regs(&registers).map_err(ArchError::kvm("set the registers"))
 }
 

@@ -10,6 +10,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_CONSOLE;
 use super::buffers::Buffers;
 use super::complaints::Complaints;
 use super::queue::{QueueError, Verdict, VirtQueue};
+use super::state::{DeviceState, Position, RestoreError};
 use super::{ActivateError, Activation, Backend, DeviceTraits, VirtioDevice, copy_config};
 use crate::interrupt::Interrupt;
 
@@ -144,6 +145,21 @@ impl VirtioDevice for Console {
 
     fn backend_ready(&mut self, _index: usize, _events: EventSet) -> Result<(), QueueError> {
         self.receive()
+    }
+
+    fn quiesce(&mut self) -> Result<Vec<Position>, QueueError> {
+        let Some(active) = &self.active else { return Ok(Vec::new()) };
+        Ok(vec![active.receive.position(0), active.transmit.position(0)])
+    }
+
+    fn save(&self) -> DeviceState {
+        DeviceState::Console { size: self.size }
+    }
+
+    fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
+        let DeviceState::Console { size } = state else { return Err(RestoreError::Kind) };
+        self.size = *size;
+        Ok(())
     }
 }
 
@@ -314,5 +330,35 @@ mod tests {
         console.queue_ready(1).unwrap();
 
         assert_eq!(shown(&mut terminal), b"");
+    }
+
+    #[test]
+    fn a_console_built_anew_types_and_shows_what_comes_next() {
+        let memory = memory();
+        let driver = Driver::with_queues(&memory, 2);
+        let (mut old, mut old_terminal) = active(&driver);
+        old.resize(80, 25);
+        driver.offer(0, &[], &[64]);
+        driver.offer(1, &[b"old"], &[]);
+        old.queue_ready(1).unwrap();
+        old.queue_ready(0).unwrap();
+
+        let (mut terminal, ours) = UnixStream::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        terminal.set_nonblocking(true).unwrap();
+        let output = ours.try_clone().unwrap();
+        let mut new = Console::new(Some(ours.into()), Box::new(output));
+        driver.hand_over(0, &mut old, &mut new);
+        driver.offer(1, &[b"new"], &[]);
+        terminal.write_all(b"typed").unwrap();
+        new.queue_ready(0).unwrap();
+        new.queue_ready(1).unwrap();
+
+        assert_eq!(shown(&mut old_terminal), b"old");
+        assert_eq!(shown(&mut terminal), b"new");
+        assert_eq!(driver.written(0, 0), b"typed");
+        let mut config = [0; 4];
+        new.read_config(0, &mut config);
+        assert_eq!(config, [80, 0, 25, 0]);
     }
 }

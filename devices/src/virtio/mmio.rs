@@ -1,10 +1,13 @@
 //! The virtio-mmio register block: a driver finds, negotiates with and starts a device through it
 //! (virtio 1.2, section 4.2; the modern interface only).
 
+mod state;
+
 use std::io;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK,
     VIRTIO_CONFIG_S_FAILED, VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET,
@@ -18,8 +21,9 @@ use virtio_bindings::virtio_mmio::{
     VIRTIO_MMIO_QUEUE_AVAIL_HIGH, VIRTIO_MMIO_QUEUE_AVAIL_LOW, VIRTIO_MMIO_QUEUE_DESC_HIGH,
     VIRTIO_MMIO_QUEUE_DESC_LOW, VIRTIO_MMIO_QUEUE_NOTIFY, VIRTIO_MMIO_QUEUE_NUM,
     VIRTIO_MMIO_QUEUE_NUM_MAX, VIRTIO_MMIO_QUEUE_READY, VIRTIO_MMIO_QUEUE_SEL,
-    VIRTIO_MMIO_QUEUE_USED_HIGH, VIRTIO_MMIO_QUEUE_USED_LOW, VIRTIO_MMIO_SHM_LEN_HIGH,
-    VIRTIO_MMIO_SHM_LEN_LOW, VIRTIO_MMIO_STATUS, VIRTIO_MMIO_VENDOR_ID, VIRTIO_MMIO_VERSION,
+    VIRTIO_MMIO_QUEUE_USED_HIGH, VIRTIO_MMIO_QUEUE_USED_LOW, VIRTIO_MMIO_SHM_BASE_HIGH,
+    VIRTIO_MMIO_SHM_BASE_LOW, VIRTIO_MMIO_SHM_LEN_HIGH, VIRTIO_MMIO_SHM_LEN_LOW,
+    VIRTIO_MMIO_SHM_SEL, VIRTIO_MMIO_STATUS, VIRTIO_MMIO_VENDOR_ID, VIRTIO_MMIO_VERSION,
 };
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::{Queue, QueueT};
@@ -29,9 +33,12 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::activity::Activity;
 use super::complaints::Complaints;
 use super::queue::VirtQueue;
+use super::state::Position;
 use super::{Activation, VirtioDevice};
 use crate::bus::BusDevice;
 use crate::interrupt::{Interrupt, IrqLine};
+
+pub use self::state::TransportState;
 
 /// Size of a device's register block, in bytes: one page, so that it can be mapped alone.
 pub const MMIO_WINDOW: u64 = 0x1000;
@@ -42,8 +49,9 @@ pub(super) const MAGIC: u32 = 0x7472_6976;
 pub(super) const VERSION: u32 = 2;
 /// "CRCL", read as a little-endian number.
 const VENDOR: u32 = 0x4c43_5243;
-/// What the length of a shared memory region that does not exist reads as, in each half.
-const NO_REGION: u32 = u32::MAX;
+/// What length and base of a shared memory region that does not exist read as (virtio 1.2, section
+/// 4.2.2).
+const NO_REGION: u64 = u64::MAX;
 
 /// What every device can do because its ring code can.
 const RING_FEATURES: u64 =
@@ -70,17 +78,18 @@ pub struct MmioTransport {
 }
 
 /// What the driver wrote and may read back; plain data.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 struct Registers {
     device_features_select: u32,
     driver_features_select: u32,
     driver_features: u64,
     queue_select: u32,
+    region_select: u32,
     queues: Vec<QueueRegisters>,
 }
 
 /// Where the driver placed one queue (virtio 1.2, section 4.2.2).
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 struct QueueRegisters {
     max_size: u16,
     size: u32,
@@ -145,6 +154,7 @@ impl Registers {
             driver_features_select: 0,
             driver_features: 0,
             queue_select: 0,
+            region_select: 0,
             queues: queue_sizes.iter().map(|&size| QueueRegisters::new(size)).collect(),
         }
     }
@@ -276,6 +286,13 @@ impl MmioTransport {
         self.device.lock().expect("no device panics while it holds its lock")
     }
 
+    /// Length and base of the selected shared memory region.
+    fn region(&self) -> (u64, u64) {
+        self.lock_device()
+            .shared_memory(self.registers.region_select)
+            .map_or((NO_REGION, NO_REGION), |region| (region.end - region.start, region.start))
+    }
+
     fn read_register(&self, register: u32) -> u32 {
         let registers = &self.registers;
         match register {
@@ -290,7 +307,10 @@ impl MmioTransport {
             VIRTIO_MMIO_QUEUE_READY => registers.queue().map_or(0, |queue| queue.ready.into()),
             VIRTIO_MMIO_INTERRUPT_STATUS => self.shared.interrupts.load(Ordering::Acquire),
             VIRTIO_MMIO_STATUS => self.shared.status(),
-            VIRTIO_MMIO_SHM_LEN_LOW | VIRTIO_MMIO_SHM_LEN_HIGH => NO_REGION,
+            VIRTIO_MMIO_SHM_LEN_LOW => word(self.region().0, 0),
+            VIRTIO_MMIO_SHM_LEN_HIGH => word(self.region().0, 1),
+            VIRTIO_MMIO_SHM_BASE_LOW => word(self.region().1, 0),
+            VIRTIO_MMIO_SHM_BASE_HIGH => word(self.region().1, 1),
             VIRTIO_MMIO_CONFIG_GENERATION => self.shared.config_generation.load(Ordering::Acquire),
             _ => 0,
         }
@@ -306,6 +326,7 @@ impl MmioTransport {
                 self.registers.set_driver_features(value);
             }
             VIRTIO_MMIO_QUEUE_SEL => self.registers.queue_select = value,
+            VIRTIO_MMIO_SHM_SEL => self.registers.region_select = value,
             VIRTIO_MMIO_QUEUE_NOTIFY => self.kick(value as usize),
             VIRTIO_MMIO_INTERRUPT_ACK => {
                 self.shared.interrupts.fetch_and(!value, Ordering::AcqRel);
@@ -385,24 +406,33 @@ impl MmioTransport {
 
     /// Hands the queues to the device and lets it look for what came before it was ready.
     fn start(&mut self) {
-        if let Err(error) = self.activate() {
+        if let Err(error) = self.activate(&[]) {
             self.shared.needs_reset();
             self.complaints.add(&error);
             return;
         }
+        self.kick_all();
+    }
+
+    /// Has the event loop look at every queue.
+    fn kick_all(&self) {
         for kick in &*self.kicks {
             // The only failure is a counter at its maximum, and then the kick is pending anyway.
             let _ = kick.write(1);
         }
     }
 
-    fn activate(&self) -> Result<(), StartError> {
+    /// Starts the device; it goes on in each queue at its position, or at the start if there is none.
+    fn activate(&self, positions: &[Position]) -> Result<(), StartError> {
         let features = self.registers.driver_features;
         let event_idx = features & 1 << VIRTIO_RING_F_EVENT_IDX != 0;
         let queues = (0u16..)
             .zip(&self.registers.queues)
             .map(|(index, registers)| {
-                let queue = registers.build(index, event_idx, &self.memory)?;
+                let mut queue = registers.build(index, event_idx, &self.memory)?;
+                let position = positions.get(usize::from(index)).copied().unwrap_or_default();
+                queue.set_next_avail(position.next_available);
+                queue.set_next_used(position.next_used);
                 let (memory, kicks) = (self.memory.clone(), self.kicks.clone());
                 let (interrupt, activity) = (self.shared.clone(), self.shared.activity.clone());
                 Ok(VirtQueue::new(index, queue, memory, interrupt, kicks, activity))
@@ -455,9 +485,9 @@ fn word_shift(select: u32) -> Option<u32> {
     matches!(select, 0 | 1).then(|| select * u32::BITS)
 }
 
-#[expect(clippy::cast_possible_truncation, reason = "one word of the set is what is wanted")]
-fn word(features: u64, select: u32) -> u32 {
-    word_shift(select).map_or(0, |shift| (features >> shift) as u32)
+#[expect(clippy::cast_possible_truncation, reason = "one word of the value is what is wanted")]
+fn word(value: u64, select: u32) -> u32 {
+    word_shift(select).map_or(0, |shift| (value >> shift) as u32)
 }
 
 fn set_low(address: &mut u64, value: u32) {
@@ -470,13 +500,16 @@ fn set_high(address: &mut u64, value: u32) {
 
 #[cfg(test)]
 mod tests {
+    use std::ops::Range;
+
     use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
     use vm_memory::Bytes;
 
     use super::*;
     use crate::virtio::queue::{QueueError, Verdict};
+    use crate::virtio::state::{DeviceState, RestoreError};
     use crate::virtio::testing::memory;
-    use crate::virtio::{ActivateError, DeviceTraits};
+    use crate::virtio::{ActivateError, DeviceTraits, restore_nothing};
 
     const ACKNOWLEDGE: u32 = 1;
     const DRIVER: u32 = 2;
@@ -490,6 +523,9 @@ mod tests {
     const OFFERED: u64 = 1 << 3;
     const UNKNOWN: u64 = 1 << 4;
     const VERSION_1: u64 = 1 << 32;
+
+    /// Shared memory of the device.
+    const REGION: Range<u64> = 0x5_8000_0000..0x9_8020_0000;
 
     /// Remembers what the transport does with it.
     #[derive(Default)]
@@ -533,6 +569,23 @@ mod tests {
 
         fn serves_at_once(&self, index: usize) -> bool {
             self.at_once && index == 0
+        }
+
+        fn quiesce(&mut self) -> Result<Vec<Position>, QueueError> {
+            let queues = self.active.iter().flat_map(|active| &active.queues);
+            Ok(queues.map(|queue| queue.position(0)).collect())
+        }
+
+        fn save(&self) -> DeviceState {
+            DeviceState::None
+        }
+
+        fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
+            restore_nothing(state)
+        }
+
+        fn shared_memory(&self, id: u32) -> Option<Range<u64>> {
+            (id == 7).then_some(REGION)
         }
     }
 
@@ -870,11 +923,30 @@ mod tests {
         assert_eq!(guest.device.lock().unwrap().config, b"set");
     }
 
+    fn shared_memory(guest: &mut Guest, id: u32) -> [u32; 4] {
+        guest.write(VIRTIO_MMIO_SHM_SEL, id);
+        [
+            VIRTIO_MMIO_SHM_LEN_LOW,
+            VIRTIO_MMIO_SHM_LEN_HIGH,
+            VIRTIO_MMIO_SHM_BASE_LOW,
+            VIRTIO_MMIO_SHM_BASE_HIGH,
+        ]
+        .map(|register| guest.read(register))
+    }
+
     #[test]
-    fn there_is_no_shared_memory() {
+    fn shared_memory_has_a_length_and_a_base_of_two_words() {
         let mut guest = Guest::new();
-        assert_eq!(guest.read(VIRTIO_MMIO_SHM_LEN_LOW), u32::MAX);
-        assert_eq!(guest.read(VIRTIO_MMIO_SHM_LEN_HIGH), u32::MAX);
+
+        assert_eq!(shared_memory(&mut guest, 7), [0x20_0000, 4, 0x8000_0000, 5]);
+    }
+
+    #[test]
+    fn shared_memory_that_is_not_there_reads_as_all_ones() {
+        let mut guest = Guest::new();
+
+        assert_eq!(shared_memory(&mut guest, 0), [u32::MAX; 4]);
+        assert_eq!(shared_memory(&mut guest, u32::MAX), [u32::MAX; 4]);
     }
 
     #[test]
@@ -898,5 +970,99 @@ mod tests {
                 guest.read(register);
             }
         }
+    }
+
+    /// Another device in the place of the one of `old`, in the same memory.
+    fn handed_over(mut old: Guest) -> Guest {
+        let bytes = postcard::to_stdvec(&old.transport.save()).unwrap();
+        let device = Arc::new(Mutex::new(Probe::default()));
+        let irq = Arc::new(IrqLine::new().unwrap());
+        let transport = MmioTransport::new(old.memory.clone(), device.clone(), irq.clone());
+        let mut new = Guest { device, transport: transport.unwrap(), irq, memory: old.memory };
+        new.transport.restore(&postcard::from_bytes(&bytes).unwrap()).unwrap();
+        new
+    }
+
+    /// Makes `count` chains of one descriptor, number 0, available in the queue of `running`.
+    fn offer(guest: &Guest, count: u16) {
+        guest.memory.write_obj(count, GuestAddress(0x2002)).unwrap();
+    }
+
+    fn used(guest: &Guest) -> u16 {
+        guest.memory.read_obj(GuestAddress(0x3002)).unwrap()
+    }
+
+    #[test]
+    fn a_device_built_anew_runs_where_the_old_one_was() {
+        let mut old = Guest::running();
+        offer(&old, 3);
+        old.device.lock().unwrap().queue_ready(0).unwrap();
+        old.write(VIRTIO_MMIO_INTERRUPT_ACK, VIRTIO_MMIO_INT_VRING);
+        offer(&old, 5);
+
+        let mut new = handed_over(old);
+
+        assert_eq!(new.status(), RUNNING);
+        assert!(new.transport.kicks().iter().all(|kick| kick.read().is_ok()));
+        assert!(new.irq.event().read().is_ok());
+        assert_eq!(used(&new), 3);
+        new.device.lock().unwrap().queue_ready(0).unwrap();
+        assert_eq!(used(&new), 5);
+        new.set_status(0);
+        assert!(!new.is_active());
+    }
+
+    #[test]
+    fn a_driver_goes_on_negotiating_with_a_device_built_anew() {
+        let mut old = Guest::new();
+        old.negotiate(VERSION_1);
+        old.place_queue(1, 8, [0x1000, 0x2000, 0x3000]);
+
+        let mut new = handed_over(old);
+
+        assert!(!new.is_active());
+        assert_eq!(new.read(VIRTIO_MMIO_QUEUE_READY), 1);
+        assert_eq!(new.set_status(RUNNING), RUNNING);
+        assert!(new.is_active());
+    }
+
+    #[test]
+    fn a_device_that_waits_for_its_reset_still_does() {
+        let old = Guest::running();
+        old.transport.shared.needs_reset();
+        old.device.lock().unwrap().reset();
+
+        let mut new = handed_over(old);
+
+        assert_eq!(new.status(), RUNNING | NEEDS_RESET);
+        assert!(!new.is_active());
+    }
+
+    #[test]
+    fn the_state_of_another_device_is_refused() {
+        let state = Guest::running().transport.save();
+        let refused = |change: fn(&mut MmioTransport)| {
+            let mut other = Guest::new();
+            change(&mut other.transport);
+            other.transport.restore(&state).unwrap_err().to_string()
+        };
+
+        let message = refused(|transport| transport.device_type = 77);
+        assert!(message.contains("the type was 0x4 and is 0x4d"), "{message}");
+        let message = refused(|transport| transport.device_features = 0);
+        assert!(message.contains("the set of features"), "{message}");
+        let message = refused(|transport| _ = transport.registers.queues.pop());
+        assert!(message.contains("the number of queues"), "{message}");
+    }
+
+    #[test]
+    fn rings_outside_memory_are_refused_in_a_state_too() {
+        let mut guest = Guest::running();
+        guest.transport.registers.queues[0].used = 1 << 40;
+        let state = guest.transport.save();
+
+        let refused = Guest::new().transport.restore(&state);
+
+        assert!(matches!(refused, Err(RestoreError::Start(_))), "{refused:?}");
     }
 }

@@ -17,17 +17,20 @@ pub mod queue;
 pub mod rate_limit;
 pub mod rng;
 pub mod slot;
+pub mod state;
 pub mod subscriber;
 #[cfg(test)]
 pub mod testing;
 pub mod vsock;
 
+use std::ops::Range;
 use std::os::fd::RawFd;
 use std::sync::Arc;
 
 use event_manager::EventSet;
 
 use self::queue::{QueueError, VirtQueue};
+use self::state::{DeviceState, Position, RestoreError};
 use crate::interrupt::Interrupt;
 
 /// The fixed facts a driver reads before it may use the device (virtio 1.2, section 2).
@@ -103,6 +106,12 @@ pub trait VirtioDevice: Send {
     /// Takes a driver write to the configuration space. Most devices have nothing writable.
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
+    /// Where in guest-physical memory the device's shared memory region `id` is, if it has it
+    /// (virtio 1.2, section 2.10). It never moves.
+    fn shared_memory(&self, _id: u32) -> Option<Range<u64>> {
+        None
+    }
+
     /// Starts the device with the queues the driver set up.
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError>;
 
@@ -136,6 +145,26 @@ pub trait VirtioDevice: Send {
     fn backend_ready(&mut self, _index: usize, _events: EventSet) -> Result<(), QueueError> {
         Ok(())
     }
+
+    /// Waits for all that goes on in guest memory without a call, gives back the chains of what is
+    /// finished, and says where the device stands in each queue; nothing if it is idle. A chain that
+    /// the device keeps for later counts as not taken yet. Nobody else calls the device from here to
+    /// `resume`, and nothing of it touches guest memory.
+    fn quiesce(&mut self) -> Result<Vec<Position>, QueueError>;
+
+    /// Goes on after `quiesce`. Most devices only work when they are called.
+    fn resume(&mut self) {}
+
+    /// What the device knows beside its queues and what it was made with; called after `quiesce`.
+    fn save(&self) -> DeviceState;
+
+    /// Takes over what `save` said. A device whose driver was there is active by then.
+    fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError>;
+}
+
+/// The `restore` of a device whose `save` is [`DeviceState::None`].
+pub fn restore_nothing(state: &DeviceState) -> Result<(), RestoreError> {
+    if *state == DeviceState::None { Ok(()) } else { Err(RestoreError::Kind) }
 }
 
 /// Copies the bytes at `offset` of a configuration space; bytes past its end read as zero.

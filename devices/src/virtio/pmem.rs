@@ -6,7 +6,8 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_PMEM;
 use super::buffers::Buffers;
 use super::complaints::Complaints;
 use super::queue::{QueueError, Verdict, VirtQueue};
-use super::{ActivateError, Activation, DeviceTraits, VirtioDevice, copy_config};
+use super::state::{DeviceState, Position, RestoreError};
+use super::{ActivateError, Activation, DeviceTraits, VirtioDevice, copy_config, restore_nothing};
 
 /// The only request there is (virtio 1.2, section 5.19.6).
 const FLUSH: u32 = 0;
@@ -81,6 +82,18 @@ impl VirtioDevice for Pmem {
             let written = buffers.copy_in(0, &answer.to_le_bytes());
             Verdict::Used(u32::try_from(written).expect("an answer has four bytes"))
         })
+    }
+
+    fn quiesce(&mut self) -> Result<Vec<Position>, QueueError> {
+        Ok(self.active.iter().map(|active| active.requests.position(0)).collect())
+    }
+
+    fn save(&self) -> DeviceState {
+        DeviceState::None
+    }
+
+    fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
+        restore_nothing(state)
     }
 }
 
@@ -159,5 +172,22 @@ mod tests {
         pmem.queue_ready(0).unwrap();
 
         assert_eq!(driver.used(), []);
+    }
+
+    #[test]
+    fn a_device_built_anew_answers_what_comes_next() {
+        let memory = memory();
+        let driver = Driver::new(&memory);
+        let mut old = active(&driver);
+        driver.offer(0, &[&[0; 4]], &[4]);
+        old.queue_ready(0).unwrap();
+        driver.offer(0, &[&[0; 4]], &[4]);
+
+        let mut new = Pmem::new(1 << 32, 2 << 20);
+        driver.hand_over(0, &mut old, &mut new);
+        new.queue_ready(0).unwrap();
+
+        assert_eq!(driver.used().len(), 2);
+        assert_eq!(driver.written(0, 1), SUCCESS.to_le_bytes());
     }
 }

@@ -10,6 +10,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::activity::Activity;
+use super::state::Position;
 use crate::interrupt::Interrupt;
 
 /// Chains served in one go. A driver can offer chains as fast as they are served, so this is what
@@ -99,6 +100,28 @@ impl VirtQueue {
             available: self.queue.avail_ring(),
             used: self.queue.used_ring(),
         })
+    }
+
+    /// Where the device stands, if the last `held` chains it took count as not taken; they must be
+    /// the last ones, and none of them may have been given back.
+    pub fn position(&self, held: usize) -> Position {
+        let held = u16::try_from(held).expect("no more chains than the queue has descriptors");
+        Position {
+            next_available: self.queue.next_avail().wrapping_sub(held),
+            next_used: self.queue.next_used(),
+        }
+    }
+
+    /// Where the device stands if somebody else served the queue, who took its chains up to
+    /// `next_available`.
+    pub fn position_of_other(&self, next_available: u16) -> Result<Position, QueueError> {
+        if !self.queue.ready() {
+            return Ok(Position::default());
+        }
+        let index = GuestAddress(self.queue.used_ring() + 2);
+        let next_used = self.memory.load(index, Ordering::Acquire).map(u16::from_le);
+        let next_used = self.checked(next_used.map_err(virtio_queue::Error::GuestMemory))?;
+        Ok(Position { next_available, next_used })
     }
 
     /// What the driver's kicks signal.

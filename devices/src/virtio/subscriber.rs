@@ -81,8 +81,9 @@ mod tests {
 
     use super::*;
     use crate::virtio::queue::{QueueError, Verdict, VirtQueue};
+    use crate::virtio::state::{DeviceState, Position, RestoreError};
     use crate::virtio::testing::{Driver, memory};
-    use crate::virtio::{ActivateError, Activation, DeviceTraits};
+    use crate::virtio::{ActivateError, Activation, DeviceTraits, restore_nothing};
 
     /// Gives every chain back.
     #[derive(Default)]
@@ -105,6 +106,18 @@ mod tests {
 
         fn queue_ready(&mut self, _index: usize) -> Result<(), QueueError> {
             self.0.as_mut().map_or(Ok(()), |queue| queue.drain(|_, _| Verdict::Used(0)))
+        }
+
+        fn quiesce(&mut self) -> Result<Vec<Position>, QueueError> {
+            Ok(self.0.iter().map(|queue| queue.position(0)).collect())
+        }
+
+        fn save(&self) -> DeviceState {
+            DeviceState::None
+        }
+
+        fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
+            restore_nothing(state)
         }
     }
 
@@ -192,6 +205,18 @@ mod tests {
         fn queue_ready(&mut self, index: usize) -> Result<(), QueueError> {
             self.0.push(index);
             Ok(())
+        }
+
+        fn quiesce(&mut self) -> Result<Vec<Position>, QueueError> {
+            Ok(Vec::new())
+        }
+
+        fn save(&self) -> DeviceState {
+            DeviceState::None
+        }
+
+        fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
+            restore_nothing(state)
         }
     }
 

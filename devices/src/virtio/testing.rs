@@ -1,17 +1,18 @@
 //! The guest driver's side of a device's queues, for device tests that need no VM.
 
 use std::cell::RefCell;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::Activation;
 use super::activity::{Activity, ActivityCounts};
 use super::queue::VirtQueue;
+use super::state::Position;
+use super::{Activation, VirtioDevice};
 use crate::interrupt::Interrupt;
 
 /// Size of guest memory, in bytes.
@@ -22,9 +23,10 @@ pub const QUEUE_SIZE: u16 = 64;
 
 /// The rings of each queue take this much memory, from address 0 on.
 pub const RINGS: u64 = 0x1000;
-/// Offsets of the rings of a queue; the descriptor table is at 0.
-const AVAILABLE: u64 = 0x400;
-const USED: u64 = 0x800;
+/// Offset of the available ring of a queue; the descriptor table is at 0.
+pub const AVAILABLE: u64 = 0x400;
+/// Offset of the used ring of a queue.
+pub const USED: u64 = 0x800;
 /// Buffers start here, above the rings.
 const BUFFERS: u64 = 0x1_0000;
 
@@ -61,11 +63,18 @@ struct Counter {
     used_buffers: AtomicUsize,
     config_changes: AtomicUsize,
     needs_reset: AtomicBool,
+    /// What the driver does when it is interrupted.
+    handler: OnceLock<Handler>,
 }
+
+type Handler = Box<dyn Fn() + Send + Sync>;
 
 impl Interrupt for Counter {
     fn used_buffer(&self) {
         self.used_buffers.fetch_add(1, Ordering::Relaxed);
+        if let Some(handler) = self.handler.get() {
+            handler();
+        }
     }
 
     fn config_changed(&self) {
@@ -108,11 +117,28 @@ impl<'m> Driver<'m> {
 
     /// What the transport would hand to the device if these feature bits were negotiated.
     pub fn activation_with(&self, features: u64) -> Activation {
-        let queues = (0u16..).zip(self.kicks.iter()).map(|(index, _)| self.queue(index)).collect();
+        self.activation_at(features, &vec![Position::default(); self.kicks.len()])
+    }
+
+    /// What the transport would hand to a device that goes on at these positions.
+    pub fn activation_at(&self, features: u64, positions: &[Position]) -> Activation {
+        assert_eq!(positions.len(), self.kicks.len());
+        let queues =
+            (0u16..).zip(positions).map(|(index, &position)| self.queue(index, position)).collect();
         Activation { queues, features, interrupt: self.interrupts.clone() }
     }
 
-    fn queue(&self, index: u16) -> VirtQueue {
+    /// Makes `new` go on in the place of `old`, as the transport would, with all that it knows of it
+    /// as bytes.
+    pub fn hand_over(&self, features: u64, old: &mut dyn VirtioDevice, new: &mut dyn VirtioDevice) {
+        let positions = old.quiesce().unwrap();
+        let bytes = postcard::to_stdvec(&(positions, old.save())).unwrap();
+        let (positions, state): (Vec<_>, _) = postcard::from_bytes(&bytes).unwrap();
+        new.activate(self.activation_at(features, &positions)).unwrap();
+        new.restore(&state).unwrap();
+    }
+
+    fn queue(&self, index: u16, position: Position) -> VirtQueue {
         let rings = u64::from(index) * RINGS;
         let mut queue = Queue::new(QUEUE_SIZE).unwrap();
         queue.try_set_desc_table_address(GuestAddress(rings)).unwrap();
@@ -120,6 +146,8 @@ impl<'m> Driver<'m> {
         queue.try_set_used_ring_address(GuestAddress(rings + USED)).unwrap();
         queue.set_event_idx(self.event_index);
         queue.set_ready(true);
+        queue.set_next_avail(position.next_available);
+        queue.set_next_used(position.next_used);
         let interrupt = self.interrupts.clone();
         let (kicks, activity) = (self.kicks.clone(), self.activity.clone());
         VirtQueue::new(index, queue, self.memory.clone(), interrupt, kicks, activity)
@@ -274,6 +302,12 @@ impl<'m> Driver<'m> {
     /// How often the device said that its configuration space changed.
     pub fn config_changes(&self) -> usize {
         self.interrupts.config_changes.load(Ordering::Relaxed)
+    }
+
+    /// Has `handler` called from now on whenever the device interrupts because of a used buffer; as from
+    /// another vCPU, while the device is at work.
+    pub fn on_interrupt(&self, handler: impl Fn() + Send + Sync + 'static) {
+        assert!(self.interrupts.handler.set(Box::new(handler)).is_ok(), "there is only one");
     }
 
     /// Whether the device said that it is broken until it is reset.

@@ -8,7 +8,7 @@ use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::process::{Child, Command};
+use std::process::{Child, Command, ExitStatus};
 
 use agent_protocol::frame;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
@@ -76,10 +76,7 @@ impl Launched {
             }
             Ok(None) | Err(_) => {
                 let how = match self.child.wait() {
-                    Ok(status) => match status.signal() {
-                        Some(signal) => format!("signal {signal}"),
-                        None => format!("exit code {}", status.code().unwrap_or_default()),
-                    },
+                    Ok(status) => ending(status),
                     Err(error) => error.to_string(),
                 };
                 Err(Error::Died { verb: self.verb, how })
@@ -97,6 +94,17 @@ impl Launched {
         let Self { mut child, socket, .. } = self;
         drop(socket);
         let _ = child.wait();
+    }
+}
+
+/// How a process ended that did not say so itself.
+fn ending(status: ExitStatus) -> String {
+    match status.signal() {
+        Some(libc::SIGSYS) => "signal 31 (SIGSYS): one of its threads made a system call that its \
+             filter forbids; the host's kernel log names both (dmesg | grep type=1326)"
+            .into(),
+        Some(signal) => format!("signal {signal}"),
+        None => format!("exit code {}", status.code().unwrap_or_default()),
     }
 }
 
@@ -208,6 +216,13 @@ mod tests {
         frame::write(&mut ours, &Commit).unwrap();
 
         assert!(starter.committed());
+    }
+
+    #[test]
+    fn a_process_that_died_of_its_filter_points_at_the_kernels_log() {
+        let status = Command::new("sh").args(["-c", "kill -SYS $$"]).status().unwrap();
+
+        assert!(ending(status).contains("dmesg | grep type=1326"), "{}", ending(status));
     }
 
     #[test]

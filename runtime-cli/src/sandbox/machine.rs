@@ -257,19 +257,20 @@ pub(super) fn config(
             ..MemoryConfig::default()
         },
         boot: BootConfig {
-            kernel: settings.kernel.clone(),
             initrd: Some(settings.initrd.clone()),
-            cmdline: String::new(),
+            ..BootConfig::new(settings.kernel.clone())
         },
         console: ConsoleConfig { serial: settings.debug_console, output },
         disks: Vec::new(),
         nets,
         pmem: Vec::new(),
-        shares: vec![ShareConfig { tag: SHARE_TAG.into(), path: share.into(), read_only: false }],
+        shares: vec![ShareConfig::new(SHARE_TAG, share.into())],
         vsock: Some(VsockConfig { cid: GUEST_CID, socket: None }),
         rng: true,
         balloon: Some(BalloonConfig { free_page_reporting: true, ..BalloonConfig::default() }),
         spare_slots: 0,
+        seccomp: true,
+        user: None,
     }
 }
 

@@ -1,4 +1,5 @@
-//! The host namespaces a sandbox process lives in: the container's network, mounts of its own.
+//! The host namespaces a sandbox process lives in: the container's network; mounts, IPC and host name
+//! of its own.
 
 use std::fs::File;
 use std::io;
@@ -73,6 +74,8 @@ impl Netns {
 pub(super) struct HostNamespaces {
     mount: OwnedFd,
     network: OwnedFd,
+    ipc: OwnedFd,
+    uts: OwnedFd,
     /// Entering a mount namespace changes the root to that namespace's own, which for a host in a
     /// chroot is another one.
     root: OwnedFd,
@@ -85,6 +88,8 @@ impl HostNamespaces {
         let host = Self {
             mount: open("/proc/self/ns/mnt")?,
             network: open("/proc/self/ns/net")?,
+            ipc: open("/proc/self/ns/ipc")?,
+            uts: open("/proc/self/ns/uts")?,
             root: open("/")?,
         };
         match network {
@@ -92,8 +97,8 @@ impl HostNamespaces {
                 .map_err(|error| Error::Unshare("a network namespace", error.into()))?,
             Netns::Path(path) => host.join(path)?,
         }
-        unshare(CloneFlags::CLONE_NEWNS)
-            .map_err(|error| Error::Unshare("a mount namespace", error.into()))?;
+        unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWIPC | CloneFlags::CLONE_NEWUTS)
+            .map_err(|error| Error::Unshare("mount, IPC and UTS namespaces", error.into()))?;
         let slave = MsFlags::MS_REC | MsFlags::MS_SLAVE;
         mount(None::<&str>, "/", None::<&str>, slave, None::<&str>)
             .map_err(|error| Error::Unshare("private mounts", error.into()))?;
@@ -121,9 +126,13 @@ impl HostNamespaces {
     ) -> io::Result<impl FnMut() -> io::Result<()> + Send + Sync + 'static> {
         let mount = self.mount.try_clone()?;
         let network = self.network.try_clone()?;
+        let ipc = self.ipc.try_clone()?;
+        let uts = self.uts.try_clone()?;
         let root = self.root.try_clone()?;
         Ok(move || {
             setns(&network, CloneFlags::CLONE_NEWNET)?;
+            setns(&ipc, CloneFlags::CLONE_NEWIPC)?;
+            setns(&uts, CloneFlags::CLONE_NEWUTS)?;
             setns(&mount, CloneFlags::CLONE_NEWNS)?;
             nix::unistd::fchdir(&root)?;
             nix::unistd::chroot(".")?;

@@ -76,6 +76,8 @@ enum Error {
     Share(#[from] share::Error),
     #[error("set up the virtual machine (`coracle check` says what is missing and what to do)")]
     Vm(#[from] vmm::Error),
+    #[error("forbid core dumps")]
+    CoreDumps(#[source] io::Error),
     #[error("make the connection to the guest")]
     Connect(#[source] io::Error),
     #[error("connect stdio with the guest")]
@@ -201,7 +203,7 @@ fn create(
     let vm = Vmm::new(config)?;
     network.join()?;
     let (vm, mut agent) = listen(vm).map_err(Error::Connect)?;
-    let vm = vm.start()?;
+    let vm = start(vm)?;
 
     let guest = Sandbox {
         hostname: bundle.spec.hostname().clone(),
@@ -224,6 +226,13 @@ fn create(
     parts.state.status = Status::Created;
     dir.save(&parts.state)?;
     Ok(parts)
+}
+
+/// Starts the guest, whose memory nobody shall find in a core dump. The hooks of `create` inherited
+/// their limits before.
+fn start(vm: Vmm) -> Result<VmHandle, Error> {
+    vmm::forbid_core_dumps().map_err(Error::CoreDumps)?;
+    Ok(vm.start()?)
 }
 
 fn resources(bundle: &Bundle) -> LinuxResources {

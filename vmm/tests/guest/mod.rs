@@ -5,13 +5,14 @@ use std::io::{self, Seek, SeekFrom, Write};
 use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 use std::process::Command;
+use std::time::Duration;
 
 use cpio::newc::{Builder, ModeFileType, trailer};
 use tempfile::NamedTempFile;
 use vmm::{Exit, VmConfig, VmHandle, Vmm};
 
 /// Generous, because the lab emulates a processor.
-const PATIENCE_MS: i32 = 120_000;
+pub const PATIENCE: Duration = Duration::from_secs(120);
 
 const PROLOGUE: &str = "#!/bin/busybox sh
 export PATH=/bin
@@ -37,6 +38,8 @@ pub struct Guest {
     initrd: NamedTempFile,
     /// Its machine; the initrd and the kernel are filled in.
     pub config: VmConfig,
+    /// How long it may take.
+    pub patience: Duration,
 }
 
 /// What became of a guest.
@@ -51,11 +54,21 @@ pub struct Ended {
 impl Guest {
     /// A guest with the kernel and the modules of the environment, whose init is `script`.
     pub fn new(script: &str) -> Self {
-        let initrd = initrd(&format!("{PROLOGUE}{script}{EPILOGUE}")).unwrap();
+        Guest::of(&[("test-init", format!("{PROLOGUE}{script}{EPILOGUE}").as_bytes())])
+    }
+
+    /// One that also has `program` as a file of this `name`.
+    pub fn with_program(script: &str, name: &str, program: &[u8]) -> Self {
+        let script = format!("{PROLOGUE}{script}{EPILOGUE}");
+        Guest::of(&[("test-init", script.as_bytes()), (name, program)])
+    }
+
+    fn of(files: &[(&str, &[u8])]) -> Self {
+        let initrd = initrd(files).unwrap();
         let mut config = VmConfig::new(path_from("CORACLE_TEST_KERNEL"));
         config.boot.initrd = Some(initrd.path().to_owned());
         config.boot.cmdline = "rdinit=/test-init panic=-1".to_owned();
-        Guest { initrd, config }
+        Guest { initrd, config, patience: PATIENCE }
     }
 
     /// Starts it.
@@ -66,16 +79,20 @@ impl Guest {
 
     /// Runs it to its end.
     pub fn run(&self) -> Ended {
-        let vm = self.start();
-        wait(vm)
+        wait_for(self.start(), self.patience)
     }
 }
 
 /// Waits for the end of `vm`.
 pub fn wait(vm: VmHandle) -> Ended {
+    wait_for(vm, PATIENCE)
+}
+
+fn wait_for(vm: VmHandle, patience: Duration) -> Ended {
     let mut ended = libc::pollfd { fd: vm.ended().as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    let patience_ms = i32::try_from(patience.as_millis()).unwrap();
     // SAFETY: `ended` is one descriptor that stays open during the call.
-    let ready = unsafe { libc::poll(&raw mut ended, 1, PATIENCE_MS) };
+    let ready = unsafe { libc::poll(&raw mut ended, 1, patience_ms) };
     let output = vm.console_tail();
     assert_eq!(ready, 1, "the guest does not end; it printed:\n{output}");
     let output = output.split("SCRIPT-STARTS").last().unwrap_or_default().to_owned();
@@ -87,8 +104,8 @@ fn path_from(name: &str) -> PathBuf {
     std::env::var_os(name).unwrap_or_else(|| panic!("set {name} to the path of one")).into()
 }
 
-/// The initrd of the environment, for its modules, with busybox and `script` added to it.
-fn initrd(script: &str) -> io::Result<NamedTempFile> {
+/// The initrd of the environment, for its modules, with busybox and `files` added to it.
+fn initrd(files: &[(&str, &[u8])]) -> io::Result<NamedTempFile> {
     let mut file = NamedTempFile::new()?;
     let bytes = io::copy(&mut File::open(path_from("CORACLE_TEST_INITRD"))?, &mut file)?;
     // The kernel takes archives one after the other, each at a multiple of four bytes.
@@ -103,7 +120,9 @@ fn initrd(script: &str) -> io::Result<NamedTempFile> {
     for applet in String::from_utf8_lossy(&applets).lines().filter(|&name| name != "busybox") {
         entry(&mut file, &format!("bin/{applet}"), ModeFileType::Symlink, b"busybox")?;
     }
-    entry(&mut file, "test-init", ModeFileType::Regular, script.as_bytes())?;
+    for (name, contents) in files {
+        entry(&mut file, name, ModeFileType::Regular, contents)?;
+    }
     trailer(&mut file)?;
     Ok(file)
 }

@@ -160,12 +160,12 @@ fn edge_interrupt(gsi: u32) -> Interrupt {
 mod tests {
     use super::super::checksum;
     use super::*;
-    use crate::machine::Entry;
+    use crate::machine::{Entry, Protocol};
 
     const DEVICE: MmioDevice = MmioDevice { base: GuestAddress(0xc000_1000), size: 0x1000, gsi: 6 };
 
     fn machine(vcpus: u8, devices: &[MmioDevice]) -> Machine<'_> {
-        let entry = Entry { address: layout::HIGH_RAM, initrd: None };
+        let entry = Entry { address: layout::HIGH_RAM, initrd: None, protocol: Protocol::Linux };
         Machine { vcpus, cmdline: "", entry, devices }
     }
 

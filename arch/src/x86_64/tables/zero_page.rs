@@ -1,6 +1,8 @@
 //! The zero page (`boot_params`): command line, initrd, memory map and the way to the ACPI tables
 //! (Documentation/arch/x86/zero-page.rst and boot.rst).
 
+use std::ops::Range;
+
 use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion};
 
 use super::super::layout;
@@ -25,9 +27,12 @@ const LOADER_UNDEFINED: u8 = 0xff;
 /// What a kernel does with a range of memory (ACPI 6.5, table 15.1).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u32)]
-enum Kind {
+pub enum Kind {
+    /// It may use it.
     Ram = 1,
+    /// It leaves it alone.
     Reserved = 2,
+    /// It may use it once it has read the ACPI tables there.
     AcpiTables = 3,
 }
 
@@ -82,7 +87,8 @@ fn write_memory_map(memory: &GuestMemoryMmap) -> Result<(), ArchError> {
     put(memory, E820_ENTRIES, count)
 }
 
-fn memory_map(memory: &GuestMemoryMmap) -> Vec<(std::ops::Range<u64>, Kind)> {
+/// `(range, kind)` of all memory, ascending, without overlap.
+pub fn memory_map(memory: &GuestMemoryMmap) -> Vec<(Range<u64>, Kind)> {
     let acpi_end = layout::ACPI.0 + layout::ACPI_ROOM;
     let mut ranges = vec![
         (0..layout::LOW_RAM_END, Kind::Ram),
@@ -119,7 +125,7 @@ fn get<T: ByteValued>(memory: &GuestMemoryMmap, offset: u64) -> Result<T, ArchEr
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::machine::Entry;
+    use crate::machine::{Entry, Protocol};
 
     const CMDLINE_LIMIT: u32 = 2047;
 
@@ -136,7 +142,7 @@ mod tests {
 
     fn machine(cmdline: &str) -> Machine<'_> {
         let initrd = Some((GuestAddress(0x200_0000), 0x1234));
-        let entry = Entry { address: layout::HIGH_RAM, initrd };
+        let entry = Entry { address: layout::HIGH_RAM, initrd, protocol: Protocol::Linux };
         Machine { vcpus: 1, cmdline, entry, devices: &[] }
     }
 

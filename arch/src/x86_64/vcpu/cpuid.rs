@@ -1,5 +1,5 @@
-//! What CPUID tells the guest: all that this host and KVM support, and the machine's own topology:
-//! one package of cores with one thread each.
+//! What CPUID tells the guest: what this host and KVM support, less what no guest is offered, and
+//! the machine's own topology: one package of cores with one thread each.
 #![cfg(target_arch = "x86_64")]
 
 use kvm_bindings::{
@@ -7,6 +7,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::Cap;
 
+use super::hidden;
 use crate::{ArchError, Kvm, VcpuFd};
 
 /// The place of one vCPU among all.
@@ -60,6 +61,7 @@ fn adapt(
     entries.extend(listed.into_iter().flat_map(|function| levels(function, topology)));
     for entry in &mut entries {
         adapt_entry(entry, topology, deadline_timer, amd);
+        hidden::hide(entry);
     }
     entries.truncate(KVM_MAX_CPUID_ENTRIES);
     entries
@@ -91,8 +93,6 @@ fn adapt_entry(entry: &mut kvm_cpuid_entry2, topology: Topology, deadline_timer:
             set_bits(&mut entry.eax, 26..32, topology.max_core().min(0x3f));
             set_sharing(&mut entry.eax, topology);
         }
-        // No performance counters: to keep the host's ones apart costs time at every exit.
-        0xa => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
         0x8000_0001 if amd => {
             const CMP_LEGACY: u32 = 1 << 1;
             set_flag(&mut entry.ecx, CMP_LEGACY, topology.cores > 1);

@@ -1,20 +1,35 @@
-//! 64-bit mode before the kernel's own tables: flat segments, and the first GiB mapped onto itself.
+//! Segments and paging before the kernel's own tables: flat segments, and for 64-bit mode the first
+//! GiB mapped onto itself.
 #![cfg(target_arch = "x86_64")]
 
 use kvm_bindings::kvm_segment;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::super::layout;
+use crate::machine::Protocol;
 use crate::{ArchError, VcpuFd};
 
 /// Selectors that the boot protocol fixes (Documentation/arch/x86/boot.rst).
 const BOOT_CS: u16 = 0x10;
 const BOOT_DS: u16 = 0x18;
+/// Selectors of our own choice, as PVH asks only for what they select.
+const PVH_CS: u16 = 0x20;
+const PVH_TASK: u16 = 0x28;
 
-// Descriptors, by selector: two empty, then flat code (execute, read; 64-bit) and data.
-const GDT: [u64; 4] = [0, 0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff];
+// Descriptors, by selector: two empty, then flat code (execute, read; 64-bit) and data; flat code
+// of 32 bits, and a busy task state.
+const GDT: [u64; 6] = [
+    0,
+    0,
+    0x00af_9b00_0000_ffff,
+    0x00cf_9300_0000_ffff,
+    0x00cf_9b00_0000_ffff,
+    0x0000_8b00_0000_0067,
+];
 
 const CR0_PROTECTED: u64 = 1;
+/// Always set on every processor since the 486.
+const CR0_EXTENSION_TYPE: u64 = 1 << 4;
 const CR0_PAGING: u64 = 1 << 31;
 const CR4_PAE: u64 = 1 << 5;
 const EFER_LONG_MODE: u64 = 1 << 8 | 1 << 10;
@@ -50,29 +65,48 @@ fn put(
     memory.write_obj(value, address).map_err(ArchError::memory("the first tables", address))
 }
 
-/// Puts the vCPU into 64-bit mode, on what [`write`] wrote.
-pub fn set(vcpu: &VcpuFd) -> Result<(), ArchError> {
+/// Puts the vCPU into the mode of `protocol`, on what [`write`] wrote.
+pub fn set(vcpu: &VcpuFd, protocol: Protocol) -> Result<(), ArchError> {
     let mut registers = vcpu.get_sregs().map_err(ArchError::kvm("read the segments"))?;
     registers.gdt.base = layout::GDT.0;
-    registers.gdt.limit = 8 * 4 - 1;
+    registers.gdt.limit = 8 * 6 - 1;
     registers.idt.base = 0;
     registers.idt.limit = 0;
-    registers.cs = code();
     let data = data();
     registers.ds = data;
     registers.es = data;
     registers.fs = data;
     registers.gs = data;
     registers.ss = data;
-    registers.cr3 = layout::PAGE_TABLES.0;
-    registers.cr4 |= CR4_PAE;
-    registers.cr0 |= CR0_PROTECTED | CR0_PAGING;
-    registers.efer |= EFER_LONG_MODE;
+    match protocol {
+        Protocol::Linux => {
+            registers.cs = code();
+            registers.cr3 = layout::PAGE_TABLES.0;
+            registers.cr4 |= CR4_PAE;
+            registers.cr0 |= CR0_PROTECTED | CR0_PAGING;
+            registers.efer |= EFER_LONG_MODE;
+        }
+        // Protected mode without paging (Xen, docs/misc/pvh.pandoc).
+        Protocol::Pvh => {
+            registers.cs = code_of_32_bits();
+            registers.tr = task();
+            registers.cr0 = CR0_PROTECTED | CR0_EXTENSION_TYPE;
+            registers.cr4 = 0;
+        }
+    }
     vcpu.set_sregs(&registers).map_err(ArchError::kvm("set the segments"))
 }
 
 fn code() -> kvm_segment {
     kvm_segment { selector: BOOT_CS, type_: 0b1011, l: 1, ..flat() }
+}
+
+fn code_of_32_bits() -> kvm_segment {
+    kvm_segment { selector: PVH_CS, type_: 0b1011, db: 1, ..flat() }
+}
+
+fn task() -> kvm_segment {
+    kvm_segment { selector: PVH_TASK, type_: 0b1011, limit: 0x67, present: 1, ..Default::default() }
 }
 
 fn data() -> kvm_segment {
@@ -89,8 +123,8 @@ mod tests {
 
     #[test]
     fn the_descriptors_are_those_the_segments_claim() {
-        for (selector, segment) in [(BOOT_CS, code()), (BOOT_DS, data())] {
-            let descriptor = GDT[usize::from(selector / 8)];
+        for segment in [code(), data(), code_of_32_bits(), task()] {
+            let descriptor = GDT[usize::from(segment.selector / 8)];
 
             let [.., access, flags, _] = descriptor.to_le_bytes();
 

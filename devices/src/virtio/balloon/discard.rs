@@ -2,7 +2,7 @@
 
 use std::io;
 
-use vm_memory::{GuestAddress, GuestMemory, GuestMemoryError, GuestMemoryMmap};
+use vm_memory::{GuestAddress, GuestMemory, GuestMemoryError, GuestMemoryMmap, GuestRegionMmap};
 
 /// Size of the pages a balloon's driver counts in, in bytes, whatever the size of a page is to
 /// guest or host (virtio 1.2, section 5.5.6).
@@ -29,8 +29,8 @@ pub enum DiscardError {
 
 /// Guest RAM of which the guest may offer any part to be forgotten.
 ///
-/// The memory must be private and anonymous: then a page that was given back is a page of zeros as
-/// soon as somebody looks at it again.
+/// A page that was given back is a page of zeros as soon as somebody looks at it again; in private
+/// memory on a file, which is that of a machine built from a template, it is the template's.
 pub struct Discarder {
     memory: GuestMemoryMmap,
     /// Size of a host page, in bytes: a power of two.
@@ -66,6 +66,12 @@ impl Discarder {
         if start.checked_add(bytes).is_none() || !self.memory.check_range(address, length) {
             return Err(invalid());
         }
+        // In a file that is shared, only a hole gives memory back.
+        let is_shared = |region: &GuestRegionMmap| region.flags() & libc::MAP_SHARED != 0;
+        let advice = match self.memory.find_region(address).is_some_and(is_shared) {
+            true => libc::MADV_REMOVE,
+            false => libc::MADV_DONTNEED,
+        };
         for slice in self.memory.get_slices(address, length) {
             let slice = slice.map_err(not_memory)?;
             let guard = slice.ptr_guard_mut();
@@ -80,7 +86,7 @@ impl Discarder {
             // SAFETY: the `whole` bytes from `first` on are inside the slice, which lies in a
             // mapping that `self.memory` keeps. They stay mapped; that they become zeros is what a
             // guest may do to its memory at any time.
-            if unsafe { libc::madvise(first.cast(), whole, libc::MADV_DONTNEED) } != 0 {
+            if unsafe { libc::madvise(first.cast(), whole, advice) } != 0 {
                 return Err(DiscardError::Refused(io::Error::last_os_error()));
             }
             self.given_back_bytes = self.given_back_bytes.saturating_add(whole as u64);

@@ -19,6 +19,7 @@ pub use self::statistics::Statistics;
 use super::buffers::Buffers;
 use super::complaints::Complaints;
 use super::queue::{Chain, QueueError, Verdict, VirtQueue};
+use super::state::{DeviceState, Position, RestoreError};
 use super::{ActivateError, Activation, DeviceTraits, VirtioDevice, copy_config};
 use crate::interrupt::Interrupt;
 
@@ -44,7 +45,7 @@ const NUM_PAGES: usize = 0;
 const ACTUAL: usize = 4;
 const HINT_COMMAND: usize = 8;
 const POISON: usize = 12;
-const CONFIG_BYTES: usize = 16;
+pub(super) const CONFIG_BYTES: usize = 16;
 
 /// What a hint command is when it is no round (virtio 1.2, section 5.5.6.6).
 const HINT_STOP: u32 = 0;
@@ -422,5 +423,32 @@ impl VirtioDevice for Balloon {
     /// the hints come through depends on the driver.
     fn serves_at_once(&self, index: usize) -> bool {
         self.offer.free_page_hint && index >= STATISTICS
+    }
+
+    fn quiesce(&mut self) -> Result<Vec<Position>, QueueError> {
+        let Some(active) = &self.active else { return Ok(Vec::new()) };
+        let held = |index| index == STATISTICS && active.statistics_request.is_some();
+        let queues = active.queues.iter().enumerate();
+        Ok(queues.map(|(index, queue)| queue.position(held(index).into())).collect())
+    }
+
+    fn save(&self) -> DeviceState {
+        DeviceState::Balloon {
+            config: self.config,
+            last_round: self.last_round,
+            in_round: self.active.as_ref().is_some_and(|active| active.in_round),
+        }
+    }
+
+    fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
+        let &DeviceState::Balloon { config, last_round, in_round } = state else {
+            return Err(RestoreError::Kind);
+        };
+        self.config = config;
+        self.last_round = last_round;
+        if let Some(active) = &mut self.active {
+            active.in_round = in_round;
+        }
+        Ok(())
     }
 }

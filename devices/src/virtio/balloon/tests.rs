@@ -347,3 +347,27 @@ fn a_reset_forgets_the_driver_and_not_the_host() {
     assert_eq!(balloon.given_back_bytes(), BALLOON_PAGE);
     assert!(!balloon.start_hinting());
 }
+
+#[test]
+fn a_balloon_built_anew_asks_with_the_buffer_that_the_old_one_held() {
+    let memory = memory();
+    let driver = Driver::with_queues(&memory, 5);
+    let mut old = active(EVERYTHING, &driver);
+    old.set_target(7);
+    old.write_config(4, &3u32.to_le_bytes());
+    driver.offer(STATISTICS, &[&[4, 0, 1, 0, 0, 0, 0, 0, 0, 0]], &[]);
+    old.queue_ready(STATISTICS).unwrap();
+    assert!(old.start_hinting());
+    let command = config(&old, 8);
+
+    let mut new = Balloon::new(EVERYTHING, 0);
+    driver.hand_over(EVERYTHING.features(), &mut old, &mut new);
+    new.queue_ready(STATISTICS).unwrap();
+
+    assert_eq!([0, 4, 8].map(|offset| config(&new, offset)), [7, 3, command]);
+    assert_eq!(driver.used_of(STATISTICS), []);
+    assert!(new.request_statistics().unwrap().is_some());
+    assert_eq!(driver.used_of(STATISTICS), [(0, 0)]);
+    assert!(new.start_hinting());
+    assert_eq!(config(&new, 8), command + 1);
+}

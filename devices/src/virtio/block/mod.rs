@@ -25,7 +25,10 @@ pub use self::ring::Ring;
 use self::server::{Completed, Server, Started};
 use super::queue::{QueueError, Verdict, VirtQueue};
 use super::rate_limit::RateLimiter;
-use super::{ActivateError, Activation, Backend, DeviceTraits, VirtioDevice, copy_config};
+use super::state::{DeviceState, Position, RestoreError};
+use super::{
+    ActivateError, Activation, Backend, DeviceTraits, VirtioDevice, copy_config, restore_nothing,
+};
 
 /// Most queues of one device: more than a disk of one thread has a use for.
 pub const MAX_QUEUES: u16 = 16;
@@ -176,5 +179,21 @@ impl VirtioDevice for Block {
             return Ok(());
         }
         self.reap()
+    }
+
+    fn quiesce(&mut self) -> Result<Vec<Position>, QueueError> {
+        while self.active.is_some() && self.server.wait() {
+            self.reap()?;
+        }
+        let Some(Active { queues, .. }) = &self.active else { return Ok(Vec::new()) };
+        Ok(queues.iter().map(|queue| queue.position(0)).collect())
+    }
+
+    fn save(&self) -> DeviceState {
+        DeviceState::None
+    }
+
+    fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
+        restore_nothing(state)
     }
 }

@@ -96,6 +96,16 @@ impl Ring {
         Some((number, entry.result()))
     }
 
+    /// Waits until something may have completed; `false` if nothing is in flight.
+    pub fn wait(&mut self) -> bool {
+        self.submit();
+        if self.in_flight > 0 && self.ring.completion().is_empty() {
+            // What was told before and what interrupts the wait only make the caller look once more.
+            let _ = self.completions.read();
+        }
+        self.in_flight > 0
+    }
+
     /// Waits until nothing is in flight any more, and forgets how it ended.
     pub fn quiesce(&mut self) {
         self.submit();

@@ -188,3 +188,23 @@ fn nothing_is_written_to_the_guest_after_a_reset() {
     assert_eq!(driver.used(), []);
     assert_eq!(driver.buffer(0, 1024), [0; 1024]);
 }
+
+#[test]
+#[ignore = "needs io_uring"]
+fn all_that_is_in_flight_is_over_when_the_device_stands_still() {
+    let memory = memory();
+    let driver = Driver::new(&memory);
+    let image = image();
+    let mut block = block_on(image.path(), 1);
+    block.activate(driver.activation()).unwrap();
+    (0..10).for_each(|sector| {
+        driver.offer(0, &[&header(VIRTIO_BLK_T_IN, sector)], &[512, 1]);
+    });
+
+    block.queue_ready(0).unwrap();
+    let positions = block.quiesce().unwrap();
+
+    assert_eq!(driver.used().len(), 10);
+    assert_eq!((positions[0].next_available, positions[0].next_used), (10, 10));
+    assert!(driver.interrupts() > 0);
+}

@@ -137,6 +137,11 @@ impl Server {
         Some(Completed { queue, head, written })
     }
 
+    /// Waits until something that is in flight may have completed; `false` if nothing is.
+    pub fn wait(&mut self) -> bool {
+        self.ring.as_mut().is_some_and(Ring::wait)
+    }
+
     /// Waits for all that is in flight, and forgets it.
     pub fn reset(&mut self) {
         if let Some(ring) = &mut self.ring {

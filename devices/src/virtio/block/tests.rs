@@ -358,3 +358,25 @@ fn is_silent_before_activation_and_after_reset() {
 
     assert_eq!(driver.used(), []);
 }
+
+#[test]
+fn a_disk_built_anew_serves_what_comes_next() {
+    let memory = memory();
+    let driver = Driver::new(&memory);
+    let image = image();
+    let mut old = active(&driver, &image, READ_WRITE);
+    driver.offer(0, &[&header(VIRTIO_BLK_T_IN, 0)], &[512, 1]);
+    old.queue_ready(0).unwrap();
+    driver.offer(0, &[&header(VIRTIO_BLK_T_OUT, 1), &[9; 512]], &[1]);
+
+    let mut new = block(&image, READ_WRITE);
+    driver.hand_over(0, &mut old, &mut new);
+    drop(old);
+    new.queue_ready(0).unwrap();
+
+    assert_eq!(driver.used().len(), 2);
+    assert_eq!(driver.written(0, 1), [OK]);
+    let mut sector = [0; 512];
+    image.as_file().read_exact_at(&mut sector, 512).unwrap();
+    assert_eq!(sector, [9; 512]);
+}

@@ -1,24 +1,51 @@
 //! File system device (virtio 1.2, section 5.11): a directory of the host, mounted by the guest.
 
+mod access;
+mod book;
 mod credentials;
+mod extension;
+mod ledger;
+mod saved;
 mod server;
 #[cfg(test)]
 mod tests;
 mod tree;
+mod unnamed;
+mod watch;
+mod window;
 
+use std::io;
+use std::iter;
+use std::ops::Range;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+
+use event_manager::EventSet;
 use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
+use vm_memory::GuestMemoryMmap;
 
 use super::complaints::Complaints;
 use super::queue::{QueueError, Verdict, VirtQueue};
-use super::{ActivateError, Activation, DeviceTraits, VirtioDevice, copy_config};
+use super::state::{DeviceState, Position, RestoreError};
+use super::{ActivateError, Activation, Backend, DeviceTraits, VirtioDevice, copy_config};
 
-pub use self::server::{Error, Server};
+pub use self::saved::State;
+pub use self::server::{Cache, Error, Options, Server};
+use self::watch::Watch;
+pub use self::window::{SLOT_BYTES, Window};
 
 /// Size of the tag in the configuration space, in bytes (virtio 1.2, section 5.11.4).
 pub const TAG_BYTES: usize = 36;
 
 /// Queues for ordinary requests, beside the one for urgent ones. A single thread serves them all.
 const REQUEST_QUEUES: u32 = 1;
+
+/// Number of the shared memory region for mapped files (virtio 1.2, section 5.11.6.4, where the
+/// device's only region has it).
+const WINDOW_ID: u32 = 0;
+
+/// Index among the backends of the event that wakes the thread up; the window's timer is the next.
+const WOKEN: usize = 0;
 
 // A request of 1 MiB takes 256 descriptors for its pages and a few more; Linux makes its requests
 // smaller if the queue is.
@@ -30,8 +57,16 @@ pub struct Fs {
     /// `struct virtio_fs_config` (virtio 1.2, section 5.11.4).
     config: [u8; TAG_BYTES + 4],
     server: Server,
+    /// Where the guest finds the server's window.
+    region: Option<Range<u64>>,
+    /// Tells when to look after the window, while files are mapped.
+    watch: Option<Watch>,
+    /// Guest memory and the window, where data may be, too; while the device is active.
+    buffers: Option<GuestMemoryMmap>,
     /// The queue for urgent requests, then those for ordinary ones.
     queues: Option<[VirtQueue; 2]>,
+    /// Whether the server still knows a driver that is gone.
+    stale: bool,
     complaints: Complaints,
 }
 
@@ -43,7 +78,37 @@ impl Fs {
         let length = tag.len().min(TAG_BYTES);
         config[..length].copy_from_slice(&tag.as_bytes()[..length]);
         config[TAG_BYTES..].copy_from_slice(&REQUEST_QUEUES.to_le_bytes());
-        Fs { config, server, queues: None, complaints: Complaints::of(format!("fs {tag}")) }
+        Fs {
+            config,
+            server,
+            region: None,
+            watch: None,
+            buffers: None,
+            queues: None,
+            stale: false,
+            complaints: Complaints::of(format!("fs {tag}")),
+        }
+    }
+
+    /// Shows the server's window to the guest, in whose memory it starts at the address `start`.
+    /// The error is that the host has no timer left.
+    pub fn with_window_at(mut self, start: u64) -> io::Result<Self> {
+        self.region = self.server.window().map(|window| start..start + window.bytes());
+        self.watch = self.region.is_some().then(Watch::new).transpose()?;
+        Ok(self)
+    }
+
+    /// `memory` and the window, if there is one.
+    fn with_window(&self, memory: &GuestMemoryMmap) -> Option<GuestMemoryMmap> {
+        let region = self.server.window()?.region(self.region.as_ref()?.start)?;
+        memory.insert_region(Arc::new(region)).ok()
+    }
+
+    /// Closes what a driver that is gone had open.
+    fn forget(&mut self) {
+        if std::mem::take(&mut self.stale) {
+            self.server.reset();
+        }
     }
 }
 
@@ -56,28 +121,70 @@ impl VirtioDevice for Fs {
         copy_config(&self.config, offset, data);
     }
 
+    fn shared_memory(&self, id: u32) -> Option<Range<u64>> {
+        (id == WINDOW_ID).then(|| self.region.clone()).flatten()
+    }
+
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        self.queues = Some(activation.into_queues()?);
+        let queues: [VirtQueue; 2] = activation.into_queues()?;
+        self.buffers = self.with_window(queues[0].memory());
+        self.queues = Some(queues);
         Ok(())
     }
 
     fn reset(&mut self) {
         if self.queues.take().is_some() {
-            self.server.reset();
+            self.buffers = None;
+            // The processor that resets the device may not touch files: the device's thread may.
+            self.stale = true;
+            self.server.wake();
         }
     }
 
     fn queue_ready(&mut self, index: usize) -> Result<(), QueueError> {
-        let Some(queue) = self.queues.as_mut().and_then(|queues| queues.get_mut(index)) else {
+        self.forget();
+        let Fs { server, buffers, queues, watch, complaints, .. } = self;
+        let Some(queue) = queues.as_mut().and_then(|queues| queues.get_mut(index)) else {
             return Ok(());
         };
-        let (server, complaints) = (&self.server, &mut self.complaints);
-        queue.drain(|chain, memory| match server.serve(&chain, memory) {
+        queue.drain(|chain, memory| match server.serve(&chain, memory, buffers.as_ref()) {
             Ok(bytes) => Verdict::Used(bytes),
             Err(error) => {
                 complaints.add(&error);
                 Verdict::Used(0)
             }
-        })
+        })?;
+        if let (Some(watch), Some(window)) = (watch, server.window()) {
+            watch.begin(window);
+        }
+        Ok(())
+    }
+
+    fn backends(&self) -> Vec<Backend> {
+        let woken = Backend { fd: self.server.woken().as_raw_fd(), events: EventSet::IN };
+        iter::once(woken).chain(self.watch.as_ref().map(Watch::backend)).collect()
+    }
+
+    fn backend_ready(&mut self, index: usize, _events: EventSet) -> Result<(), QueueError> {
+        if index == WOKEN {
+            self.forget();
+        } else if let (Some(watch), Some(window)) = (&mut self.watch, self.server.window()) {
+            watch.look_after(window);
+        }
+        Ok(())
+    }
+
+    fn quiesce(&mut self) -> Result<Vec<Position>, QueueError> {
+        let queues = self.queues.iter().flatten();
+        Ok(queues.map(|queue| queue.position(0)).collect())
+    }
+
+    fn save(&self) -> DeviceState {
+        DeviceState::Fs(self.server.save())
+    }
+
+    fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
+        let DeviceState::Fs(state) = state else { return Err(RestoreError::Kind) };
+        self.server.restore(state).map_err(RestoreError::Backend)
     }
 }

@@ -30,10 +30,17 @@ const IOCTL: u32 = 39;
 const BATCH_FORGET: u32 = 42;
 const READDIRPLUS: u32 = 44;
 const RENAME2: u32 = 45;
+const COPY_FILE_RANGE: u32 = 47;
+const SETUPMAPPING: u32 = 48;
+const REMOVEMAPPING: u32 = 49;
+const TMPFILE: u32 = 51;
 
 const ROOT: u64 = 1;
 const REQUESTS: usize = 1;
 const ROOM: u32 = 4096;
+
+/// Where a guest sees its window.
+const WINDOW: u64 = 8 << 30;
 
 /// A guest that has mounted a directory.
 struct Guest<'m> {
@@ -63,7 +70,12 @@ impl Answer {
 
 impl<'m> Guest<'m> {
     fn mount(memory: &'m GuestMemoryMmap, root: &TempDir, read_only: bool) -> Self {
-        let mut device = Fs::new("root", Server::open(root.path(), read_only).unwrap());
+        Guest::mount_with(memory, root, Options { read_only, ..Options::default() })
+    }
+
+    fn mount_with(memory: &'m GuestMemoryMmap, root: &TempDir, options: Options) -> Self {
+        let server = Server::with_options(root.path(), options).unwrap();
+        let mut device = Fs::new("root", server).with_window_at(WINDOW).unwrap();
         let driver = Driver::with_queues(memory, 2);
         device.activate(driver.activation()).unwrap();
         let mut guest = Guest { device, driver, uid: root.path().metadata().unwrap().uid() };
@@ -98,6 +110,12 @@ impl<'m> Guest<'m> {
         let (header, data) = answer.split_first_chunk::<16>()?;
         let errno = -i32::from_le_bytes(header[4..8].try_into().unwrap());
         Some(Answer { errno, data: data.to_vec() })
+    }
+
+    /// Maps the first slot of the file `node` at `place` in the window.
+    fn map(&mut self, node: u64, place: u64, flags: u64) -> Answer {
+        let fields = [0, 0, SLOT_BYTES, flags, place].map(u64::to_le_bytes);
+        self.ask(SETUPMAPPING, node, &[&fields.concat()])
     }
 
     fn lookup(&mut self, name: &str) -> Answer {
@@ -384,6 +402,25 @@ fn a_reset_closes_what_the_guest_had_open() {
     assert_eq!(guest.lookup("file").errno, 0);
 }
 
+#[test]
+fn a_reset_leaves_it_to_the_devices_thread_to_close_files() {
+    let (root, memory) = (TempDir::new().unwrap(), memory());
+    let mut guest = Guest::mount(&memory, &root, false);
+    guest.create("file").node();
+    let file = root.path().join("file");
+    let is_open = || {
+        let open = fs::read_dir("/proc/self/fd").unwrap();
+        open.flatten().any(|fd| fs::read_link(fd.path()).is_ok_and(|name| name == file))
+    };
+
+    guest.device.reset();
+    assert!(is_open());
+    assert!(guest.device.server.woken().read().is_ok());
+    guest.device.backend_ready(0, EventSet::IN).unwrap();
+
+    assert!(!is_open());
+}
+
 impl<'m> Guest<'m> {
     /// The same device under a driver that starts over.
     fn mount_again(guest: Guest<'_>, memory: &'m GuestMemoryMmap) -> Self {
@@ -435,4 +472,310 @@ fn a_new_file_belongs_to_the_guests_process_whatever_the_directory_says() {
     assert_eq!(fs::metadata(root.path().join("file")).unwrap().uid(), 1234);
     assert_eq!(fs::metadata(root.path().join("file")).unwrap().gid(), 1234);
     assert_eq!(fs::metadata(root.path().join("other")).unwrap().uid(), 0);
+}
+
+/// A guest of a directory with a file of 100 KB, mapped through a window of two slots.
+fn with_window<'m>(memory: &'m GuestMemoryMmap, root: &TempDir, read_only: bool) -> Guest<'m> {
+    fs::write(root.path().join("file"), [7; 100_000]).unwrap();
+    let window = Some(Arc::new(Window::reserve(2 * SLOT_BYTES).unwrap()));
+    Guest::mount_with(memory, root, Options { read_only, window, ..Options::default() })
+}
+
+#[test]
+fn a_window_is_shared_memory_number_0_and_without_one_there_is_none() {
+    let (root, memory) = (TempDir::new().unwrap(), memory());
+
+    let with = with_window(&memory, &root, false);
+    let regions = [0, 1].map(|id| with.device.shared_memory(id));
+    let without = Guest::mount(&memory, &root, false).device.shared_memory(0);
+
+    assert_eq!(regions, [Some(WINDOW..WINDOW + 2 * SLOT_BYTES), None]);
+    assert_eq!(without, None);
+}
+
+#[test]
+fn only_a_large_file_is_to_be_mapped() {
+    /// `FUSE_INIT_EXT`, and `FUSE_HAS_INODE_DAX` in the second word (linux/fuse.h).
+    const FLAGS: [u32; 2] = [1 << 30, 1 << 1];
+    let (root, memory) = (TempDir::new().unwrap(), memory());
+    let mut guest = with_window(&memory, &root, false);
+    fs::write(root.path().join("small"), "small").unwrap();
+
+    let hello = words(&[7, 38, 0, FLAGS[0], FLAGS[1], 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+    let init = guest.ask(INIT, ROOT, &[&hello]);
+    // `flags` of `struct fuse_attr`, behind the six numbers of `struct fuse_entry_out`.
+    let flags = ["file", "small"].map(|name| guest.lookup(name).data[40 + 84]);
+
+    assert_eq!(u32::from_le_bytes(init.data[32..36].try_into().unwrap()) & FLAGS[1], FLAGS[1]);
+    assert_eq!(flags, [2, 0]);
+}
+
+#[test]
+fn data_is_written_from_where_another_file_is_mapped_and_nowhere_else() {
+    let (root, memory) = (TempDir::new().unwrap(), memory());
+    let mut guest = with_window(&memory, &root, false);
+    let node = guest.lookup("file").node();
+    assert_eq!(guest.map(node, SLOT_BYTES, 2).errno, 0);
+    let created = guest.create("copy");
+    let mut write = |place: u64| {
+        let flags = (libc::O_RDWR | libc::O_CREAT) as u32;
+        let rest = words(&[0, 0, 8, 0, 0, 0, flags, 0]);
+        let header = guest.header(WRITE, created.node(), 48);
+        let body = [&created.field(CREATED_HANDLE).to_le_bytes()[..], &rest].concat();
+        let head = guest.driver.offer(REQUESTS, &[&header, &body, &[0; 8]], &[16, ROOM]);
+        let moved = Descriptor::new(WINDOW + place, 8, NEXT, head + 3);
+        let entry = GuestAddress(REQUESTS as u64 * RINGS + u64::from(head + 2) * 16);
+        memory.write_obj(moved, entry).unwrap();
+        guest.device.queue_ready(REQUESTS).unwrap();
+        let answer = guest.driver.written(REQUESTS, guest.driver.used_of(REQUESTS).len() - 1);
+        -i32::from_le_bytes(answer[4..8].try_into().unwrap())
+    };
+
+    let errors = [SLOT_BYTES, 0].map(&mut write);
+
+    assert_eq!(errors, [0, libc::EFAULT]);
+    assert_eq!(fs::read(root.path().join("copy")).unwrap(), [7; 8]);
+}
+
+#[test]
+fn a_file_is_mapped_as_it_may_be_used_and_taken_away() {
+    let (root, memory) = (TempDir::new().unwrap(), memory());
+    let mut guest = with_window(&memory, &root, true);
+    let node = guest.lookup("file").node();
+
+    let errors = [guest.map(node, 0, 3), guest.map(node, 0, 2), guest.map(ROOT, 0, 2)]
+        .map(|answer| answer.errno);
+    let removal = [&words(&[1])[..], &0_u64.to_le_bytes(), &SLOT_BYTES.to_le_bytes()].concat();
+    let removed = guest.ask(REMOVEMAPPING, node, &[&removal]);
+
+    assert_eq!(errors, [libc::EROFS, 0, libc::ENODEV]);
+    assert_eq!(removed.errno, 0);
+    assert!(!guest.device.server.window().unwrap().is_used());
+}
+
+#[test]
+fn a_driver_that_starts_over_finds_its_window_empty() {
+    let (root, memory) = (TempDir::new().unwrap(), memory());
+    let mut guest = with_window(&memory, &root, false);
+    let node = guest.lookup("file").node();
+    guest.map(node, 0, 2);
+    assert!(guest.device.server.window().unwrap().is_used());
+
+    guest.device.reset();
+    guest.device.backend_ready(WOKEN, EventSet::IN).unwrap();
+
+    assert!(!guest.device.server.window().unwrap().is_used());
+}
+
+#[test]
+fn without_a_window_nothing_is_mapped() {
+    let (root, memory) = (TempDir::new().unwrap(), memory());
+    let mut guest = Guest::mount(&memory, &root, false);
+    let node = guest.create("file").node();
+
+    assert_eq!(guest.map(node, 0, 2).errno, libc::EINVAL);
+}
+
+fn copy(guest: &mut Guest<'_>, from: u64, to: u64) -> Answer {
+    let fields = [0, 1, to, 0, 2, 3, 0].map(u64::to_le_bytes);
+    guest.ask(COPY_FILE_RANGE, from, &[&fields.concat()])
+}
+
+#[test]
+fn a_range_is_copied_on_the_host() {
+    let (root, memory) = (TempDir::new().unwrap(), memory());
+    fs::write(root.path().join("from"), "12345").unwrap();
+    fs::write(root.path().join("to"), "abc").unwrap();
+    let mut guest = Guest::mount(&memory, &root, false);
+    let (from, to) = (guest.lookup("from").node(), guest.lookup("to").node());
+
+    let copied = copy(&mut guest, from, to);
+
+    assert_eq!((copied.errno, copied.field(0)), (0, 3));
+    assert_eq!(fs::read(root.path().join("to")).unwrap(), b"ab234");
+    assert_eq!(copy(&mut guest, from, 4711).errno, libc::EBADF);
+}
+
+#[test]
+fn a_read_only_directory_takes_no_copy_and_no_file_without_a_name() {
+    let (root, memory) = (TempDir::new().unwrap(), memory());
+    fs::write(root.path().join("file"), "kept").unwrap();
+    let mut guest = Guest::mount(&memory, &root, true);
+    let node = guest.lookup("file").node();
+
+    assert_eq!(copy(&mut guest, node, node).errno, libc::EROFS);
+    assert_eq!(guest.unnamed().errno, libc::EROFS);
+    assert_eq!(fs::read(root.path().join("file")).unwrap(), b"kept");
+}
+
+impl Guest<'_> {
+    fn unnamed(&mut self) -> Answer {
+        let flags = libc::O_RDWR as u32;
+        self.ask(TMPFILE, ROOT, &[&words(&[flags, 0o666, 0o022, 0]), b"#1\0"])
+    }
+}
+
+#[test]
+fn a_file_without_a_name_is_written_read_and_named() {
+    let (root, memory) = (TempDir::new().unwrap(), memory());
+    let mut guest = Guest::mount(&memory, &root, false);
+
+    let made = guest.unnamed();
+    let (node, handle) = (made.node(), made.field(CREATED_HANDLE));
+    assert_eq!(fs::read_dir(root.path()).unwrap().count(), 0);
+    guest.write(node, handle, b"hello");
+    let read = guest.read(node, handle, 0).data;
+    let linked = guest.ask(LINK, ROOT, &[&node.to_le_bytes(), b"name\0"]);
+
+    assert_eq!(read, b"hello");
+    assert_eq!(linked.node(), node);
+    assert_eq!(fs::read(root.path().join("name")).unwrap(), b"hello");
+    assert_eq!(fs::metadata(root.path().join("name")).unwrap().mode() & 0o7777, 0o644);
+    assert_eq!(guest.lookup("name").errno, 0);
+}
+
+#[test]
+fn a_file_without_a_name_is_gone_when_it_is_forgotten_and_closed() {
+    let (root, memory) = (TempDir::new().unwrap(), memory());
+    let mut guest = Guest::mount(&memory, &root, false);
+    let made = guest.unnamed();
+    let (node, handle) = (made.node(), made.field(CREATED_HANDLE));
+
+    let forget = guest.header(2, node, 8);
+    assert!(guest.ask_raw(&[&forget, &1_u64.to_le_bytes()], &[]).is_none());
+    let attributes = guest.ask(GETATTR, node, &[&[0; 16]]);
+    let still_open = guest.write(node, handle, b"x");
+    let body = [&handle.to_le_bytes()[..], &[0; 16]].concat();
+    let released = guest.ask(18, node, &[&body]);
+
+    assert_eq!((attributes.errno, still_open.errno), (libc::EBADF, 0));
+    assert_eq!(released.errno, 0);
+    assert_eq!(guest.write(node, handle, b"x").errno, libc::EBADF);
+}
+
+#[test]
+fn what_is_cached_is_believed_for_as_long_as_it_was_chosen() {
+    let (root, memory) = (TempDir::new().unwrap(), memory());
+    fs::write(root.path().join("file"), "x").unwrap();
+    let seconds = [Cache::Never, Cache::Auto, Cache::Always].map(|cache| {
+        let memory = memory.clone();
+        memory.write_slice(&[0; 0x2000], GuestAddress(0)).unwrap();
+        let options = Options { cache, ..Options::default() };
+        Guest::mount_with(&memory, &root, options).lookup("file").field(16)
+    });
+
+    assert_eq!(seconds, [0, 1, 24 * 60 * 60]);
+}
+
+#[test]
+fn writes_are_kept_back_if_it_was_chosen() {
+    let (root, memory) = (TempDir::new().unwrap(), memory());
+    let options = Options { writeback: true, ..Options::default() };
+    let mut guest = Guest::mount_with(&memory, &root, options);
+
+    let answer = guest.init();
+
+    assert_ne!(u32::from_le_bytes(answer.data[12..16].try_into().unwrap()) & (1 << 16), 0);
+}
+
+/// The same guest with another device on `root`.
+fn handed_over<'m>(mut guest: Guest<'m>, root: &std::path::Path) -> Guest<'m> {
+    let mut device = Fs::new("root", Server::open(root, false).unwrap());
+    guest.driver.hand_over(0, &mut guest.device, &mut device);
+    guest.device = device;
+    guest
+}
+
+const READ_WRITE: u32 = (libc::O_RDWR | libc::O_CREAT) as u32;
+
+#[test]
+fn what_the_guest_had_open_goes_on_with_a_device_built_anew() {
+    let (root, memory) = (TempDir::new().unwrap(), memory());
+    fs::create_dir_all(root.path().join("deep/er")).unwrap();
+    let mut guest = Guest::mount(&memory, &root, false);
+    let created = guest.create("file");
+    let (node, handle) = (created.node(), created.field(CREATED_HANDLE));
+    guest.write(node, handle, b"hello");
+    let deep = guest.lookup("deep").node();
+    let deeper = guest.ask(LOOKUP, deep, &[b"er\0"]).node();
+    let listing = guest.ask(OPENDIR, deep, &[&[0; 8]]).field(0);
+    guest.rename("file", "renamed");
+
+    let mut guest = handed_over(guest, root.path());
+
+    assert_eq!(guest.read(node, handle, READ_WRITE).data, b"hello");
+    assert_eq!(guest.write(node, handle, b"HELL").errno, 0);
+    assert_eq!(fs::read(root.path().join("renamed")).unwrap(), b"HELLo");
+    assert_eq!(guest.lookup("renamed").node(), node);
+    assert_eq!(guest.ask(GETATTR, deeper, &[&[0; 16]]).field(16), deeper);
+    let rest = words(&[0, 0, ROOM, 0, 0, 0, 0, 0]);
+    let entries = guest.ask(READDIRPLUS, deep, &[&listing.to_le_bytes(), &rest]);
+    assert_eq!(entries.field(0), deeper);
+    let other = guest.create("other");
+    assert!(other.field(CREATED_HANDLE) > handle);
+    assert_eq!(guest.write(other.node(), other.field(CREATED_HANDLE), b"x").errno, 0);
+}
+
+#[test]
+fn a_file_that_is_gone_is_stale_for_a_guest_that_knew_it() {
+    let (root, memory) = (TempDir::new().unwrap(), memory());
+    let mut guest = Guest::mount(&memory, &root, false);
+    let gone = guest.create("gone");
+    let changed = guest.create("changed");
+    guest.ask(UNLINK, ROOT, &[b"gone\0"]);
+    let mut device = Fs::new("root", Server::open(root.path(), false).unwrap());
+    let positions = guest.device.quiesce().unwrap();
+    let state = guest.device.save();
+    fs::remove_file(root.path().join("changed")).unwrap();
+    fs::create_dir(root.path().join("changed")).unwrap();
+    device.activate(guest.driver.activation_at(0, &positions)).unwrap();
+    device.restore(&state).unwrap();
+    guest.device = device;
+
+    for file in [gone, changed] {
+        let (node, handle) = (file.node(), file.field(CREATED_HANDLE));
+        assert_eq!(guest.read(node, handle, READ_WRITE).errno, libc::ESTALE);
+        assert_eq!(guest.ask(GETATTR, node, &[&[0; 16]]).errno, libc::ESTALE);
+    }
+    assert_ne!(guest.lookup("changed").errno, libc::ESTALE);
+}
+
+#[test]
+fn a_copy_of_the_directory_does_as_well() {
+    let (root, memory) = (TempDir::new().unwrap(), memory());
+    let copy = TempDir::new().unwrap();
+    fs::write(root.path().join("file"), "old").unwrap();
+    // In another order, so that the numbers are others.
+    fs::write(copy.path().join("another"), "another").unwrap();
+    fs::write(copy.path().join("file"), "new").unwrap();
+    let mut guest = Guest::mount(&memory, &root, false);
+    let node = guest.lookup("file").node();
+    let handle = guest.ask(OPEN, node, &[&words(&[libc::O_RDONLY as u32, 0])]).field(0);
+
+    let mut guest = handed_over(guest, copy.path());
+
+    assert_eq!(guest.read(node, handle, 0).data, b"new");
+    assert_eq!(guest.lookup("file").node(), node);
+    let another = guest.lookup("another").node();
+    assert_ne!(another, node);
+    let forget = words(&[1, 0]);
+    let one = [&node.to_le_bytes()[..], &2u64.to_le_bytes()].concat();
+    let header = guest.header(BATCH_FORGET, 0, forget.len() + one.len());
+    assert!(guest.ask_raw(&[&header, &forget, &one], &[]).is_none());
+    assert_eq!(guest.ask(GETATTR, node, &[&[0; 16]]).errno, libc::EBADF);
+    assert_eq!(guest.lookup("file").errno, 0);
+}
+
+#[test]
+fn a_directory_that_was_not_mounted_is_mounted_later() {
+    let (root, memory) = (TempDir::new().unwrap(), memory());
+    let mut device = Fs::new("root", Server::open(root.path(), false).unwrap());
+    let driver = Driver::with_queues(&memory, 2);
+    device.activate(driver.activation()).unwrap();
+    let uid = root.path().metadata().unwrap().uid();
+
+    let mut guest = handed_over(Guest { device, driver, uid }, root.path());
+
+    assert_eq!(guest.init().errno, 0);
+    assert_eq!(guest.create("file").errno, 0);
 }

@@ -2,16 +2,23 @@
 
 use std::ffi::CStr;
 use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
 use std::time::Duration;
 
-use fuse_backend_rs::abi::fuse_abi::{CreateIn, stat64, statvfs64};
+use fuse_backend_rs::abi::fuse_abi::{CreateIn, WRITE_KILL_PRIV, stat64, statvfs64};
+use fuse_backend_rs::abi::virtio_fs::{RemovemappingOne, SetupmappingFlags};
 use fuse_backend_rs::api::filesystem::{
     Context, DirEntry, Entry, FileSystem, FsOptions, GetxattrReply, ListxattrReply, OpenOptions,
     SetattrValid, ZeroCopyReader, ZeroCopyWriter,
 };
 use fuse_backend_rs::passthrough::PassthroughFs;
+use fuse_backend_rs::transport::FsCacheReqHandler;
 
+use super::access::{Access, is_read_only};
 use super::credentials::Credentials;
+use super::unnamed::{self, Unnamed};
+use super::window::Window;
 
 /// Longest value of an extended attribute, and longest list of them, in bytes (Linux, limits.h).
 const MAX_XATTR_BYTES: u32 = 64 << 10;
@@ -26,21 +33,8 @@ const WANTED: FsOptions = FsOptions::ASYNC_READ
     .union(FsOptions::MAX_PAGES)
     .union(FsOptions::PARALLEL_DIROPS);
 
-/// What the library would switch on if it were offered, though its configuration says no, and the
-/// DAX window that this device does not have.
-const REFUSED: FsOptions = FsOptions::WRITEBACK_CACHE
-    .union(FsOptions::ZERO_MESSAGE_OPEN)
-    .union(FsOptions::ZERO_MESSAGE_OPENDIR)
-    .union(FsOptions::PERFILE_DAX);
-
-/// Whether a guest may change what it sees.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Access {
-    /// Every change fails with EROFS.
-    ReadOnly,
-    /// The guest's kernel decides.
-    ReadWrite,
-}
+/// What needs a DAX window.
+const OF_WINDOW: FsOptions = FsOptions::PERFILE_DAX;
 
 /// A directory tree of the host, with everything mounted in it.
 ///
@@ -48,25 +42,26 @@ pub(super) enum Access {
 /// the file systems mounted in the tree, because the guest sees them as one (without that `find`
 /// suspects loops and `tar` hard links); and owners that do not depend on the guest's groups.
 pub(super) struct Tree {
-    files: PassthroughFs,
+    pub(super) files: PassthroughFs,
     access: Access,
+    window: Option<Arc<Window>>,
+    /// Files that the library does not know.
+    pub unnamed: Unnamed,
 }
 
 impl Tree {
-    /// A tree over `files`, which use host inode numbers for nodes.
-    pub fn new(files: PassthroughFs, access: Access) -> Self {
-        Tree { files, access }
+    /// A tree over `files`, which use host inode numbers for nodes, mapped in `window`.
+    pub fn new(files: PassthroughFs, access: Access, window: Option<Arc<Window>>) -> Self {
+        Tree { files, access, window, unnamed: Unnamed::default() }
     }
 
-    fn writable(&self) -> io::Result<()> {
-        match self.access {
-            Access::ReadOnly => Err(io::Error::from_raw_os_error(libc::EROFS)),
-            Access::ReadWrite => Ok(()),
-        }
+    /// EROFS unless the guest may change something.
+    pub fn writable(&self) -> io::Result<()> {
+        self.access.check()
     }
 
     /// Makes something new in the name of the guest's process.
-    fn make<T>(
+    pub fn make<T>(
         &self,
         context: &Context,
         make: impl FnOnce(&Context) -> io::Result<T>,
@@ -92,20 +87,51 @@ fn numbered_attributes(
     (attributes, timeout)
 }
 
-fn is_read_only(flags: u32) -> bool {
-    flags & (libc::O_ACCMODE | libc::O_TRUNC | libc::O_CREAT) as u32 == libc::O_RDONLY as u32
-}
-
 impl FileSystem for Tree {
     type Inode = u64;
     type Handle = u64;
 
     fn init(&self, capable: FsOptions) -> io::Result<FsOptions> {
-        Ok(self.files.init(capable.difference(REFUSED))? | WANTED)
+        let refused = if self.window.is_some() { FsOptions::empty() } else { OF_WINDOW };
+        Ok(self.files.init(capable.difference(refused))? | WANTED)
     }
 
     fn destroy(&self) {
+        if let Some(window) = &self.window {
+            window.clear();
+        }
+        self.unnamed.clear();
         self.files.destroy();
+    }
+
+    fn setupmapping(
+        &self,
+        context: &Context,
+        inode: u64,
+        handle: u64,
+        offset: u64,
+        length: u64,
+        flags: u64,
+        place: u64,
+        mapper: &mut dyn FsCacheReqHandler,
+    ) -> io::Result<()> {
+        if flags & SetupmappingFlags::WRITE.bits() != 0 {
+            self.writable()?;
+        }
+        if let Some(file) = self.unnamed.of_node(inode) {
+            return mapper.map(offset, place, length, flags, file?.as_raw_fd());
+        }
+        self.files.setupmapping(context, inode, handle, offset, length, flags, place, mapper)
+    }
+
+    fn removemapping(
+        &self,
+        context: &Context,
+        inode: u64,
+        requests: Vec<RemovemappingOne>,
+        mapper: &mut dyn FsCacheReqHandler,
+    ) -> io::Result<()> {
+        self.files.removemapping(context, inode, requests, mapper)
     }
 
     fn lookup(&self, context: &Context, parent: u64, name: &CStr) -> io::Result<Entry> {
@@ -117,10 +143,13 @@ impl FileSystem for Tree {
     }
 
     fn forget(&self, context: &Context, inode: u64, count: u64) {
-        self.files.forget(context, inode, count);
+        if !self.unnamed.forget(inode, count) {
+            self.files.forget(context, inode, count);
+        }
     }
 
-    fn batch_forget(&self, context: &Context, requests: Vec<(u64, u64)>) {
+    fn batch_forget(&self, context: &Context, mut requests: Vec<(u64, u64)>) {
+        requests.retain(|&(inode, count)| !self.unnamed.forget(inode, count));
         self.files.batch_forget(context, requests);
     }
 
@@ -130,7 +159,10 @@ impl FileSystem for Tree {
         inode: u64,
         handle: Option<u64>,
     ) -> io::Result<(stat64, Duration)> {
-        let attributes = self.files.getattr(context, inode, handle)?;
+        let attributes = match self.unnamed.of(inode, handle) {
+            Some(file) => (unnamed::attributes(&*file?)?, Duration::ZERO),
+            None => self.files.getattr(context, inode, handle)?,
+        };
         Ok(numbered_attributes(inode, attributes))
     }
 
@@ -143,6 +175,10 @@ impl FileSystem for Tree {
         valid: SetattrValid,
     ) -> io::Result<(stat64, Duration)> {
         self.writable()?;
+        if let Some(file) = self.unnamed.of(inode, handle) {
+            unnamed::set_attributes(&*file?, &attributes, valid)?;
+            return self.getattr(context, inode, handle);
+        }
         let attributes = self.files.setattr(context, inode, attributes, handle, valid)?;
         Ok(numbered_attributes(inode, attributes))
     }
@@ -210,6 +246,9 @@ impl FileSystem for Tree {
 
     fn link(&self, context: &Context, inode: u64, parent: u64, name: &CStr) -> io::Result<Entry> {
         self.writable()?;
+        if let Some(file) = self.unnamed.of_node(inode) {
+            return self.link_unnamed(context, (inode, &*file?), parent, name);
+        }
         self.files.link(context, inode, parent, name).map(numbered)
     }
 
@@ -222,6 +261,10 @@ impl FileSystem for Tree {
     ) -> io::Result<(Option<u64>, OpenOptions, Option<u32>)> {
         if !is_read_only(flags) {
             self.writable()?;
+        }
+        if let Some(file) = self.unnamed.of_node(inode) {
+            let handle = self.unnamed.open(&*file?, flags)?;
+            return Ok((Some(handle), OpenOptions::empty(), None));
         }
         self.files.open(context, inode, flags, fuse_flags)
     }
@@ -249,6 +292,9 @@ impl FileSystem for Tree {
         lock_owner: Option<u64>,
         flags: u32,
     ) -> io::Result<usize> {
+        if let Some(file) = self.unnamed.of_handle(handle) {
+            return writer.write_from(&mut file?.try_clone()?, size as usize, offset);
+        }
         self.files.read(context, inode, handle, writer, size, offset, lock_owner, flags)
     }
 
@@ -266,17 +312,31 @@ impl FileSystem for Tree {
         fuse_flags: u32,
     ) -> io::Result<usize> {
         self.writable()?;
+        if let Some(file) = self.unnamed.of_handle(handle) {
+            let file = file?;
+            if fuse_flags & WRITE_KILL_PRIV != 0 {
+                unnamed::drop_privileges(&file)?;
+            }
+            return reader.read_to(&mut file.try_clone()?, size as usize, offset);
+        }
         self.files.write(
             context, inode, handle, reader, size, offset, lock_owner, is_delayed, flags, fuse_flags,
         )
     }
 
     fn flush(&self, context: &Context, inode: u64, handle: u64, owner: u64) -> io::Result<()> {
-        self.files.flush(context, inode, handle, owner)
+        match self.unnamed.of_handle(handle) {
+            Some(file) => file.map(drop),
+            None => self.files.flush(context, inode, handle, owner),
+        }
     }
 
     fn fsync(&self, context: &Context, inode: u64, data_only: bool, handle: u64) -> io::Result<()> {
-        self.files.fsync(context, inode, data_only, handle)
+        match self.unnamed.of_handle(handle) {
+            Some(file) if data_only => file?.sync_data(),
+            Some(file) => file?.sync_all(),
+            None => self.files.fsync(context, inode, data_only, handle),
+        }
     }
 
     fn fallocate(
@@ -289,6 +349,9 @@ impl FileSystem for Tree {
         length: u64,
     ) -> io::Result<()> {
         self.writable()?;
+        if let Some(file) = self.unnamed.of_handle(handle) {
+            return unnamed::allocate(&*file?, mode, offset, length);
+        }
         self.files.fallocate(context, inode, handle, mode, offset, length)
     }
 
@@ -302,11 +365,17 @@ impl FileSystem for Tree {
         flock_release: bool,
         lock_owner: Option<u64>,
     ) -> io::Result<()> {
+        if let Some(released) = self.unnamed.release(handle) {
+            return released;
+        }
         self.files.release(context, inode, flags, handle, flush, flock_release, lock_owner)
     }
 
     fn statfs(&self, context: &Context, inode: u64) -> io::Result<statvfs64> {
-        self.files.statfs(context, inode)
+        match self.unnamed.of_node(inode) {
+            Some(file) => unnamed::file_system(&*file?),
+            None => self.files.statfs(context, inode),
+        }
     }
 
     fn setxattr(
@@ -318,7 +387,10 @@ impl FileSystem for Tree {
         flags: u32,
     ) -> io::Result<()> {
         self.writable()?;
-        self.files.setxattr(context, inode, name, value, flags)
+        match self.unnamed.of_node(inode) {
+            Some(file) => unnamed::set_xattr(&*file?, name, value, flags),
+            None => self.files.setxattr(context, inode, name, value, flags),
+        }
     }
 
     fn getxattr(
@@ -328,17 +400,28 @@ impl FileSystem for Tree {
         name: &CStr,
         size: u32,
     ) -> io::Result<GetxattrReply> {
-        // The library allocates what the guest asks for; no more than this is ever needed.
-        self.files.getxattr(context, inode, name, size.min(MAX_XATTR_BYTES))
+        // Room is made for what the guest asks for; no more than this is ever needed.
+        let size = size.min(MAX_XATTR_BYTES);
+        match self.unnamed.of_node(inode) {
+            Some(file) => unnamed::xattr(&*file?, name, size),
+            None => self.files.getxattr(context, inode, name, size),
+        }
     }
 
     fn listxattr(&self, context: &Context, inode: u64, size: u32) -> io::Result<ListxattrReply> {
-        self.files.listxattr(context, inode, size.min(MAX_XATTR_BYTES))
+        let size = size.min(MAX_XATTR_BYTES);
+        match self.unnamed.of_node(inode) {
+            Some(file) => unnamed::xattrs(&*file?, size),
+            None => self.files.listxattr(context, inode, size),
+        }
     }
 
     fn removexattr(&self, context: &Context, inode: u64, name: &CStr) -> io::Result<()> {
         self.writable()?;
-        self.files.removexattr(context, inode, name)
+        match self.unnamed.of_node(inode) {
+            Some(file) => unnamed::remove_xattr(&*file?, name),
+            None => self.files.removexattr(context, inode, name),
+        }
     }
 
     fn opendir(
@@ -407,6 +490,9 @@ impl FileSystem for Tree {
         offset: u64,
         whence: u32,
     ) -> io::Result<u64> {
+        if let Some(file) = self.unnamed.of_handle(handle) {
+            return unnamed::seek(&*file?, offset, whence);
+        }
         self.files.lseek(context, inode, handle, offset, whence)
     }
 }

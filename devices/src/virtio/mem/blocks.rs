@@ -68,6 +68,26 @@ impl Blocks {
             if plugged { self.plugged_count + count } else { self.plugged_count - count };
     }
 
+    /// A bit for each block, from the lowest one on.
+    pub fn bits(&self) -> &[u64] {
+        &self.plugged
+    }
+
+    /// Plugs the blocks whose bits are set and unplugs all others; `false`, and changes nothing, if
+    /// these are not the bits of as many blocks.
+    pub fn set_bits(&mut self, bits: &[u64]) -> bool {
+        let past_the_end = match (bits.last(), self.count % 64) {
+            (Some(last), used @ 1..) => last >> used,
+            _ => 0,
+        };
+        if bits.len() != self.plugged.len() || past_the_end != 0 {
+            return false;
+        }
+        self.plugged.copy_from_slice(bits);
+        self.plugged_count = bits.iter().map(|word| u64::from(word.count_ones())).sum();
+        true
+    }
+
     /// Unplugs everything.
     pub fn clear(&mut self) {
         self.plugged.fill(0);
@@ -114,5 +134,26 @@ mod tests {
         assert_eq!(blocks.state(&(60..64)), State::Plugged);
         assert_eq!(blocks.state(&(64..65)), State::Unplugged);
         assert_eq!(blocks.state(&(60..70)), State::Mixed);
+    }
+
+    #[test]
+    fn blocks_survive_as_bits() {
+        let mut old = blocks();
+        old.set(&(60..70), true);
+
+        let mut new = blocks();
+        assert!(new.set_bits(old.bits()));
+
+        assert_eq!(new.plugged_bytes(), 10 * BLOCK_BYTES);
+        assert_eq!(new.state(&(60..70)), State::Plugged);
+    }
+
+    #[test]
+    fn bits_of_more_blocks_than_there_are_are_refused() {
+        let mut blocks = blocks();
+
+        assert!(!blocks.set_bits(&[0]));
+        assert!(!blocks.set_bits(&[0, 1 << 36]));
+        assert!(blocks.set_bits(&[0, 1 << 35]));
     }
 }

@@ -21,6 +21,7 @@ use super::balloon::discard::Discarder;
 use super::buffers::Buffers;
 use super::complaints::Complaints;
 use super::queue::{QueueError, Verdict, VirtQueue};
+use super::state::{DeviceState, Position, RestoreError};
 use super::{ActivateError, Activation, DeviceTraits, VirtioDevice, copy_config};
 use crate::interrupt::Interrupt;
 
@@ -216,5 +217,28 @@ impl VirtioDevice for Mem {
         });
         self.active = Some(active);
         outcome
+    }
+
+    fn quiesce(&mut self) -> Result<Vec<Position>, QueueError> {
+        Ok(self.active.iter().map(|active| active.requests.position(0)).collect())
+    }
+
+    fn save(&self) -> DeviceState {
+        DeviceState::Mem {
+            requested_bytes: self.requested_bytes,
+            plugged: self.blocks.bits().to_vec(),
+        }
+    }
+
+    fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
+        let DeviceState::Mem { requested_bytes, plugged } = state else {
+            return Err(RestoreError::Kind);
+        };
+        self.requested_bytes = *requested_bytes;
+        if self.blocks.set_bits(plugged) {
+            return Ok(());
+        }
+        let (saved, found) = (plugged.len() as u64 * 64, self.blocks.bytes() / BLOCK_BYTES);
+        Err(RestoreError::Other { what: "the number of blocks, up to", saved, found })
     }
 }

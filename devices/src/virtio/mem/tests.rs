@@ -175,3 +175,27 @@ fn what_is_plugged_outlives_its_driver() {
 
     assert_eq!(host.plugged_mib(), 2);
 }
+
+#[test]
+fn a_device_built_anew_knows_what_is_plugged() {
+    let memory = memory();
+    let driver = Driver::new(&memory);
+    let old = active(&driver, &memory, 2);
+    assert_eq!(ask(&driver, &old, PLUG, START, 1), (DONE, 0));
+
+    let new = Host::of(Arc::new(Mutex::new(Mem::new(memory.clone(), START, BLOCK_BYTES))));
+    driver.hand_over(0, &mut *old.lock(), &mut *new.lock());
+
+    assert_eq!(new.plugged_mib(), 2);
+    assert_eq!(ask(&driver, &new, STATE, START, 1), (DONE, 0));
+    assert_eq!(ask(&driver, &new, UNPLUG, START, 1), (DONE, 0));
+}
+
+#[test]
+fn the_state_of_a_larger_device_is_refused() {
+    let memory = memory();
+    let state = Mem::new(memory.clone(), 0, 65 * BLOCK_BYTES).save();
+    let mut smaller = Mem::new(memory, START, BLOCK_BYTES);
+
+    assert!(matches!(smaller.restore(&state), Err(RestoreError::Other { .. })));
+}

@@ -7,6 +7,7 @@ use virtio_bindings::virtio_net::{
 use crate::virtio::buffers::Buffers;
 use crate::virtio::complaints::Complaints;
 use crate::virtio::queue::{Chain, QueueError, Verdict, VirtQueue};
+use crate::virtio::state::Position;
 
 /// Class and command, and the longest data of a command there is.
 const COMMAND_BYTES: usize = 4;
@@ -52,6 +53,11 @@ impl Control {
     pub fn new(queue: VirtQueue) -> Self {
         let buffers = Buffers::new(queue.memory().clone());
         Control { queue, buffers }
+    }
+
+    /// Where the device stands.
+    pub fn position(&self) -> Position {
+        self.queue.position(0)
     }
 
     /// Hands each command to `obey`, and tells the driver whether that said yes.

@@ -61,6 +61,18 @@ impl<L: Link> Links<L> {
         }
     }
 
+    /// Has nobody touch the driver's queues until [`Links::resume`].
+    pub fn pause(&mut self) {
+        if let Some(vhost) = &mut self.vhost {
+            vhost.pause();
+        }
+    }
+
+    /// Goes on after [`Links::pause`].
+    pub fn resume(&mut self) -> io::Result<()> {
+        self.vhost.as_mut().map_or(Ok(()), Vhost::resume)
+    }
+
     /// Attaches the first `count` links, and no other; changes nothing if that cannot be.
     pub fn use_pairs(&mut self, count: usize) -> io::Result<()> {
         let before = self.attached;

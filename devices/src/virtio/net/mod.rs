@@ -32,6 +32,7 @@ pub use self::vhost::{Vhost, VhostError};
 use super::complaints::Complaints;
 use super::queue::{QueueError, VirtQueue};
 use super::rate_limit::RateLimiter;
+use super::state::{DeviceState, Position, RestoreError};
 use super::{ActivateError, Activation, Backend, DeviceTraits, VirtioDevice, copy_config};
 use crate::interrupt::Interrupt;
 
@@ -257,6 +258,23 @@ impl Pairs {
         }
     }
 
+    /// Where the device stands in each queue of the pairs. The kernel, if it moves the frames, must
+    /// have been stopped.
+    fn positions(&self, vhost: Option<&Vhost>) -> Result<Vec<Position>, QueueError> {
+        match self {
+            Pairs::Own(pairs) => Ok(pairs
+                .iter()
+                .flat_map(|pair| [pair.receive.position(), pair.transmit.position()])
+                .collect()),
+            Pairs::Kernel(queues) => (0..)
+                .zip(queues)
+                .map(|(index, queue)| {
+                    queue.position_of_other(vhost.map_or(0, |vhost| vhost.next_available(index)))
+                })
+                .collect(),
+        }
+    }
+
     /// Has both queues of `pair` looked at once more.
     fn kick(&self, pair: usize) {
         match self {
@@ -376,5 +394,38 @@ impl<L: Link> VirtioDevice for Net<L> {
             self.transmit(index)?;
         }
         self.receive(index)
+    }
+
+    fn quiesce(&mut self) -> Result<Vec<Position>, QueueError> {
+        let Some(active) = &self.active else { return Ok(Vec::new()) };
+        self.links.pause();
+        let mut positions = active.pairs.positions(self.links.vhost())?;
+        // A driver that uses one pair of several may have its control queue before the others.
+        if let Some(control) = &active.control {
+            positions.insert(active.control_index, control.position());
+        }
+        positions.resize(self.traits().queue_sizes.len(), Position::default());
+        Ok(positions)
+    }
+
+    fn resume(&mut self) {
+        if let Err(error) = self.links.resume() {
+            self.complaints.add(&format_args!("go on after a pause: {error}"));
+        }
+    }
+
+    fn save(&self) -> DeviceState {
+        let pairs = self.active.as_ref().map_or(1, |_| self.links.attached());
+        DeviceState::Net { pairs: u16::try_from(pairs).expect("at most MAX_PAIRS") }
+    }
+
+    fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
+        let &DeviceState::Net { pairs: count } = state else { return Err(RestoreError::Kind) };
+        let Some(Active { pairs, .. }) = &self.active else { return Ok(()) };
+        if !(1..=pairs.count()).contains(&count.into()) {
+            let found = pairs.count() as u64;
+            return Err(RestoreError::Other { what: "queue pairs", saved: count.into(), found });
+        }
+        self.links.use_pairs(count.into()).map_err(RestoreError::Backend)
     }
 }

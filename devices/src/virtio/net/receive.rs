@@ -9,6 +9,7 @@ use crate::virtio::buffers::Buffers;
 use crate::virtio::complaints::Complaints;
 use crate::virtio::queue::{QueueError, Verdict, VirtQueue};
 use crate::virtio::rate_limit::RateLimiter;
+use crate::virtio::state::Position;
 
 /// Frames moved in one go; what gives the other devices of the same event loop their turn.
 const BUDGET: u32 = 128;
@@ -49,6 +50,11 @@ impl Receive {
     /// Has the event loop look at the queue once more.
     pub fn kick(&self) {
         self.queue.kick();
+    }
+
+    /// Where the device stands; the chains that wait for a frame are as good as never taken.
+    pub fn position(&self) -> Position {
+        self.queue.position(self.waiting.len())
     }
 
     /// Moves frames from `link` to the guest until one of them or `limiter` has no more of it.

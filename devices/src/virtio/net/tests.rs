@@ -621,3 +621,49 @@ fn the_host_answers_over_a_tap() {
         net.queue_ready(0).unwrap();
     }
 }
+
+#[test]
+fn a_device_built_anew_fills_the_buffers_that_the_old_one_held() {
+    let memory = memory();
+    let driver = Driver::with_queues(&memory, 2);
+    let features = 1 << VIRTIO_NET_F_GUEST_CSUM;
+    let (mut old, old_cable) = active(&driver, features);
+    (0..3).for_each(|_| _ = driver.offer(0, &[], &[2048]));
+    old_cable.send(&frame(100)).unwrap();
+    old.queue_ready(0).unwrap();
+    driver.offer(1, &[&frame(60)], &[]);
+
+    let (mut new, cable) = idle();
+    let offloads = new.links.all()[0].offloads.clone();
+    driver.hand_over(features, &mut old, &mut new);
+    cable.send(&frame(200)).unwrap();
+    new.queue_ready(0).unwrap();
+    new.queue_ready(1).unwrap();
+
+    assert_eq!(driver.written(0, 0), with_num_buffers(frame(100), 1));
+    assert_eq!(driver.written(0, 1), with_num_buffers(frame(200), 1));
+    assert_eq!(arrived(&old_cable), b"");
+    assert_eq!(arrived(&cable), frame(60));
+    assert_eq!(offloads.load(Ordering::Relaxed), libc::TUN_F_CSUM);
+}
+
+#[test]
+fn a_device_built_anew_uses_as_many_pairs_as_the_old_one() {
+    let memory = memory();
+    let driver = Driver::with_queues(&memory, 5);
+    let (mut old, _old_cables) = two_pairs(&driver, SEVERAL);
+    driver.offer(CONTROL, &[&[4, 0, 2, 0]], &[1]);
+    old.queue_ready(CONTROL).unwrap();
+
+    let (ours, _first) = cable();
+    let (other, second) = cable();
+    let mut new = Net::new(vec![ours, other], MAC);
+    driver.hand_over(SEVERAL, &mut old, &mut new);
+    driver.offer(3, &[&frame(60)], &[]);
+    new.queue_ready(3).unwrap();
+
+    assert_eq!(arrived(&second), frame(60));
+    driver.offer(CONTROL, &[&[4, 0, 1, 0]], &[1]);
+    new.queue_ready(CONTROL).unwrap();
+    assert_eq!(driver.written(CONTROL, 1), [0]);
+}

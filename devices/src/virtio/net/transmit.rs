@@ -8,6 +8,7 @@ use crate::virtio::buffers::Buffers;
 use crate::virtio::complaints::Complaints;
 use crate::virtio::queue::{QueueError, Verdict, VirtQueue};
 use crate::virtio::rate_limit::RateLimiter;
+use crate::virtio::state::Position;
 
 /// The transmit queue of a pair.
 pub struct Transmit {
@@ -31,6 +32,11 @@ impl Transmit {
     /// Has the event loop look at the queue once more.
     pub fn kick(&self) {
         self.queue.kick();
+    }
+
+    /// Where the device stands.
+    pub fn position(&self) -> Position {
+        self.queue.position(0)
     }
 
     /// Moves the guest's frames to `link`, until one of them or `limiter` has no more of it.

@@ -64,6 +64,8 @@ struct Worker {
     /// Which of the two queues the driver set up.
     ready: [bool; 2],
     running: bool,
+    /// Whether it is to run again.
+    paused: bool,
 }
 
 /// What became readable.
@@ -136,6 +138,34 @@ impl Vhost {
         worker.running = false;
     }
 
+    /// Stops the pairs that run, until [`Vhost::resume`].
+    pub fn pause(&mut self) {
+        for pair in 0..self.workers.len() {
+            let running = self.workers[pair].running;
+            self.stop(pair);
+            self.workers[pair].paused = running;
+        }
+    }
+
+    /// Starts the pairs again that [`Vhost::pause`] stopped.
+    pub fn resume(&mut self) -> io::Result<()> {
+        for pair in 0..self.workers.len() {
+            if std::mem::take(&mut self.workers[pair].paused) {
+                self.start(pair)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Entry of the available ring that the kernel takes next from queue number `index`, counting
+    /// those of all pairs; it must have been stopped.
+    pub fn next_available(&self, index: usize) -> u16 {
+        let worker = &self.workers[index / 2];
+        // It can fail only for a queue without rings, which the caller knows to ignore.
+        let base = worker.kernel.get_vring_base(index % 2).unwrap_or(0);
+        u16::try_from(base & u32::from(u16::MAX)).expect("it is masked")
+    }
+
     /// Stops every pair.
     pub fn stop_all(&mut self) {
         (0..self.workers.len()).for_each(|pair| self.stop(pair));
@@ -154,7 +184,7 @@ impl Worker {
         }
         kernel.set_mem_table(&regions(memory)).map_err(set_up("show it the guest's memory"))?;
         let link = link.as_fd().try_clone_to_owned().map_err(VhostError::Descriptors)?;
-        Ok(Worker { kernel, link: link.into(), ready: [false; 2], running: false })
+        Ok(Worker { kernel, link: link.into(), ready: [false; 2], running: false, paused: false })
     }
 }
 
@@ -179,7 +209,7 @@ fn set_up_queue(
 ) -> vhost::Result<()> {
     let Some(rings) = queue.rings() else { return Ok(()) };
     kernel.set_vring_num(index, rings.size)?;
-    kernel.set_vring_base(index, 0)?;
+    kernel.set_vring_base(index, queue.position(0).next_available)?;
     kernel.set_vring_addr(
         index,
         &VringConfigData {

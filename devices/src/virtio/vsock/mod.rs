@@ -23,6 +23,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 use self::muxer::Muxer;
 use self::packet::Buffers;
 use super::queue::{QueueError, Verdict, VirtQueue};
+use super::state::{DeviceState, Position, RestoreError};
 use super::{ActivateError, Activation, Backend, DeviceTraits, VirtioDevice, copy_config};
 use crate::listener::Listener;
 
@@ -30,6 +31,10 @@ pub use self::host::{Host, HostStream};
 
 /// Position of the queues (virtio 1.2, section 5.10.2).
 const EVENT_QUEUE: usize = 2;
+
+/// Rounds of packets in and refusals out before the other devices of the event loop have their turn: a
+/// guest can refill both queues while they are served.
+const ROUNDS: usize = 4;
 
 /// The event that tells the driver that all its connections are gone (virtio 1.2, 5.10.6.7).
 const TRANSPORT_RESET: [u8; 4] = 0u32.to_le_bytes();
@@ -77,7 +82,7 @@ impl Vsock {
     fn exchange(&mut self) -> Result<(), QueueError> {
         let Some(queues) = &mut self.queues else { return Ok(()) };
         let muxer = &mut self.muxer;
-        loop {
+        for _ in 0..ROUNDS {
             queues.transmit.drain(|chain, memory| {
                 if !muxer.can_receive() {
                     return Verdict::Keep;
@@ -92,6 +97,8 @@ impl Vsock {
                 return Ok(());
             }
         }
+        queues.transmit.kick();
+        Ok(())
     }
 
     fn report_reset(&mut self) -> Result<(), QueueError> {
@@ -159,5 +166,29 @@ impl VirtioDevice for Vsock {
     fn backend_ready(&mut self, _index: usize, _events: EventSet) -> Result<(), QueueError> {
         self.muxer.poll();
         self.exchange()
+    }
+
+    fn quiesce(&mut self) -> Result<Vec<Position>, QueueError> {
+        let Some(Queues { receive, transmit, event }) = &self.queues else {
+            return Ok(Vec::new());
+        };
+        Ok([receive, transmit, event].map(|queue| queue.position(0)).to_vec())
+    }
+
+    fn save(&self) -> DeviceState {
+        DeviceState::Vsock {
+            had_streams: self.owes_reset_event || self.muxer.is_known_to_guest(),
+            next_source_port: self.muxer.next_source_port(),
+        }
+    }
+
+    /// The guest's streams are gone, as after a reset; its listening sockets are its own.
+    fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
+        let &DeviceState::Vsock { had_streams, next_source_port } = state else {
+            return Err(RestoreError::Kind);
+        };
+        self.owes_reset_event = had_streams;
+        self.muxer.connect_from(next_source_port);
+        Ok(())
     }
 }

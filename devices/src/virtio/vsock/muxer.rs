@@ -357,6 +357,21 @@ impl Muxer {
         }
     }
 
+    /// Whether the guest knows of a stream.
+    pub fn is_known_to_guest(&self) -> bool {
+        self.connections.values().any(|entry| !entry.connection.is_unheard())
+    }
+
+    /// The port from which the host connects next.
+    pub fn next_source_port(&self) -> u32 {
+        self.next_source_port
+    }
+
+    /// Makes the host connect from `port` on, so that no stream looks like one of the past.
+    pub fn connect_from(&mut self, port: u32) {
+        self.next_source_port = port.clamp(FIRST_SOURCE_PORT, NO_PORT - 1);
+    }
+
     /// Ends all streams the guest knew of, because it was reset; returns whether there were any.
     /// What it sent is still written, and what it has not heard of still waits for it.
     pub fn forget_guest(&mut self) -> bool {

@@ -7,7 +7,7 @@ use std::os::fd::{FromRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 
 use virtio_queue::desc::split::Descriptor;
-use vm_memory::GuestMemoryMmap;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent};
 
 use super::credit::WINDOW_BYTES;
@@ -16,7 +16,7 @@ use super::packet::{
 };
 use super::*;
 use crate::listener::Listener;
-use crate::virtio::testing::{Driver, memory};
+use crate::virtio::testing::{AVAILABLE, Driver, QUEUE_SIZE, RINGS, USED, memory};
 
 const CID: u32 = 3;
 const PORT: u32 = 1024;
@@ -590,6 +590,36 @@ fn a_receive_buffer_without_room_for_data_is_returned_empty() {
     assert_eq!(driver.used(), [(0, 0), (1, 0), (2, HEADER_LENGTH)]);
 }
 
+/// Makes everything that was given back available again, unless so many packets were taken.
+fn refill(memory: &GuestMemoryMmap, packets: u16) {
+    let used = |rings| memory.read_obj::<u16>(GuestAddress(rings + USED + 2)).unwrap();
+    if used(RINGS) < packets {
+        for rings in [0, RINGS] {
+            let available = GuestAddress(rings + AVAILABLE + 2);
+            memory.write_obj(used(rings).wrapping_add(QUEUE_SIZE), available).unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_guest_that_refills_both_queues_for_ever_does_not_keep_the_event_loop() {
+    const PACKETS: u16 = 20_000;
+    let memory = memory();
+    let mut guest = Guest::boot(&memory);
+    let refused = guest.header(Op::Request, PORT).encode();
+    let packet = guest.driver.offer(1, &[&refused], &[]);
+    (1..QUEUE_SIZE).for_each(|_| guest.driver.offer_head(1, packet));
+    (32..QUEUE_SIZE).for_each(|head| guest.driver.offer_head(0, head - 32));
+    let other_vcpu = memory.clone();
+    guest.driver.on_interrupt(move || refill(&other_vcpu, PACKETS));
+
+    guest.device.queue_ready(1).unwrap();
+
+    let taken: u16 = memory.read_obj(GuestAddress(RINGS + USED + 2)).unwrap();
+    assert!(taken < 2000, "{taken} packets in one go");
+    assert!(guest.driver.kicked(1), "the rest has its turn later");
+}
+
 #[test]
 fn refusals_wait_for_the_guest_without_growing() {
     let memory = memory();
@@ -1022,4 +1052,42 @@ fn a_client_that_does_not_read_slows_only_its_own_stream() {
         guest.packets();
     }
     assert_eq!(late, vec![1; WINDOW_BYTES as usize]);
+}
+
+#[test]
+fn the_guest_of_a_device_built_anew_hears_that_its_streams_are_gone() {
+    let memory = memory();
+    let mut guest = Guest::boot(&memory);
+    let (_ours, theirs) = socket();
+    guest.host.connect(GUEST_PORT, theirs).unwrap();
+    let (old, _) = guest.only_packet();
+    guest.send(Op::Response, old.source_port);
+    guest.driver.offer(EVENT_QUEUE, &[], &[4]);
+    guest.device.queue_ready(EVENT_QUEUE).unwrap();
+    assert_eq!(guest.driver.used_of(EVENT_QUEUE), []);
+
+    let (mut device, host) = Vsock::new(CID).unwrap();
+    guest.driver.hand_over(0, &mut guest.device, &mut device);
+    (guest.device, guest.host) = (device, host);
+    guest.device.queue_ready(EVENT_QUEUE).unwrap();
+
+    assert_eq!(guest.driver.written(EVENT_QUEUE, 0), TRANSPORT_RESET);
+    let (_ours, theirs) = socket();
+    guest.host.connect(GUEST_PORT, theirs).unwrap();
+    let (request, _) = guest.only_packet();
+    assert_eq!(Op::from_number(request.op), Some(Op::Request));
+    assert_ne!(request.source_port, old.source_port);
+}
+
+#[test]
+fn a_guest_without_streams_hears_nothing() {
+    let memory = memory();
+    let mut guest = Guest::boot(&memory);
+    guest.driver.offer(EVENT_QUEUE, &[], &[4]);
+
+    let (mut device, _host) = Vsock::new(CID).unwrap();
+    guest.driver.hand_over(0, &mut guest.device, &mut device);
+    device.queue_ready(EVENT_QUEUE).unwrap();
+
+    assert_eq!(guest.driver.used_of(EVENT_QUEUE), []);
 }

@@ -8,9 +8,11 @@ use clap::Parser;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 use vmm::{
-    BalloonConfig, ConsoleOutput, DiskConfig, NetConfig, PmemConfig, ShareConfig, VmConfig,
-    VsockConfig,
+    BalloonConfig, ConsoleOutput, DiskConfig, NetConfig, PmemConfig, ShareConfig, UserConfig,
+    VmConfig, VsockConfig,
 };
+
+use crate::limits::ResourceLimit;
 
 /// Fields of devices that are numbers; the others are text, even if it looks like a number.
 const NUMBERS: [&str; 4] = ["cid", "queue_pairs", "queues", "target_mib"];
@@ -88,6 +90,18 @@ pub struct Arguments {
     /// Leave the entropy device out; clears rng
     #[arg(long)]
     no_rng: bool,
+    /// Let the machine's threads make any system call; sets seccomp to false
+    #[arg(long)]
+    no_seccomp: bool,
+    /// Who the machine's threads are once it runs, by number; overrides user. Needs root
+    #[arg(long, value_name = "UID:GID", value_parser = user)]
+    user: Option<UserConfig>,
+    /// Move to this folder of the cgroup v2 hierarchy first, which must exist
+    #[arg(long, value_name = "PATH")]
+    pub cgroup: Option<PathBuf>,
+    /// Bound what the process may use: no-file=N open files, fsize=BYTES of each file it writes
+    #[arg(long = "resource-limit", value_name = "NAME=VALUE")]
+    pub resource_limits: Vec<ResourceLimit>,
     /// Listen for requests on this unix socket (HTTP and JSON, see API.md)
     #[arg(long, value_name = "PATH")]
     pub api_socket: Option<PathBuf>,
@@ -127,6 +141,8 @@ impl Arguments {
             config.spare_slots = slots;
         }
         config.rng &= !self.no_rng;
+        config.seccomp &= !self.no_seccomp;
+        config.user = self.user.or(config.user);
         Ok(config)
     }
 
@@ -156,6 +172,12 @@ impl Arguments {
         }
         config.console.serial |= self.serial;
     }
+}
+
+fn user(text: &str) -> Result<UserConfig, String> {
+    let numbers = text.split_once(':').and_then(|(uid, gid)| Some((uid, gid.parse().ok()?)));
+    let user = numbers.and_then(|(uid, gid)| Some(UserConfig { uid: uid.parse().ok()?, gid }));
+    user.ok_or_else(|| "must be two numbers, as 1000:1000".to_owned())
 }
 
 /// A part of the configuration from `field=value,field=value`; a field alone is true. The rules are
@@ -222,6 +244,13 @@ mod tests {
 
         assert_eq!((config.disks[0].id.as_str(), config.disks[0].queues), ("7", 2));
         assert_eq!(config.nets[0].queue_pairs, 3);
+    }
+
+    #[test]
+    fn a_user_is_two_numbers() {
+        assert_eq!(parse(&["--user=7:8"]).user, Some(UserConfig { uid: 7, gid: 8 }));
+        assert!(user("nobody").is_err());
+        assert!(user("7:").is_err());
     }
 
     #[test]

@@ -170,7 +170,9 @@ impl Machine {
         let open = || RawTerminal::open().map_err(|error| error!("use the terminal: {error}")).ok();
         let terminal = self.is_interactive.then(open).flatten();
         self.stage = Stage::Started { vm: Box::new(vm), is_paused: false, _terminal: terminal };
-        Ok(())
+        // From here on nothing is opened, and nothing else needs a privilege either.
+        vmm::give_up_privileges(&self.config)
+            .map_err(|error| Error::Start(format!("give up privileges: {error}")))
     }
 
     fn pause(&mut self) -> Result<(), Error> {

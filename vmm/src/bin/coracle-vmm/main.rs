@@ -4,8 +4,10 @@
 mod api;
 mod arguments;
 mod http;
+mod limits;
 mod logger;
 mod machine;
+mod report;
 mod resources;
 mod server;
 mod signals;
@@ -15,18 +17,19 @@ use std::fs;
 use std::io::{self, IsTerminal};
 use std::mem;
 use std::os::fd::AsFd;
+use std::os::unix::fs::chown;
 use std::process::ExitCode;
 
 use anyhow::{Context, bail};
 use clap::Parser;
-use log::{LevelFilter, warn};
+use log::LevelFilter;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use vmm::{ConsoleConfig, ConsoleOutput, Exit, VmConfig};
 
 use crate::arguments::Arguments;
 use crate::machine::{Machine, State};
+use crate::report::Report;
 use crate::server::Server;
 use crate::signals::Signals;
 
@@ -63,26 +66,38 @@ fn run(arguments: &Arguments) -> anyhow::Result<u8> {
     if arguments.check {
         return Ok(check(&config));
     }
-    raise_descriptor_limit();
+    if let Some(path) = &arguments.cgroup {
+        limits::join_cgroup(path).with_context(|| format!("move to cgroup {path:?}"))?;
+    }
+    limits::set(&arguments.resource_limits).context("set resource limits")?;
+    vmm::forbid_core_dumps().context("forbid core dumps")?;
+    vmm::leave_namespaces().context("leave the host's IPC and UTS namespaces")?;
     let interactive = takes_keys(&config.console) && io::stdin().is_terminal();
     // Before the first thread starts, so that every thread leaves these signals to this one.
     let signals = Signals::open().context("receive signals")?;
     let mut server = match &arguments.api_socket {
         Some(path) => {
-            let open = Server::open(path);
+            let open = Server::open(path).and_then(|server| {
+                let owner = config.user.map(|user| chown(path, Some(user.uid), Some(user.gid)));
+                owner.unwrap_or(Ok(())).map(|()| server)
+            });
             Some(open.with_context(|| format!("listen on {path:?} (it must not exist yet)"))?)
         }
         None => None,
     };
+    let report = arguments.metrics.as_deref().map(Report::create).transpose()?;
+    let needs_few = arguments.resource_limits.is_empty() && !opens_more(&config);
     let mut machine = Machine::build(config, interactive)?;
+    if needs_few {
+        limits::lower_descriptor_limit().context("lower the limit of open files")?;
+    }
     if !arguments.paused {
         machine.become_state(State::Running)?;
     }
     let ending = serve(&mut machine, server.as_mut(), &signals).context("wait for the machine")?;
     machine.become_state(State::Stopped)?;
-    if let Some(path) = &arguments.metrics {
-        let metrics = serde_json::to_string_pretty(&machine.metrics())?;
-        fs::write(path, metrics).with_context(|| format!("write {path:?}"))?;
+    if let Some(report) = report {
+        report.write(&machine.metrics())?;
     }
     exit_code(finish(machine, signals, ending), ending)
 }
@@ -94,16 +109,6 @@ fn check(config: &VmConfig) -> u8 {
         eprintln!("coracle-vmm: {error}");
     }
     u8::from(!found.is_empty())
-}
-
-/// Thousands of streams need thousands of descriptors, and the usual limit is there for programs that
-/// use select(2).
-fn raise_descriptor_limit() {
-    let raised = getrlimit(Resource::RLIMIT_NOFILE)
-        .and_then(|(_, most)| setrlimit(Resource::RLIMIT_NOFILE, most, most));
-    if let Err(error) = raised {
-        warn!("raise the limit of open files: {error}");
-    }
 }
 
 /// Serves the control socket until the machine ends or a signal comes.
@@ -170,6 +175,11 @@ fn finish(machine: Machine, signals: Signals, ending: Ending) -> Exit {
         let _ = fs::remove_file(path);
     }
     exit
+}
+
+/// Whether the guest makes this process open descriptors: streams, or files.
+fn opens_more(config: &VmConfig) -> bool {
+    config.vsock.is_some() || !config.shares.is_empty()
 }
 
 /// Whether the guest gets what is typed here. A serial port has no input, and then the keys that

@@ -1,0 +1,433 @@
+//! The DAX window: files of the host as memory of the guest, which so shares the host's page cache
+//! (virtio 1.2, section 5.11.6.4).
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::ptr;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use fuse_backend_rs::abi::virtio_fs::{RemovemappingOne, SetupmappingFlags};
+use fuse_backend_rs::transport::FsCacheReqHandler;
+use vm_memory::{GuestAddress, GuestRegionMmap, MmapRegion};
+
+/// What Linux maps at once, in bytes, and to which multiples it keeps in file and window
+/// (`FUSE_DAX_SZ`, fs/fuse/dax.c). The window is a row of slots of this size.
+pub const SLOT_BYTES: u64 = 2 << 20;
+
+/// How a place is reserved in which nothing is mapped.
+const RESERVED: i32 = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+
+/// A range of addresses in which files are mapped as the guest asks for.
+///
+/// It costs addresses only: where no file is mapped, nobody can access it. It is never given up,
+/// because a memory slot of the guest may refer to it for as long as the process lives. Nothing in
+/// this process touches it, so no truncated file can be a fault of the process.
+///
+/// A mapping may reach beyond the end of its file, which is short or was truncated. An access of the
+/// guest there cannot be completed: KVM_RUN fails, or never gets beyond it where KVM takes the page
+/// for one that comes later (asynchronous page faults, x86). [`Window::patch`] puts zeros there until
+/// the guest asks for something.
+pub struct Window {
+    /// Address of the range in this process.
+    start: usize,
+    bytes: u64,
+    /// What is mapped, by number of the slot. Locked while mappings change.
+    slots: Mutex<BTreeMap<u64, Slot>>,
+    /// Whether a slot has a patch. Written under the lock.
+    is_patched: AtomicBool,
+}
+
+/// What is mapped in a slot, from its beginning on.
+struct Slot {
+    file: Arc<File>,
+    offset: u64,
+    bytes: u64,
+    protection: i32,
+    /// From where in the slot on zeros stand in for what is beyond the end of the file.
+    patch: Option<u64>,
+}
+
+impl Window {
+    /// Reserves `bytes` bytes of addresses, which must be a multiple of [`SLOT_BYTES`].
+    pub fn reserve(bytes: u64) -> io::Result<Window> {
+        assert!(bytes % SLOT_BYTES == 0, "a window is a row of whole slots");
+        let out_of_memory = |_| io::Error::from(io::ErrorKind::OutOfMemory);
+        let padded = usize::try_from(bytes + SLOT_BYTES).map_err(out_of_memory)?;
+        // SAFETY: a new mapping at an address of the kernel's choice touches no existing one.
+        let mapped =
+            unsafe { libc::mmap(ptr::null_mut(), padded, libc::PROT_NONE, RESERVED, -1, 0) };
+        if mapped == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(Window {
+            start: mapped.addr().next_multiple_of(to_usize(SLOT_BYTES)),
+            bytes,
+            slots: Mutex::default(),
+            is_patched: AtomicBool::new(false),
+        })
+    }
+
+    /// Where the window is in this process: a multiple of [`SLOT_BYTES`].
+    pub fn address(&self) -> usize {
+        self.start
+    }
+
+    /// The size of the window, in bytes.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// The window as guest memory that starts at `start`, to hand buffers in it to the kernel, which
+    /// says EFAULT where nothing is mapped. An access of this process could be a fault of it.
+    pub(super) fn region(&self, start: u64) -> Option<GuestRegionMmap> {
+        let (address, bytes) = self.within(&(0..self.bytes));
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: the range is reserved for the rest of the process, and what is mapped there is
+        // memory that guests and kernels change at any time, as guest memory is.
+        let mapping =
+            unsafe { MmapRegion::build_raw(address.cast(), bytes, protection, RESERVED) }.ok()?;
+        GuestRegionMmap::new(mapping, GuestAddress(start))
+    }
+
+    /// Puts zeros wherever a mapping reaches beyond the end of its file. Returns whether there was
+    /// such a place, so that a guest that could not go on can now. Any thread may call it.
+    pub fn patch(&self) -> bool {
+        let mut slots = self.lock();
+        let mut any = false;
+        for (&number, slot) in slots.iter_mut() {
+            let Ok(metadata) = slot.file.metadata() else { continue };
+            let held = metadata.len().saturating_sub(slot.offset).next_multiple_of(page_bytes());
+            if held < slot.bytes && slot.patch != Some(held) {
+                let base = number * SLOT_BYTES;
+                self.fill(base + held..base + slot.bytes, libc::PROT_READ | libc::PROT_WRITE);
+                slot.patch = Some(held);
+                any = true;
+            }
+        }
+        if any {
+            self.is_patched.store(true, Ordering::Release);
+        }
+        any
+    }
+
+    /// Shows the files again where [`Window::patch`] put zeros. Must come before anything is done for
+    /// the guest, as that may make a file longer.
+    pub(super) fn unpatch(&self) {
+        if !self.is_patched.load(Ordering::Acquire) {
+            return;
+        }
+        let mut slots = self.lock();
+        slots.retain(|&number, slot| {
+            let Some(held) = slot.patch.take() else { return true };
+            let base = number * SLOT_BYTES;
+            let (place, offset) = (base + held..base + slot.bytes, slot.offset + held);
+            let is_shown = self.show(place, &slot.file, offset, slot.protection).is_ok();
+            if !is_shown {
+                // Rather nothing than zeros that are not in the file.
+                self.fill(base..base + slot.bytes, libc::PROT_NONE);
+            }
+            is_shown
+        });
+        self.is_patched.store(false, Ordering::Release);
+    }
+
+    /// Whether any file is mapped.
+    pub(super) fn is_used(&self) -> bool {
+        !self.lock().is_empty()
+    }
+
+    /// Takes all files out of the window.
+    pub(super) fn clear(&self) {
+        let mut slots = self.lock();
+        if !slots.is_empty() {
+            self.fill(0..self.bytes, libc::PROT_NONE);
+            slots.clear();
+            self.is_patched.store(false, Ordering::Release);
+        }
+    }
+
+    /// Maps `bytes` bytes of `file` from `offset` on at `place` in the window.
+    fn map(
+        &self,
+        file: BorrowedFd<'_>,
+        offset: u64,
+        place: u64,
+        bytes: u64,
+        protection: i32,
+    ) -> io::Result<()> {
+        let end = place.checked_add(bytes).filter(|&end| bytes != 0 && end <= self.bytes);
+        let file_end = offset.checked_add(bytes).and_then(|end| i64::try_from(end).ok());
+        let is_aligned = (place | offset) % SLOT_BYTES == 0;
+        let (Some(end), Some(_), true) = (end, file_end, is_aligned) else {
+            return Err(io::Error::from_raw_os_error(libc::EINVAL));
+        };
+        let file = Arc::new(File::from(file.try_clone_to_owned()?));
+        let mut slots = self.lock();
+        self.show(place..end, &file, offset, protection)?;
+        for start in (place..end).step_by(to_usize(SLOT_BYTES)) {
+            let slot = Slot {
+                file: file.clone(),
+                offset: offset + (start - place),
+                bytes: SLOT_BYTES.min(end - start),
+                protection,
+                patch: None,
+            };
+            slots.insert(start / SLOT_BYTES, slot);
+        }
+        Ok(())
+    }
+
+    /// Takes the files out of the slots at `place`.
+    fn unmap(&self, place: u64, bytes: u64) -> io::Result<()> {
+        if place % SLOT_BYTES != 0 || place >= self.bytes || bytes == 0 {
+            return Err(io::Error::from_raw_os_error(libc::EINVAL));
+        }
+        let end = place.saturating_add(bytes).min(self.bytes).next_multiple_of(SLOT_BYTES);
+        let mut slots = self.lock();
+        self.fill(place..end, libc::PROT_NONE);
+        let mut rest = slots.split_off(&(place / SLOT_BYTES));
+        slots.append(&mut rest.split_off(&(end / SLOT_BYTES)));
+        Ok(())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<u64, Slot>> {
+        self.slots.lock().expect("nothing panics while mappings change")
+    }
+
+    /// Replaces what is at `place`, which is within the window, by `file` from `offset` on.
+    fn show(&self, place: Range<u64>, file: &File, offset: u64, protection: i32) -> io::Result<()> {
+        let offset = i64::try_from(offset).expect("a mapping ends below 2^63");
+        let (address, bytes) = self.within(&place);
+        // Not there at once: many files cannot be mapped, and the attempt would already have taken
+        // away what was there. Whatever this process maps next would be the guest's to see.
+        // SAFETY: a new mapping at an address of the kernel's choice touches no existing one.
+        let mapped = unsafe {
+            libc::mmap(
+                ptr::null_mut(),
+                bytes,
+                protection,
+                libc::MAP_SHARED,
+                file.as_raw_fd(),
+                offset,
+            )
+        };
+        if mapped == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+        // SAFETY: `mapped` is the mapping of `bytes` bytes that was just made, and nobody knows it.
+        // It goes into the reservation made by `reserve`, which is never given up and to which nothing
+        // in this process has a reference.
+        let moved = unsafe { libc::mremap(mapped, bytes, bytes, flags, address) };
+        assert!(moved == address, "memory for a mapping: {}", io::Error::last_os_error());
+        Ok(())
+    }
+
+    /// Replaces what is at `place`, which is within the window, by zeros, which nobody can access with
+    /// PROT_NONE as `protection`.
+    fn fill(&self, place: Range<u64>, protection: i32) {
+        let (address, bytes) = self.within(&place);
+        // SAFETY: the range is within the reservation made by `reserve`, which is never given up and
+        // to which nothing in this process has a reference.
+        let mapped =
+            unsafe { libc::mmap(address, bytes, protection, RESERVED | libc::MAP_FIXED, -1, 0) };
+        assert!(mapped == address, "memory for a mapping: {}", io::Error::last_os_error());
+    }
+
+    fn within(&self, place: &Range<u64>) -> (*mut libc::c_void, usize) {
+        assert!(place.start < place.end && place.end <= self.bytes, "all callers checked it");
+        let address = self.start + to_usize(place.start);
+        (ptr::without_provenance_mut(address), to_usize(place.end - place.start))
+    }
+}
+
+impl Drop for Window {
+    fn drop(&mut self) {
+        self.clear();
+    }
+}
+
+/// What the library maps and unmaps with.
+pub(super) struct Mapper(pub(super) Arc<Window>);
+
+impl FsCacheReqHandler for Mapper {
+    fn map(
+        &mut self,
+        file_offset: u64,
+        place: u64,
+        bytes: u64,
+        flags: u64,
+        file: RawFd,
+    ) -> io::Result<()> {
+        let is_writable = flags & SetupmappingFlags::WRITE.bits() != 0;
+        let protection =
+            if is_writable { libc::PROT_READ | libc::PROT_WRITE } else { libc::PROT_READ };
+        // SAFETY: the library keeps the file open during the call.
+        let file = unsafe { BorrowedFd::borrow_raw(file) };
+        self.0.map(file, file_offset, place, bytes, protection)
+    }
+
+    fn unmap(&mut self, requests: Vec<RemovemappingOne>) -> io::Result<()> {
+        requests.iter().try_for_each(|request| self.0.unmap(request.moffset, request.len))
+    }
+}
+
+fn to_usize(value: u64) -> usize {
+    usize::try_from(value).expect("a window is within a 64-bit address space")
+}
+
+/// Size of a page of this host, in bytes.
+fn page_bytes() -> u64 {
+    // SAFETY: sysconf has no preconditions.
+    u64::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).expect("every system has pages")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::os::fd::AsFd;
+
+    use super::*;
+
+    const BOTH: i32 = libc::PROT_READ | libc::PROT_WRITE;
+
+    fn window() -> Window {
+        Window::reserve(4 * SLOT_BYTES).unwrap()
+    }
+
+    fn file_of(byte: u8, bytes: usize) -> File {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&vec![byte; bytes]).unwrap();
+        file
+    }
+
+    /// One byte of the window as the kernel reads it for a guest, or why it cannot.
+    fn peek(window: &Window, place: u64) -> io::Result<u8> {
+        let mut byte = 0u8;
+        let local = libc::iovec { iov_base: (&raw mut byte).cast(), iov_len: 1 };
+        let (address, _) = window.within(&(place..place + 1));
+        let remote = libc::iovec { iov_base: address, iov_len: 1 };
+        // SAFETY: `local` is one byte that may be written; the kernel checks `remote`.
+        let read = unsafe {
+            libc::process_vm_readv(libc::getpid(), &raw const local, 1, &raw const remote, 1, 0)
+        };
+        if read == 1 { Ok(byte) } else { Err(io::Error::last_os_error()) }
+    }
+
+    fn errno(result: io::Result<()>) -> Option<i32> {
+        result.err().and_then(|error| error.raw_os_error())
+    }
+
+    #[test]
+    fn nothing_is_mapped_at_first() {
+        let window = window();
+
+        assert!(peek(&window, 0).is_err());
+        assert_eq!(window.address() % to_usize(SLOT_BYTES), 0);
+    }
+
+    #[test]
+    fn a_file_is_there_until_it_is_taken_away() {
+        let (window, file) = (window(), file_of(7, 3 << 20));
+
+        window.map(file.as_fd(), 0, SLOT_BYTES, 2 * SLOT_BYTES, BOTH).unwrap();
+        let mapped =
+            [SLOT_BYTES, SLOT_BYTES + (3 << 20) - 1].map(|place| peek(&window, place).ok());
+        window.unmap(SLOT_BYTES, SLOT_BYTES).unwrap();
+
+        assert_eq!(mapped, [Some(7), Some(7)]);
+        assert!(peek(&window, SLOT_BYTES).is_err());
+        assert_eq!(peek(&window, 2 * SLOT_BYTES).unwrap(), 7);
+    }
+
+    #[test]
+    fn what_lies_outside_or_across_slots_is_refused() {
+        let (window, file) = (window(), file_of(7, 1));
+        let refused = [
+            (0, 0, 5 * SLOT_BYTES),
+            (0, 4 * SLOT_BYTES, SLOT_BYTES),
+            (0, u64::MAX - SLOT_BYTES + 1, SLOT_BYTES),
+            (0, 0, u64::MAX),
+            (0, 0, 0),
+            (0, 4096, 4096),
+            (4096, 0, 4096),
+            (u64::MAX - SLOT_BYTES + 1, 0, SLOT_BYTES),
+            (1 << 63, 0, SLOT_BYTES),
+        ];
+
+        for (offset, place, bytes) in refused {
+            let mapped = window.map(file.as_fd(), offset, place, bytes, BOTH);
+            assert_eq!(errno(mapped), Some(libc::EINVAL), "{offset:#x} {place:#x} {bytes:#x}");
+        }
+        for (place, bytes) in [(4096, 4096), (4 * SLOT_BYTES, 1), (0, 0), (u64::MAX, 1)] {
+            assert_eq!(errno(window.unmap(place, bytes)), Some(libc::EINVAL));
+        }
+        assert!(peek(&window, 0).is_err());
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_mapped_leaves_what_was_there() {
+        let (window, file) = (window(), file_of(7, 1));
+        let unmappable = File::open("/proc/self/maps").unwrap();
+        window.map(file.as_fd(), 0, 0, SLOT_BYTES, BOTH).unwrap();
+
+        assert!(window.map(unmappable.as_fd(), 0, 0, SLOT_BYTES, libc::PROT_READ).is_err());
+
+        assert_eq!(peek(&window, 0).unwrap(), 7);
+    }
+
+    #[test]
+    fn beyond_the_end_of_a_file_are_zeros_once_it_is_patched() {
+        let (window, file) = (window(), file_of(7, 5000));
+        window.map(file.as_fd(), 0, 0, SLOT_BYTES, BOTH).unwrap();
+        assert!(peek(&window, 8192).is_err());
+
+        assert!(window.patch());
+
+        assert_eq!(peek(&window, 8192).unwrap(), 0);
+        assert_eq!(peek(&window, 4999).unwrap(), 7);
+        assert!(!window.patch());
+    }
+
+    #[test]
+    fn a_truncated_file_is_patched_from_its_new_end_on() {
+        let (window, file) = (window(), file_of(7, 3 << 20));
+        window.map(file.as_fd(), 0, 0, 2 * SLOT_BYTES, BOTH).unwrap();
+        window.patch();
+
+        file.set_len(4096).unwrap();
+
+        assert!(window.patch());
+        assert_eq!(peek(&window, 4096).unwrap(), 0);
+        assert_eq!(peek(&window, SLOT_BYTES).unwrap(), 0);
+    }
+
+    #[test]
+    fn a_file_that_grows_is_seen_when_the_patch_is_gone() {
+        let (window, mut file) = (window(), file_of(7, 4096));
+        window.map(file.as_fd(), 0, 0, SLOT_BYTES, BOTH).unwrap();
+        window.patch();
+
+        file.write_all(&[8; 4096]).unwrap();
+        window.unpatch();
+
+        assert_eq!(peek(&window, 4096).unwrap(), 8);
+        assert!(peek(&window, 8192).is_err());
+    }
+
+    #[test]
+    fn nothing_is_left_after_a_clear() {
+        let (window, file) = (window(), file_of(7, 1));
+        window.map(file.as_fd(), 0, 3 * SLOT_BYTES, SLOT_BYTES, BOTH).unwrap();
+        window.patch();
+
+        window.clear();
+
+        assert!(peek(&window, 3 * SLOT_BYTES).is_err());
+        assert!(!window.patch());
+    }
+}

@@ -1,0 +1,228 @@
+//! What guest RAM is made of: anonymous memory, or a file that outlives the machine.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::unix::fs::OpenOptionsExt;
+
+use super::{FLAGS, HUGE_PAGE, MemoryError, PROTECTION, map_aligned};
+use crate::config::MemoryBacking;
+
+/// The memory of a machine that was saved, for one that goes on with it.
+#[derive(Debug)]
+pub struct SavedMemory {
+    /// The file that it is kept in.
+    pub file: File,
+    /// What becomes of the file.
+    pub sharing: Sharing,
+}
+
+/// What becomes of the file with the memory of a saved machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sharing {
+    /// The new machine goes on writing to it, and can be saved again. It must be the only one.
+    Shared,
+    /// It stays as it is: what the new machine writes is its own. Any number of machines can go on
+    /// from there, and share what none of them writes. They share what their kernels draw random
+    /// numbers from, too, until each has fresh entropy.
+    Private,
+}
+
+/// Where the RAM of one machine comes from, region after region.
+#[derive(Debug)]
+pub struct Store {
+    file: Option<File>,
+    flags: i32,
+    /// Whether the file grows with what is mapped.
+    is_new: bool,
+    /// Where the next region starts in the file, in bytes.
+    next: u64,
+}
+
+impl Store {
+    /// A fresh store of the kind that a configuration asks for.
+    pub fn create(backing: &MemoryBacking) -> Result<Self, MemoryError> {
+        let create = |source| MemoryError::CreateFile { source };
+        let file = match backing {
+            MemoryBacking::Anonymous => return Ok(Store::anonymous()),
+            MemoryBacking::Memfd => memfd(),
+            // A file that is there may be the memory of another machine.
+            MemoryBacking::File(path) => {
+                OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path)
+            }
+        };
+        let file = Some(file.map_err(create)?);
+        Ok(Store { file, flags: libc::MAP_SHARED, is_new: true, next: 0 })
+    }
+
+    /// A fresh store of memory that goes with the machine.
+    pub fn anonymous() -> Self {
+        Store { file: None, flags: FLAGS, is_new: true, next: 0 }
+    }
+
+    /// The store that another machine left.
+    pub fn of_saved(memory: SavedMemory) -> Self {
+        let flags = match memory.sharing {
+            Sharing::Shared => libc::MAP_SHARED,
+            Sharing::Private => libc::MAP_PRIVATE | libc::MAP_NORESERVE,
+        };
+        Store { file: Some(memory.file), flags, is_new: false, next: 0 }
+    }
+
+    /// The flags of mmap(2) of what is mapped here.
+    pub fn flags(&self) -> i32 {
+        self.flags
+    }
+
+    /// The file, if all that the guest writes reaches it.
+    pub fn file(&self) -> Option<&File> {
+        self.file.as_ref().filter(|_| self.flags & libc::MAP_SHARED != 0)
+    }
+
+    /// Maps the next `bytes` bytes at a multiple of [`HUGE_PAGE`].
+    pub fn map(&mut self, bytes: usize) -> Result<*mut u8, MemoryError> {
+        let map = |source| MemoryError::Map { bytes, source };
+        let start = map_aligned(bytes).map_err(map)?;
+        let Some(file) = &self.file else { return Ok(start) };
+        let offset = self.next;
+        let end = offset + bytes as u64;
+        if self.is_new {
+            file.set_len(end).map_err(|source| MemoryError::CreateFile { source })?;
+        }
+        let found = file.metadata().map_err(map)?.len();
+        if found < end {
+            return Err(MemoryError::ShortFile { found, needed: end });
+        }
+        self.next = end.next_multiple_of(HUGE_PAGE as u64);
+        let offset = i64::try_from(offset).expect("a file is shorter than 2^63 bytes");
+        // SAFETY: the new mapping replaces one that was just made, has the same length, and is known
+        // to nobody else; the file was found to be long enough for it.
+        let mapped = unsafe {
+            libc::mmap(
+                start.cast(),
+                bytes,
+                PROTECTION,
+                self.flags | libc::MAP_FIXED,
+                file.as_raw_fd(),
+                offset,
+            )
+        };
+        if mapped == libc::MAP_FAILED {
+            return Err(map(io::Error::last_os_error()));
+        }
+        Ok(start)
+    }
+}
+
+fn memfd() -> io::Result<File> {
+    // SAFETY: the name is a string that the call only reads.
+    let fd = unsafe { libc::memfd_create(c"guest memory".as_ptr(), libc::MFD_CLOEXEC) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the descriptor was just made, and nobody else knows of it.
+    Ok(unsafe { File::from_raw_fd(fd) })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+    use std::os::unix::fs::FileExt;
+
+    use arch::machine::MemoryMap;
+    use vm_memory::{Bytes, GuestAddress};
+
+    use super::*;
+    use crate::config::MemoryConfig;
+    use crate::memory::GuestRam;
+
+    const FIRST: GuestAddress = GuestAddress(0x10);
+    const SECOND: GuestAddress = GuestAddress((1 << 32) + 0x20);
+
+    /// Two regions, of 3 and 1 MiB.
+    fn ram(store: Store) -> Result<GuestRam, MemoryError> {
+        let regions = vec![(GuestAddress(0), 3 << 20), (GuestAddress(1 << 32), 1 << 20)];
+        let map = MemoryMap { regions, device_window: 0..0, extension_window: 0..0 };
+        GuestRam::allocate(&map, &MemoryConfig::default(), store)
+    }
+
+    fn read(ram: &GuestRam, address: GuestAddress) -> u8 {
+        ram.memory().read_obj(address).unwrap()
+    }
+
+    /// The file of a machine that wrote 1 to its first region and 2 to its second.
+    fn saved() -> File {
+        let ram = ram(Store::create(&MemoryBacking::Memfd).unwrap()).unwrap();
+        ram.memory().write_obj(1u8, FIRST).unwrap();
+        ram.memory().write_obj(2u8, SECOND).unwrap();
+        ram.file().unwrap().try_clone().unwrap()
+    }
+
+    fn on(file: &File, sharing: Sharing) -> Result<GuestRam, MemoryError> {
+        ram(Store::of_saved(SavedMemory { file: file.try_clone().unwrap(), sharing }))
+    }
+
+    #[test]
+    fn what_a_machine_wrote_is_there_for_the_next() {
+        let file = saved();
+
+        let first = on(&file, Sharing::Shared).unwrap();
+        assert_eq!([read(&first, FIRST), read(&first, SECOND)], [1, 2]);
+        first.memory().write_obj(3u8, FIRST).unwrap();
+        drop(first);
+
+        let second = on(&file, Sharing::Shared).unwrap();
+        assert_eq!([read(&second, FIRST), read(&second, SECOND)], [3, 2]);
+    }
+
+    #[test]
+    fn a_template_stays_as_it_is() {
+        let file = saved();
+
+        let first = on(&file, Sharing::Private).unwrap();
+        first.memory().write_obj(3u8, FIRST).unwrap();
+
+        assert_eq!(read(&on(&file, Sharing::Private).unwrap(), FIRST), 1);
+        assert_eq!(read(&first, FIRST), 3);
+        assert!(first.file().is_none());
+    }
+
+    #[test]
+    fn memory_that_is_gone_holds_no_file_and_reads_as_zeros() {
+        let file = saved();
+        let ram = on(&file, Sharing::Shared).unwrap();
+        let clone = ram.memory().clone();
+
+        drop(ram);
+        clone.write_obj(9u8, FIRST).unwrap();
+
+        assert_eq!(clone.read_obj::<u8>(SECOND).unwrap(), 0);
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, FIRST.0).unwrap();
+        assert_eq!(byte, [1]);
+    }
+
+    #[test]
+    fn a_file_that_lacks_a_part_is_refused() {
+        let file = saved();
+        file.set_len(4 << 20).unwrap();
+
+        let error = on(&file, Sharing::Private).err().unwrap().to_string();
+
+        assert_eq!(error, "the file with guest RAM has 4194304 bytes, of at least 5242880");
+    }
+
+    #[test]
+    fn a_file_that_is_there_is_left_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("memory");
+        std::fs::write(&path, "precious").unwrap();
+
+        let error = Store::create(&MemoryBacking::File(path.clone())).unwrap_err();
+
+        assert!(error.to_string().contains("must not exist yet"));
+        let mut kept = String::new();
+        File::open(path).unwrap().read_to_string(&mut kept).unwrap();
+        assert_eq!(kept, "precious");
+    }
+}

@@ -1,0 +1,153 @@
+//! The filters allow what is listed and nothing else, and everything listed has a reason.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::env::consts::ARCH;
+use std::path::Path;
+use std::{fs, ptr};
+
+use libc::{c_int, c_long};
+use libseccomp::ScmpSyscall;
+use serde_json::Value;
+
+use super::*;
+
+const KINDS: [Kind; 4] = [Kind::Vcpu, Kind::Vmm, Kind::Io, Kind::Main];
+
+/// Beyond the highest system call number of any kernel so far.
+const CALLS: c_int = 512;
+
+/// `uretprobe` and `uprobe`, which Linux lets past every filter: only probes that root set in the
+/// program use them, and whoever else calls them gets an error or SIGILL.
+const BEYOND_FILTERS: [c_int; 2] = [335, 336];
+
+/// Bit that marks the system calls of the x32 ABI, which have numbers of their own.
+const X32: c_long = 0x4000_0000;
+
+/// Stands for a signal to the process itself, whose pid only the process knows.
+const OWN_ABORT: c_long = -1;
+
+/// The rules of each kind of threads, as they were written down.
+fn rules() -> BTreeMap<String, Vec<Value>> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("seccomp").join(format!("{ARCH}.json"));
+    let kinds: BTreeMap<String, Value> =
+        serde_json::from_str(&fs::read_to_string(path).unwrap()).unwrap();
+    kinds.into_iter().map(|(k, v)| (k, v["filter"].as_array().unwrap().clone())).collect()
+}
+
+/// How a process ends whose only thread confines itself as `kind` and makes one system call.
+fn fate(kind: Kind, number: c_long, arguments: [c_long; 3]) -> c_int {
+    // SAFETY: the child has one thread, and until it ends it neither allocates nor takes a lock.
+    let child = unsafe { libc::fork() };
+    assert!(child >= 0);
+    if child == 0 {
+        let [first, second, third] = arguments;
+        // SAFETY: whatever the call does, it does it to this child, which ends right after it.
+        unsafe {
+            if install(kind).is_err() {
+                libc::abort();
+            }
+            if number == OWN_ABORT {
+                libc::syscall(libc::SYS_tgkill, libc::getpid(), libc::gettid(), libc::SIGABRT);
+            }
+            libc::syscall(number, first, second, third, 0, 0, 0);
+            // Ends this process like `exit_group` would, which no filter allows.
+            libc::syscall(libc::SYS_exit, 0);
+        }
+    }
+    let mut status = 0;
+    // SAFETY: the child is ours, and the call writes one int.
+    assert_eq!(unsafe { libc::waitpid(child, ptr::from_mut(&mut status), 0) }, child);
+    status
+}
+
+fn is_killed(status: c_int) -> bool {
+    libc::WIFSIGNALED(status) && libc::WTERMSIG(status) == libc::SIGSYS
+}
+
+#[test]
+fn every_system_call_has_a_reason() {
+    for rule in rules().values().flatten() {
+        let reasons = [&rule["comment"]].into_iter().chain(
+            rule["args"].as_array().into_iter().flatten().map(|argument| &argument["comment"]),
+        );
+        for reason in reasons {
+            assert!(reason.as_str().is_some_and(|reason| !reason.is_empty()), "{rule}");
+        }
+    }
+}
+
+#[test]
+fn a_system_call_that_is_not_listed_kills() {
+    for kind in KINDS {
+        let listed: BTreeSet<c_int> = rules()[kind.name()]
+            .iter()
+            .map(|rule| ScmpSyscall::from_name(rule["syscall"].as_str().unwrap()).unwrap().into())
+            .collect();
+
+        let survived: Vec<c_int> = (0..CALLS)
+            .filter(|number| !listed.contains(number) && !BEYOND_FILTERS.contains(number))
+            .filter(|&number| !is_killed(fate(kind, number.into(), [0; 3])))
+            .collect();
+
+        assert!(survived.is_empty(), "{kind:?}: {survived:?}");
+    }
+}
+
+#[test]
+fn a_system_call_that_is_listed_is_made() {
+    for kind in KINDS {
+        assert_eq!(fate(kind, libc::SYS_gettid, [0; 3]), 0, "{kind:?}");
+    }
+}
+
+#[test]
+fn the_arguments_of_a_listed_system_call_count() {
+    let writable_and_executable = libc::PROT_WRITE | libc::PROT_EXEC;
+    let refused = [
+        (libc::SYS_ioctl, [0, libc::TIOCSTI.cast_signed(), 0]),
+        (libc::SYS_mmap, [0, 4096, writable_and_executable.into()]),
+        (libc::SYS_mprotect, [0, 4096, writable_and_executable.into()]),
+        (libc::SYS_madvise, [0, 4096, libc::MADV_HWPOISON.into()]),
+        (libc::SYS_fcntl, [0, libc::F_SETOWN.into(), 0]),
+        (libc::SYS_rt_sigaction, [libc::SIGSYS.into(), 0, 0]),
+        (libc::SYS_tgkill, [0, 0, libc::SIGKILL.into()]),
+        (libc::SYS_tgkill, [1, 1, libc::SIGABRT.into()]),
+        (libc::SYS_socket, [libc::AF_INET.into(), libc::SOCK_STREAM.into(), 0]),
+    ];
+    for kind in KINDS {
+        for (number, arguments) in refused {
+            assert!(is_killed(fate(kind, number, arguments)), "{kind:?} {number} {arguments:?}");
+        }
+    }
+}
+
+#[test]
+fn system_calls_of_another_abi_kill() {
+    for kind in KINDS {
+        assert!(is_killed(fate(kind, X32 | libc::SYS_gettid, [0; 3])), "{kind:?}");
+    }
+}
+
+#[test]
+fn a_thread_may_signal_its_own_process() {
+    for kind in KINDS {
+        let status = fate(kind, OWN_ABORT, [0; 3]);
+        assert!(libc::WIFSIGNALED(status) && libc::WTERMSIG(status) == libc::SIGABRT, "{kind:?}");
+    }
+}
+
+#[test]
+fn only_the_thread_that_serves_files_opens_any() {
+    let openers = [libc::SYS_open, libc::SYS_openat, libc::SYS_openat2, libc::SYS_creat];
+    for kind in KINDS {
+        let opens = openers.iter().any(|&number| !is_killed(fate(kind, number, [0; 3])));
+        assert_eq!(opens, kind == Kind::Io, "{kind:?}");
+    }
+}
+
+#[test]
+fn a_processor_neither_opens_files_nor_sockets() {
+    for number in [libc::SYS_openat, libc::SYS_socket, libc::SYS_execve, libc::SYS_clone3] {
+        assert!(is_killed(fate(Kind::Vcpu, number, [0; 3])), "{number}");
+    }
+}
