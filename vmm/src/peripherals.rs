@@ -14,7 +14,7 @@ use devices::virtio::VirtioDevice;
 use devices::virtio::balloon::{Balloon, Host as BalloonHost, Offer};
 use devices::virtio::block::{Access, Block, Disk, Ring};
 use devices::virtio::console::Console;
-use devices::virtio::fs::{Fs, Server};
+use devices::virtio::fs::{Fs, Server, raise_file_limit};
 use devices::virtio::mem::{Host as MemHost, Mem};
 use devices::virtio::net::{Missing, Net, Tap, TapError, Vhost, VhostError};
 use devices::virtio::pmem::Pmem;
@@ -84,6 +84,9 @@ pub fn place_all(
     }
     for disk in &config.disks {
         place(&disk_name(&disk.id), open_disk(disk)?, Loop::Io, placement)?;
+    }
+    if !config.shares.is_empty() {
+        raise_file_limit().map_err(device("shares"))?;
     }
     for (index, share) in config.shares.iter().enumerate() {
         place_share(share, jail.map(|jail| (jail, index)), placement)?;

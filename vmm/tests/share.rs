@@ -14,7 +14,7 @@ use tempfile::TempDir;
 use vmm::{CachePolicy, Exit, ShareConfig, VmHandle};
 
 /// Generous, because the lab emulates a processor.
-const PATIENCE: Duration = Duration::from_secs(300);
+const PATIENCE: Duration = Duration::from_secs(900);
 
 /// Room for what a guest knows of a hundred thousand files.
 const MEMORY_MIB: u32 = 1024;

@@ -68,17 +68,6 @@ fn capabilities_of_a_program_are_kept_until_it_is_written() {
 
 #[test]
 #[ignore = "part of the checklist"]
-fn trusted_attributes_are_for_the_superuser() {
-    let path = fresh("trusted");
-    create(&path);
-
-    assert_eq!(set_xattr(&path, "trusted.key", b"value", 0), 0);
-
-    assert_eq!(xattr(&path, "trusted.key").unwrap(), b"value");
-}
-
-#[test]
-#[ignore = "part of the checklist"]
 fn an_access_list_is_kept_and_shows_in_the_mode() {
     let path = fresh("acl");
     create(&path);

@@ -30,7 +30,7 @@ use super::state::{DeviceState, Position, RestoreError};
 use super::{ActivateError, Activation, Backend, DeviceTraits, VirtioDevice, copy_config};
 
 pub use self::saved::State;
-pub use self::server::{Cache, Error, Options, Server};
+pub use self::server::{Cache, Error, Options, Server, raise_file_limit};
 use self::watch::Watch;
 pub use self::window::{SLOT_BYTES, Window};
 

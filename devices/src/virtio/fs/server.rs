@@ -147,10 +147,9 @@ impl Server {
         Server::with_options(root, Options { read_only, ..Options::default() })
     }
 
-    /// Opens the directory `root`. Raises the limit of open files: each file the guest knows is an
-    /// open file here.
+    /// Opens the directory `root`. Each file the guest knows is an open file here: see
+    /// [`raise_file_limit`].
     pub fn with_options(root: &Path, options: Options) -> Result<Server, Error> {
-        raise_file_limit().map_err(Error::RaiseFileLimit)?;
         let directory = File::options()
             .read(true)
             .custom_flags(libc::O_PATH | libc::O_DIRECTORY)
@@ -264,8 +263,12 @@ fn configuration(root: &File, options: &Options) -> Config {
 }
 
 /// Lets the process open as many files as the operator allows: as many as the kernel does, if it may
-/// raise its own limit (CAP_SYS_RESOURCE).
-fn raise_file_limit() -> io::Result<()> {
+/// raise its own limit (CAP_SYS_RESOURCE). To be called where `/proc` is whole.
+pub fn raise_file_limit() -> Result<(), Error> {
+    raise_to_the_most().map_err(Error::RaiseFileLimit)
+}
+
+fn raise_to_the_most() -> io::Result<()> {
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: `limit` is a valid rlimit, and outlives the call that fills it.
     if unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) } != 0 {
