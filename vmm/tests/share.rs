@@ -100,7 +100,7 @@ fn with_many_files() -> TempDir {
 
 #[test]
 #[ignore = "needs KVM that boots Linux"]
-fn twenty_thousand_files_are_listed_and_65536_are_open_at_once() {
+fn twenty_thousand_files_are_listed_and_8192_are_open_at_once() {
     check(share(&with_many_files()), "", "checklist::many");
 }
 

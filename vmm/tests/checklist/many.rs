@@ -10,8 +10,9 @@ use super::{MANY, c, directory};
 /// How many files there are in the directory of [`MANY`], with their number in each.
 pub const FILES: usize = 20_000;
 
-/// How many of them are open at once.
-const OPEN: usize = 65_536;
+/// How many files are open at once: more than the 4096 of a process whose limit nobody raised. The
+/// emulated processor of the lab takes minutes for what needs more.
+const OPEN: usize = 8_192;
 
 /// The number the next name in `stream` is; `None` at the end.
 ///
@@ -59,7 +60,7 @@ fn a_large_directory_is_listed_once_from_wherever_one_starts() {
 
 #[test]
 #[ignore = "part of the checklist"]
-fn as_many_files_are_open_as_linux_usually_allows() {
+fn more_files_are_open_than_a_process_usually_may() {
     let most = OPEN as u64 + 100;
     let limit = libc::rlimit { rlim_cur: most, rlim_max: most };
     // SAFETY: `limit` outlives the call.
