@@ -507,9 +507,9 @@ mod tests {
 
     use super::*;
     use crate::virtio::queue::{QueueError, Verdict};
-    use crate::virtio::state::{DeviceState, RestoreError};
+    use crate::virtio::state::RestoreError;
     use crate::virtio::testing::memory;
-    use crate::virtio::{ActivateError, DeviceTraits, restore_nothing};
+    use crate::virtio::{ActivateError, DeviceTraits};
 
     const ACKNOWLEDGE: u32 = 1;
     const DRIVER: u32 = 2;
@@ -574,14 +574,6 @@ mod tests {
         fn quiesce(&mut self) -> Result<Vec<Position>, QueueError> {
             let queues = self.active.iter().flat_map(|active| &active.queues);
             Ok(queues.map(|queue| queue.position(0)).collect())
-        }
-
-        fn save(&self) -> DeviceState {
-            DeviceState::None
-        }
-
-        fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
-            restore_nothing(state)
         }
 
         fn shared_memory(&self, id: u32) -> Option<Range<u64>> {

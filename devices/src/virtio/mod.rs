@@ -156,15 +156,15 @@ pub trait VirtioDevice: Send {
     fn resume(&mut self) {}
 
     /// What the device knows beside its queues and what it was made with; called after `quiesce`.
-    fn save(&self) -> DeviceState;
+    /// Some know nothing.
+    fn save(&self) -> DeviceState {
+        DeviceState::None
+    }
 
     /// Takes over what `save` said. A device whose driver was there is active by then.
-    fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError>;
-}
-
-/// The `restore` of a device whose `save` is [`DeviceState::None`].
-pub fn restore_nothing(state: &DeviceState) -> Result<(), RestoreError> {
-    if *state == DeviceState::None { Ok(()) } else { Err(RestoreError::Kind) }
+    fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
+        if *state == DeviceState::None { Ok(()) } else { Err(RestoreError::Kind) }
+    }
 }
 
 /// Copies the bytes at `offset` of a configuration space; bytes past its end read as zero.

@@ -6,8 +6,8 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_PMEM;
 use super::buffers::Buffers;
 use super::complaints::Complaints;
 use super::queue::{QueueError, Verdict, VirtQueue};
-use super::state::{DeviceState, Position, RestoreError};
-use super::{ActivateError, Activation, DeviceTraits, VirtioDevice, copy_config, restore_nothing};
+use super::state::Position;
+use super::{ActivateError, Activation, DeviceTraits, VirtioDevice, copy_config};
 
 /// The only request there is (virtio 1.2, section 5.19.6).
 const FLUSH: u32 = 0;
@@ -86,14 +86,6 @@ impl VirtioDevice for Pmem {
 
     fn quiesce(&mut self) -> Result<Vec<Position>, QueueError> {
         Ok(self.active.iter().map(|active| active.requests.position(0)).collect())
-    }
-
-    fn save(&self) -> DeviceState {
-        DeviceState::None
-    }
-
-    fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
-        restore_nothing(state)
     }
 }
 

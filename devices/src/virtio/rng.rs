@@ -8,8 +8,8 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 use super::buffers::Buffers;
 use super::complaints::Complaints;
 use super::queue::{QueueError, Verdict, VirtQueue};
-use super::state::{DeviceState, Position, RestoreError};
-use super::{ActivateError, Activation, DeviceTraits, VirtioDevice, restore_nothing};
+use super::state::Position;
+use super::{ActivateError, Activation, DeviceTraits, VirtioDevice};
 
 /// Most bytes served per request. A chain may name the same page many times over, so its length
 /// is no bound on the work a guest can ask for.
@@ -75,14 +75,6 @@ impl VirtioDevice for Rng {
 
     fn quiesce(&mut self) -> Result<Vec<Position>, QueueError> {
         Ok(self.active.iter().map(|active| active.requests.position(0)).collect())
-    }
-
-    fn save(&self) -> DeviceState {
-        DeviceState::None
-    }
-
-    fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
-        restore_nothing(state)
     }
 }
 

@@ -81,9 +81,9 @@ mod tests {
 
     use super::*;
     use crate::virtio::queue::{QueueError, Verdict, VirtQueue};
-    use crate::virtio::state::{DeviceState, Position, RestoreError};
+    use crate::virtio::state::Position;
     use crate::virtio::testing::{Driver, memory};
-    use crate::virtio::{ActivateError, Activation, DeviceTraits, restore_nothing};
+    use crate::virtio::{ActivateError, Activation, DeviceTraits};
 
     /// Gives every chain back.
     #[derive(Default)]
@@ -110,14 +110,6 @@ mod tests {
 
         fn quiesce(&mut self) -> Result<Vec<Position>, QueueError> {
             Ok(self.0.iter().map(|queue| queue.position(0)).collect())
-        }
-
-        fn save(&self) -> DeviceState {
-            DeviceState::None
-        }
-
-        fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
-            restore_nothing(state)
         }
     }
 
@@ -209,14 +201,6 @@ mod tests {
 
         fn quiesce(&mut self) -> Result<Vec<Position>, QueueError> {
             Ok(Vec::new())
-        }
-
-        fn save(&self) -> DeviceState {
-            DeviceState::None
-        }
-
-        fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
-            restore_nothing(state)
         }
     }
 

@@ -25,10 +25,8 @@ pub use self::ring::Ring;
 use self::server::{Completed, Server, Started};
 use super::queue::{QueueError, Verdict, VirtQueue};
 use super::rate_limit::RateLimiter;
-use super::state::{DeviceState, Position, RestoreError};
-use super::{
-    ActivateError, Activation, Backend, DeviceTraits, VirtioDevice, copy_config, restore_nothing,
-};
+use super::state::Position;
+use super::{ActivateError, Activation, Backend, DeviceTraits, VirtioDevice, copy_config};
 
 /// Most queues of one device: more than a disk of one thread has a use for.
 pub const MAX_QUEUES: u16 = 16;
@@ -187,13 +185,5 @@ impl VirtioDevice for Block {
         }
         let Some(Active { queues, .. }) = &self.active else { return Ok(Vec::new()) };
         Ok(queues.iter().map(|queue| queue.position(0)).collect())
-    }
-
-    fn save(&self) -> DeviceState {
-        DeviceState::None
-    }
-
-    fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
-        restore_nothing(state)
     }
 }
