@@ -30,7 +30,7 @@ const CONSOLE_FILE: &str = "console.log";
 
 const MIB: u64 = 1 << 20;
 
-/// Most virtual processors that a guest is told of beside those it starts with: it keeps memory for
+/// Most virtual processors that a guest is told of, unless it starts with more: it keeps memory for
 /// each.
 const MOST_LATER_VCPUS: u8 = 8;
 
