@@ -34,5 +34,5 @@ for executable in "${executables[@]}"; do
   esac
   script+="; $environment tests/lab/bounded.sh '$executable' $arguments ${1:-} || failed=1"
 done
-export LAB_TIMEOUT=${LAB_TIMEOUT:-3000}
+export LAB_TIMEOUT=${LAB_TIMEOUT:-4500}
 exec tests/lab/lab.sh run "$script; exit \$failed"

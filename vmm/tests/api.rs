@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use nix::fcntl::{FcntlArg, fcntl};
 use payload::{HANG, Payload, TRIPLE_FAULT, print, print_for_ever};
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -206,8 +207,12 @@ fn metrics_come_as_prometheus_text() {
 #[test]
 #[ignore = "needs /dev/kvm"]
 fn a_guest_whose_output_nobody_reads_is_not_paused_but_stopped() {
-    let program = Program::start(&[print_for_ever(b'x')], &["--console"]);
-    program.wait_for_writes_beyond(0x1_0000);
+    let mut program = Program::start(&[print_for_ever(b'x')], &["--paused", "--console"]);
+    // Each byte is an exit: a small pipe is full before a slow machine runs out of patience.
+    let pipe = program.child.as_mut().unwrap().stdout.as_ref().unwrap();
+    let size = fcntl(pipe, FcntlArg::F_SETPIPE_SZ(0x1000)).unwrap();
+    assert_eq!(program.become_state("running"), 204);
+    program.wait_for_writes_beyond(u64::try_from(size).unwrap());
 
     assert_eq!(program.become_state("paused"), 503);
     assert_eq!(program.get("/v1/vm")["state"], "running");

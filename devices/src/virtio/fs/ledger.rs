@@ -1,5 +1,8 @@
 //! The shared directory with a memory: all requests go to the tree, in the tree's numbers, and what the
 //! guest knows and has open is written down, so that another machine can go on with it.
+//!
+//! Inodes have the guest's numbers: those of the host differ only within one of the file systems mounted
+//! in the tree, which the guest sees as one. Without that `find` suspects loops and `tar` hard links.
 
 use std::ffi::CStr;
 use std::io;

@@ -15,7 +15,6 @@ use fuse_backend_rs::transport::{FsCacheReqHandler, Reader, VirtioFsWriter};
 use vm_memory::{Address, Bytes, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::access::Access;
 use super::extension::Extension;
 use super::ledger::Ledger;
 use super::saved::State;
@@ -43,8 +42,8 @@ const MOST_FILES: &str = "/proc/sys/fs/nr_open";
 pub enum Cache {
     /// Not at all: it asks every time. For directories that others change all the time.
     Never,
-    /// For a second, and no longer than until the next open. The engine rewrites files like
-    /// `/etc/hosts` while a container runs, and users copy into it.
+    /// For a second; what it has read of a file, until the next open that finds the file changed. The
+    /// engine rewrites files like `/etc/hosts` while a container runs, and users copy into it.
     #[default]
     Auto,
     /// For a day. For directories that nobody else changes.
@@ -159,9 +158,7 @@ impl Server {
             .and_then(|files| files.import().map(|()| files))
             .map_err(|source| Error::Serve { path: root.to_owned(), source })?;
         let wake = EventFd::new(EFD_NONBLOCK).map_err(Error::Eventfd)?;
-        let access = if options.read_only { Access::ReadOnly } else { Access::ReadWrite };
-        let tree = Tree::new(files, access, options.window.clone());
-        let ledger = Arc::new(Ledger::new(tree));
+        let ledger = Arc::new(Ledger::new(Tree::new(files, &options)));
         let server = server::Server::new(ledger.clone());
         Ok(Server { server, ledger, window: options.window, root: directory, wake })
     }

@@ -17,6 +17,8 @@ use fuse_backend_rs::transport::FsCacheReqHandler;
 
 use super::access::{Access, is_read_only};
 use super::credentials::Credentials;
+use super::opening::Opening;
+use super::server::{Cache, Options};
 use super::unnamed::{self, Unnamed};
 use super::window::Window;
 
@@ -38,21 +40,26 @@ const OF_WINDOW: FsOptions = FsOptions::PERFILE_DAX;
 
 /// A directory tree of the host, with everything mounted in it.
 ///
-/// To the library's file system this adds: a read-only variant; inode numbers that differ between
-/// the file systems mounted in the tree, because the guest sees them as one (without that `find`
-/// suspects loops and `tar` hard links); and owners that do not depend on the guest's groups.
+/// To the library's file system this adds: a read-only variant; files without a name; owners that do
+/// not depend on the guest's groups; and what a guest may spare itself.
 pub(super) struct Tree {
     pub(super) files: PassthroughFs,
     access: Access,
+    pub(super) cache: Cache,
     window: Option<Arc<Window>>,
+    pub(super) opening: Opening,
     /// Files that the library does not know.
     pub unnamed: Unnamed,
 }
 
 impl Tree {
-    /// A tree over `files`, which use host inode numbers for nodes, mapped in `window`.
-    pub fn new(files: PassthroughFs, access: Access, window: Option<Arc<Window>>) -> Self {
-        Tree { files, access, window, unnamed: Unnamed::default() }
+    /// A tree over `files`, which use host inode numbers for nodes, mapped in the window of `options`.
+    pub fn new(files: PassthroughFs, options: &Options) -> Self {
+        let Options { read_only, cache, window, .. } = options;
+        let access = if *read_only { Access::ReadOnly } else { Access::ReadWrite };
+        let (cache, window) = (*cache, window.clone());
+        let (opening, unnamed) = (Opening::default(), Unnamed::default());
+        Tree { files, access, cache, window, opening, unnamed }
     }
 
     /// EROFS unless the guest may change something.
@@ -73,20 +80,6 @@ impl Tree {
     }
 }
 
-/// Shows the node's number as that of the inode: it carries the number of the mount, too.
-fn numbered(mut entry: Entry) -> Entry {
-    entry.attr.st_ino = entry.inode;
-    entry
-}
-
-fn numbered_attributes(
-    inode: u64,
-    (mut attributes, timeout): (stat64, Duration),
-) -> (stat64, Duration) {
-    attributes.st_ino = inode;
-    (attributes, timeout)
-}
-
 impl FileSystem for Tree {
     type Inode = u64;
     type Handle = u64;
@@ -101,6 +94,7 @@ impl FileSystem for Tree {
             window.clear();
         }
         self.unnamed.clear();
+        self.opening.clear();
         self.files.destroy();
     }
 
@@ -139,17 +133,19 @@ impl FileSystem for Tree {
         if name == c".." {
             return Err(io::Error::from_raw_os_error(libc::ESTALE));
         }
-        self.files.lookup(context, parent, name).map(numbered)
+        self.files.lookup(context, parent, name)
     }
 
     fn forget(&self, context: &Context, inode: u64, count: u64) {
         if !self.unnamed.forget(inode, count) {
+            self.opening.forget(inode);
             self.files.forget(context, inode, count);
         }
     }
 
     fn batch_forget(&self, context: &Context, mut requests: Vec<(u64, u64)>) {
         requests.retain(|&(inode, count)| !self.unnamed.forget(inode, count));
+        requests.iter().for_each(|&(inode, _)| self.opening.forget(inode));
         self.files.batch_forget(context, requests);
     }
 
@@ -159,11 +155,10 @@ impl FileSystem for Tree {
         inode: u64,
         handle: Option<u64>,
     ) -> io::Result<(stat64, Duration)> {
-        let attributes = match self.unnamed.of(inode, handle) {
-            Some(file) => (unnamed::attributes(&*file?)?, Duration::ZERO),
-            None => self.files.getattr(context, inode, handle)?,
-        };
-        Ok(numbered_attributes(inode, attributes))
+        match self.unnamed.of(inode, handle) {
+            Some(file) => Ok((unnamed::attributes(&*file?)?, Duration::ZERO)),
+            None => self.files.getattr(context, inode, handle),
+        }
     }
 
     fn setattr(
@@ -179,8 +174,7 @@ impl FileSystem for Tree {
             unnamed::set_attributes(&*file?, &attributes, valid)?;
             return self.getattr(context, inode, handle);
         }
-        let attributes = self.files.setattr(context, inode, attributes, handle, valid)?;
-        Ok(numbered_attributes(inode, attributes))
+        self.files.setattr(context, inode, attributes, handle, valid)
     }
 
     fn readlink(&self, context: &Context, inode: u64) -> io::Result<Vec<u8>> {
@@ -194,7 +188,7 @@ impl FileSystem for Tree {
         parent: u64,
         name: &CStr,
     ) -> io::Result<Entry> {
-        self.make(context, |root| self.files.symlink(root, target, parent, name)).map(numbered)
+        self.make(context, |root| self.files.symlink(root, target, parent, name))
     }
 
     fn mknod(
@@ -207,7 +201,6 @@ impl FileSystem for Tree {
         umask: u32,
     ) -> io::Result<Entry> {
         self.make(context, |root| self.files.mknod(root, parent, name, mode, device, umask))
-            .map(numbered)
     }
 
     fn mkdir(
@@ -218,7 +211,7 @@ impl FileSystem for Tree {
         mode: u32,
         umask: u32,
     ) -> io::Result<Entry> {
-        self.make(context, |root| self.files.mkdir(root, parent, name, mode, umask)).map(numbered)
+        self.make(context, |root| self.files.mkdir(root, parent, name, mode, umask))
     }
 
     fn unlink(&self, context: &Context, parent: u64, name: &CStr) -> io::Result<()> {
@@ -249,7 +242,7 @@ impl FileSystem for Tree {
         if let Some(file) = self.unnamed.of_node(inode) {
             return self.link_unnamed(context, (inode, &*file?), parent, name);
         }
-        self.files.link(context, inode, parent, name).map(numbered)
+        self.files.link(context, inode, parent, name)
     }
 
     fn open(
@@ -266,7 +259,8 @@ impl FileSystem for Tree {
             let handle = self.unnamed.open(&*file?, flags)?;
             return Ok((Some(handle), OpenOptions::empty(), None));
         }
-        self.files.open(context, inode, flags, fuse_flags)
+        let (handle, options, passthrough) = self.files.open(context, inode, flags, fuse_flags)?;
+        Ok((handle, options | self.spared(context, inode, handle)?, passthrough))
     }
 
     fn create(
@@ -278,7 +272,8 @@ impl FileSystem for Tree {
     ) -> io::Result<(Entry, Option<u64>, OpenOptions, Option<u32>)> {
         let (entry, handle, options, passthrough) =
             self.make(context, |root| self.files.create(root, parent, name, args))?;
-        Ok((numbered(entry), handle, options, passthrough))
+        let options = options | self.close_options(entry.inode);
+        Ok((entry, handle, options, passthrough))
     }
 
     fn read(
@@ -457,10 +452,6 @@ impl FileSystem for Tree {
         offset: u64,
         add: &mut dyn FnMut(DirEntry, Entry) -> io::Result<usize>,
     ) -> io::Result<()> {
-        let add = &mut |mut name: DirEntry, entry: Entry| {
-            name.ino = entry.inode;
-            add(name, numbered(entry))
-        };
         self.files.readdirplus(context, inode, handle, size, offset, add)
     }
 
