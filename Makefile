@@ -1,9 +1,14 @@
 # Two commands are the contract: `make run` sets up and runs the main job, `make test` sets up and
 # passes the tests. Everything a machine needs is installed by `make setup`, which both call.
 
-ARCH     := $(shell uname -m)
+MACHINE  := $(shell uname -m)
+# x86_64 or aarch64. Another one than this machine's is cross-compiled, and runs in a lab of its own.
+ARCH     ?= $(MACHINE)
+FOREIGN  := $(filter-out $(MACHINE),$(ARCH))
 TARGET   := target/$(ARCH)-unknown-linux-gnu
-CACHE    := $(or $(CORACLE_CACHE),/var/cache/coracle)
+CACHE    := $(or $(CORACLE_CACHE),/var/cache/coracle)$(FOREIGN:%=/%)
+# Runs on this machine, whatever the images are for.
+IMAGE    := CORACLE_CACHE=$(CACHE) target/$(MACHINE)-unknown-linux-gnu/release/coracle-image
 LAB      := tests/lab/lab.sh
 # distro: Debian's kernel, ready in seconds. tuned: compiled from source, once per machine; it is
 # the default as soon as it is at hand.
@@ -13,10 +18,11 @@ PREFIX   ?= /usr/local
 FUZZ_SECONDS ?= 5
 
 export LAB_KERNEL = $(KERNEL)
+export LAB_ARCH = $(ARCH)
 
 .PHONY: run test build guest guest-images debian setup lab check unit fuzz guest-tests perf install clean
 
-## Builds everything and runs a container through Docker on Coracle.
+## Builds everything and runs a container through Docker on Coracle. ARCH=aarch64: on an emulated one.
 run: build guest
 	@echo "==> docker run --runtime coracle (in the lab unless this machine has hardware virtualization)"
 	@$(LAB) run 'tests/lab/hello.sh'
@@ -30,12 +36,17 @@ setup:
 
 build: setup
 	@echo "==> building the binaries"
+ifdef FOREIGN
+	@cargo build --release --package coracle-image
+	@tests/lab/cross.sh $(ARCH) cargo build --release --package coracle --package coracle-agent --package vmm --bins
+else
 	@cargo build --release --workspace --bins
+endif
 
 ## The guest's kernel and initrd. KERNEL=tuned compiles a kernel (about 10 minutes, once).
 guest: build
 	@echo "==> building the guest image ($(KERNEL) kernel)"
-	@$(TARGET)/release/coracle-image build --kind $(KERNEL) --agent $(TARGET)/release/coracle-agent --output $(CACHE)/guest-$(KERNEL)
+	@$(IMAGE) build --architecture $(ARCH) --kind $(KERNEL) --agent $(TARGET)/release/coracle-agent --output $(CACHE)/guest-$(KERNEL)
 
 ## Both kinds, which the tests and the benchmarks compare.
 guest-images: build

@@ -4,6 +4,7 @@ use std::io;
 
 use vm_memory::{GuestAddress, GuestMemoryError};
 
+use crate::aarch64::layout::GicVersion;
 use crate::kvm;
 
 /// A step of making a machine failed.
@@ -25,6 +26,20 @@ pub enum ArchError {
         index: u32,
         /// The value it had.
         value: u64,
+    },
+    /// A register of a saved vCPU has a value that this host does not take.
+    #[error("this host does not take what was in register {id:#x} of a saved vCPU")]
+    Register {
+        /// What KVM calls it.
+        id: u64,
+    },
+    /// The machine was saved with another interrupt controller than this host has.
+    #[error("saved with interrupt controller {saved:?}, but this host has {host:?}")]
+    InterruptController {
+        /// What the saved machine had.
+        saved: GicVersion,
+        /// What this one has.
+        host: GicVersion,
     },
     /// A boot file could not be read.
     #[error("read the {what}")]

@@ -2,11 +2,12 @@
 //! runs on. Nothing outside this crate names an architecture.
 //!
 //! The methods of [`Arch`] stand in the order of a boot. `layout.rs` and `tables.rs` of every
-//! architecture are pure: they compile and are tested on any host. What talks to KVM exists on its
-//! own architecture only.
+//! architecture are pure, and tested on x86_64 hosts for all. What talks to KVM exists on its own
+//! architecture only.
 
 pub mod error;
 pub mod fdt;
+mod initrd;
 pub mod kvm;
 pub mod machine;
 
@@ -30,6 +31,9 @@ pub trait Arch {
     /// Where a vCPU stands: all that a new one needs to go on in its place.
     type VcpuState: Serialize + DeserializeOwned + Send;
 
+    /// What KVM made for a machine that all vCPUs share, and that is reached in no other way.
+    type Board: Send + Sync;
+
     /// Where the interrupt controllers, timers and clocks stand that all vCPUs share.
     type BoardState: Serialize + DeserializeOwned + Send;
 
@@ -47,22 +51,32 @@ pub trait Arch {
     fn device_gsis() -> Range<u32>;
 
     /// Prepares a fresh VM: what KVM must know before the first vCPU exists.
-    fn before_vcpus(kvm: &Kvm, vm: &VmFd) -> Result<(), ArchError>;
+    fn before_vcpus(kvm: &Kvm, vm: &VmFd) -> Result<Self::Board, ArchError>;
 
-    /// Finishes the interrupt controller once all `vcpus` exist.
-    fn after_vcpus(vm: &VmFd, vcpus: u8) -> Result<(), ArchError>;
+    /// How many vCPUs a machine must have before it is complete, that starts with `vcpus` and can have
+    /// `most`: those that are not needed yet can come later, unless KVM does not let them.
+    fn vcpus_to_create(vcpus: u8, most: u8) -> u8;
+
+    /// Finishes the interrupt controller once the `vcpus` exist that are to be created. Only then do
+    /// interrupt lines exist.
+    fn after_vcpus(board: &mut Self::Board, vm: &VmFd, vcpus: u8) -> Result<(), ArchError>;
 
     /// Copies kernel and initrd into guest memory and says where the guest starts.
     fn load(memory: &GuestMemoryMmap, boot: &mut BootFiles) -> Result<Entry, ArchError>;
 
     /// Writes the tables from which the guest learns its command line, memory, processors and
     /// devices. Comes after [`Arch::load`].
-    fn describe(memory: &GuestMemoryMmap, machine: &Machine<'_>) -> Result<(), ArchError>;
+    fn describe(
+        board: &Self::Board,
+        memory: &GuestMemoryMmap,
+        machine: &Machine<'_>,
+    ) -> Result<(), ArchError>;
 
     /// Gives vCPU `index` of the `vcpus` that there can be the registers of its first instruction: that
     /// at `entry`, or none, for a vCPU that waits until the guest starts it.
     fn reset_vcpu(
         kvm: &Kvm,
+        vm: &VmFd,
         vcpu: &VcpuFd,
         index: u8,
         vcpus: u8,
@@ -74,21 +88,25 @@ pub trait Arch {
 
     /// Makes `vcpu`, a fresh one in the place of the one that was saved, go on from `state`; instead
     /// of [`Arch::reset_vcpu`].
-    fn restore_vcpu(vcpu: &VcpuFd, state: &Self::VcpuState) -> Result<(), ArchError>;
+    fn restore_vcpu(vm: &VmFd, vcpu: &VcpuFd, state: &Self::VcpuState) -> Result<(), ArchError>;
 
     /// Says where the machine stands apart from its vCPUs, memory and devices.
-    fn save_board(vm: &VmFd) -> Result<Self::BoardState, ArchError>;
+    fn save_board(board: &Self::Board, vm: &VmFd) -> Result<Self::BoardState, ArchError>;
 
     /// Makes a fresh machine, all of whose vCPUs exist, go on from `state`.
-    fn restore_board(vm: &VmFd, state: &Self::BoardState) -> Result<(), ArchError>;
+    fn restore_board(
+        board: &Self::Board,
+        vm: &VmFd,
+        state: &Self::BoardState,
+    ) -> Result<(), ArchError>;
 
     /// How the kernel's command line names `device`, for a guest that finds devices there. `None`
     /// where [`Arch::describe`] is the only way.
     fn cmdline_device(device: &MmioDevice) -> Option<String>;
 
-    /// Which names Linux' platform bus may give the virtio device that is number `number` of
+    /// Which names Linux' platform bus may give `device`, which is number `number` of
     /// [`Machine::devices`]: which one depends on how the guest found it.
-    fn device_names(number: usize) -> Vec<String>;
+    fn device_names(number: usize, device: &MmioDevice) -> Vec<String>;
 
     /// What a KVM exit means in terms every architecture shares. `None` for an exit that no guest
     /// can cause on a working host.
@@ -99,7 +117,11 @@ pub trait Arch {
 #[cfg(target_arch = "x86_64")]
 pub type Host = x86_64::X86_64;
 
-#[cfg(not(target_arch = "x86_64"))]
+/// The architecture this build runs on.
+#[cfg(target_arch = "aarch64")]
+pub type Host = aarch64::Aarch64;
+
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 compile_error!(
     "crate `arch` has no KVM backend for this target yet: implement `Arch` in its folder \
      and select it as `Host` in arch/src/lib.rs"

@@ -47,6 +47,13 @@ impl Cache {
         Self { root: root.into() }
     }
 
+    /// The folder `name`, for what is of no use to anybody else; it may hold what an earlier run left.
+    pub fn scratch(&self, name: &str) -> Result<PathBuf, Error> {
+        let path = self.root.join(name);
+        fs::create_dir_all(&path).map_err(|source| write_error(&path, source))?;
+        Ok(path)
+    }
+
     /// The folder of the entry `name`; if there is none yet, `fill` makes its contents.
     ///
     /// `fill` gets an empty folder that takes its place in the cache only if `fill` succeeds. Of

@@ -1,7 +1,7 @@
 //! Runs the kernel's own build: the same bytes each time, with a sign of life every few seconds.
 
 use crate::program::{command, last_lines, search_path};
-use crate::target::Kbuild;
+use crate::target::Target;
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
@@ -59,22 +59,23 @@ pub enum Error {
 }
 
 /// `make` in the source folder `tree`, with nothing of the caller's environment.
-pub fn make(tree: &Path, kbuild: &Kbuild) -> Command {
+pub fn make(tree: &Path, target: &Target) -> Command {
     let mut make = command("make");
     make.env_clear()
         .env("PATH", search_path())
         .env("LC_ALL", "C")
         .envs(FIXED_ENVIRONMENT.iter().copied());
-    make.current_dir(tree).arg(format!("ARCH={}", kbuild.arch));
+    make.current_dir(tree).arg(format!("ARCH={}", target.kbuild.arch));
+    make.arg(format!("CROSS_COMPILE={}", target.tool("")));
     make
 }
 
 /// Compiles the configured source in `tree` with `jobs` processes; the log is removed on success.
-pub fn compile(tree: &Path, kbuild: &Kbuild, jobs: usize, log: &Path) -> Result<(), Error> {
+pub fn compile(tree: &Path, target: &Target, jobs: usize, log: &Path) -> Result<(), Error> {
     let failed = |source| Error::Run { log: log.to_owned(), source };
     let output = File::create(log).map_err(failed)?;
-    let mut make = make(tree, kbuild);
-    make.arg(format!("-j{jobs}")).arg(kbuild.goal);
+    let mut make = make(tree, target);
+    make.arg(format!("-j{jobs}")).arg(target.kbuild.goal);
     make.stderr(output.try_clone().map_err(failed)?).stdout(output);
     eprintln!("kernel: compiling with {jobs} processes, once per machine");
     let status = make.spawn().and_then(|child| watch(child, log)).map_err(failed)?;
@@ -123,6 +124,10 @@ fn remedy(log: &str) -> &'static str {
 mod tests {
     use super::*;
 
+    fn target() -> &'static Target {
+        Target::named("x86_64").unwrap()
+    }
+
     #[test]
     fn only_compiled_files_count_as_progress() {
         let log = b"  HOSTCC  scripts/x\n  CC      a.o\n  AS      b.o\n  AR      built-in.a\n";
@@ -137,9 +142,7 @@ mod tests {
 
     #[test]
     fn the_callers_environment_stays_out_of_the_build() {
-        let kbuild = Kbuild { arch: "x86_64", goal: "vmlinux", image: "vmlinux" };
-
-        let make = make(Path::new("/"), &kbuild);
+        let make = make(Path::new("/"), target());
 
         let mut names: Vec<_> = make.get_envs().map(|(name, _)| name).collect();
         names.retain(|name| !name.to_string_lossy().starts_with("KBUILD_BUILD_"));
@@ -152,9 +155,8 @@ mod tests {
         fs::write(folder.path().join("Makefile"), "vmlinux:\n\t@echo broken here; false\n")
             .unwrap();
         let log = folder.path().join("log");
-        let kbuild = Kbuild { arch: "x86_64", goal: "vmlinux", image: "vmlinux" };
 
-        let error = compile(folder.path(), &kbuild, 1, &log).unwrap_err();
+        let error = compile(folder.path(), target(), 1, &log).unwrap_err();
 
         assert!(error.to_string().contains("broken here"), "{error}");
         assert!(log.exists());

@@ -79,6 +79,16 @@ impl Apt {
 
     /// apt with `suite` of the machine's Debian mirror as its only source, and its state in `folder`.
     pub fn with_suite(suite: &str, folder: &Path) -> Result<Self, Error> {
+        Self::private(suite, None, folder)
+    }
+
+    /// apt as a machine of this release has it whose `architecture` is another one, as Debian calls it;
+    /// its state is in `folder`.
+    pub fn of_another_architecture(architecture: &str, folder: &Path) -> Result<Self, Error> {
+        Self::private(&codename()?, Some(architecture), folder)
+    }
+
+    fn private(suite: &str, architecture: Option<&str>, folder: &Path) -> Result<Self, Error> {
         let codename = codename()?;
         let machine = Self::of_this_machine();
         let targets = run(
@@ -95,7 +105,7 @@ impl Apt {
         }
         write(&folder.join("status"), "")?;
         write(&folder.join("sources.list"), &source_line(archive, suite))?;
-        write(&path, &settings(folder, &acquire))?;
+        write(&path, &settings(folder, &acquire, architecture))?;
         let apt = Self { settings: Some(path) };
         run(apt.command("apt-get").arg("update"), suite)?;
         Ok(apt)
@@ -171,10 +181,14 @@ fn source_line(archive: &str, suite: &str) -> String {
     format!("deb [{key}target=Packages] {archive} {suite} main\n")
 }
 
-fn settings(folder: &Path, acquire: &str) -> String {
+fn settings(folder: &Path, acquire: &str, architecture: Option<&str>) -> String {
     let folder = folder.display();
     let acquire = acquire.lines().filter(|line| !line.starts_with("Acquire::IndexTargets"));
     let mut settings: String = acquire.map(|line| format!("{line}\n")).collect();
+    if let Some(name) = architecture {
+        settings
+            .push_str(&format!("APT::Architecture \"{name}\";\nAPT::Architectures \"{name}\";\n"));
+    }
     settings.push_str(&format!(
         "Dir::Etc::main \"/dev/null\";\n\
          Dir::Etc::parts \"/dev/null\";\n\
@@ -234,10 +248,12 @@ mod tests {
         let settings = settings(
             Path::new("/cache/apt"),
             "Acquire::http::Proxy \"http://proxy.invalid\";\nAcquire::IndexTargets::deb::x \"y\";",
+            Some("arm64"),
         );
 
         assert!(settings.contains("http://proxy.invalid"));
         assert!(!settings.contains("IndexTargets"));
+        assert!(settings.contains("APT::Architecture \"arm64\";"));
         assert!(settings.contains("Dir::Etc::sourcelist \"/cache/apt/sources.list\";"));
     }
 }

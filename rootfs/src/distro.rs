@@ -1,6 +1,5 @@
 //! The quick way to a kernel: Debian's own for virtual machines, unpacked once on the host.
 
-use crate::bzimage;
 use crate::cache::{self, Cache};
 use crate::debian::{self, Apt, Package};
 use crate::kernel::{self, Kernel};
@@ -33,7 +32,7 @@ pub enum Error {
         path: PathBuf,
         /// What is wrong with it.
         #[source]
-        source: bzimage::Error,
+        source: crate::bzimage::Error,
     },
     /// The package's modules are of no use.
     #[error("choose the guest's modules")]
@@ -58,10 +57,17 @@ pub enum Error {
     Kernel(#[from] kernel::Error),
 }
 
-/// The newest kernel that the machine's apt knows, from the cache or from its package.
+/// The newest kernel of the machine's own Debian release, from the cache or from its package.
 pub fn obtain(cache: &Cache, target: &Target) -> Result<Kernel, Error> {
     require(&["apt-cache", "apt-get", "depmod", "dpkg"])?;
-    let apt = Apt::of_this_machine();
+    let apt = if target.is_foreign() {
+        Apt::of_another_architecture(
+            target.debian,
+            &cache.scratch(&format!("apt-{}", target.debian))?,
+        )?
+    } else {
+        Apt::of_this_machine()
+    };
     let package = apt.dependency(target.distro_package)?;
     let entry = format!("{}_{}_{RECIPE}", package.name, package.version);
     let folder = cache.entry("distro", &entry, |folder| fill(folder, &apt, &package, target))?;
@@ -85,7 +91,7 @@ fn fill(folder: &Path, apt: &Apt, package: &Package, target: &Target) -> Result<
     let packed = unpacked.join(format!("boot/vmlinuz-{release}"));
     let image = fs::read(&packed).map_err(|source| file_error(&packed, source))?;
     let image =
-        bzimage::vmlinux(&image).map_err(|source| Error::Extract { path: packed, source })?;
+        (target.unwrap)(&image).map_err(|source| Error::Extract { path: packed, source })?;
     fs::remove_dir_all(&scratch).map_err(|source| file_error(&scratch, source))?;
 
     let provenance = Provenance {

@@ -89,6 +89,9 @@ struct KernelArguments {
     /// The distribution's kernel (seconds) or one built here with our configuration (minutes).
     #[arg(long, value_enum)]
     kind: Kind,
+    /// x86_64, aarch64 or ppc64le.
+    #[arg(long, default_value = std::env::consts::ARCH, value_parser = target)]
+    architecture: &'static Target,
     /// The folder to write to.
     #[arg(long, value_name = "DIR")]
     output: PathBuf,
@@ -142,7 +145,7 @@ fn build(agent: &AgentArguments, arguments: &KernelArguments) -> Result<()> {
 
 fn write_kernel(arguments: &KernelArguments) -> Result<Kernel> {
     let cache = Cache::of_this_machine();
-    let target = target(std::env::consts::ARCH).map_err(anyhow::Error::msg)?;
+    let target = arguments.architecture;
     let kernel = match arguments.kind {
         Kind::Distro => distro::obtain(&cache, target)?,
         Kind::Tuned => tuned::obtain(&cache, target, arguments.jobs)?,

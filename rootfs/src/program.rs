@@ -115,17 +115,25 @@ fn not_installed(missing: Vec<String>) -> Result<(), Error> {
     if missing.is_empty() {
         return Ok(());
     }
-    let mut packages: Vec<String> = missing.iter().map(|name| package(name).to_owned()).collect();
+    let mut packages: Vec<String> = missing.iter().map(|name| package(name)).collect();
     packages.sort();
     packages.dedup();
     Err(Error::NotInstalled { missing, packages })
 }
 
-fn package(name: &str) -> &str {
+fn package(name: &str) -> String {
     if name == "gelf.h" {
-        return "libelf-dev";
+        return "libelf-dev".to_owned();
     }
-    PACKAGES.iter().find(|(program, _)| *program == name).map_or(name, |(_, package)| package)
+    let known = |name: &str| PACKAGES.iter().find(|(program, _)| *program == name);
+    if let Some((_, package)) = known(name) {
+        return (*package).to_owned();
+    }
+    // A tool for another architecture: aarch64-linux-gnu-ld is in binutils-aarch64-linux-gnu.
+    let cross = name
+        .rsplit_once('-')
+        .and_then(|(prefix, tool)| known(tool).map(|(_, package)| format!("{package}-{prefix}")));
+    cross.unwrap_or_else(|| name.to_owned())
 }
 
 fn find(program: &str) -> Option<PathBuf> {
@@ -149,6 +157,12 @@ mod tests {
             "missing ld, bc, strip, gelf.h: \
              run `apt-get install --no-install-recommends bc binutils libelf-dev`"
         );
+    }
+
+    #[test]
+    fn tools_for_another_architecture_have_packages_of_their_own() {
+        assert_eq!(package("aarch64-linux-gnu-gcc"), "gcc-aarch64-linux-gnu");
+        assert_eq!(package("aarch64-linux-gnu-ld"), "binutils-aarch64-linux-gnu");
     }
 
     #[test]

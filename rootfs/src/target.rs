@@ -1,14 +1,22 @@
 //! What differs between the architectures that a guest kernel is built for.
 
+use crate::bzimage;
+
 /// One architecture, as the kernel build and Debian name things.
 #[derive(Debug)]
 pub struct Target {
     /// Name as in the configuration's file name.
     pub name: &'static str,
+    /// What Debian calls it.
+    pub debian: &'static str,
     /// `ARCH` of the kernel build, and what to build: the file that the VMM boots.
     pub kbuild: Kbuild,
+    /// What the compiler's and the linker's names begin with on machines of another architecture.
+    pub tool_prefix: &'static str,
     /// Debian's package that depends on the newest kernel made for virtual machines.
     pub distro_package: &'static str,
+    /// Takes what the VMM boots out of the file that Debian's packages have in `/boot`.
+    pub unwrap: fn(&[u8]) -> Result<Vec<u8>, bzimage::Error>,
     /// Our configuration beside the common one.
     config: &'static str,
 }
@@ -29,20 +37,29 @@ const COMMON: &str = include_str!("../kernel/common.config");
 const TARGETS: &[Target] = &[
     Target {
         name: "x86_64",
+        debian: "amd64",
         kbuild: Kbuild { arch: "x86_64", goal: "vmlinux", image: "vmlinux" },
+        tool_prefix: "x86_64-linux-gnu-",
         distro_package: "linux-image-cloud-amd64",
+        unwrap: bzimage::vmlinux,
         config: include_str!("../kernel/x86_64.config"),
     },
     Target {
         name: "aarch64",
+        debian: "arm64",
         kbuild: Kbuild { arch: "arm64", goal: "Image", image: "arch/arm64/boot/Image" },
+        tool_prefix: "aarch64-linux-gnu-",
         distro_package: "linux-image-cloud-arm64",
+        unwrap: as_it_is,
         config: include_str!("../kernel/aarch64.config"),
     },
     Target {
         name: "ppc64le",
+        debian: "ppc64el",
         kbuild: Kbuild { arch: "powerpc", goal: "vmlinux", image: "vmlinux" },
+        tool_prefix: "powerpc64le-linux-gnu-",
         distro_package: "linux-image-powerpc64le",
+        unwrap: bzimage::vmlinux,
         config: include_str!("../kernel/ppc64le.config"),
     },
 ];
@@ -54,10 +71,26 @@ impl Target {
         TARGETS.iter().find(|target| target.name == name)
     }
 
+    /// Whether this machine is of another architecture.
+    pub fn is_foreign(&self) -> bool {
+        Self::named(std::env::consts::ARCH).is_none_or(|own| own.name != self.name)
+    }
+
+    /// The name of the build's `tool` for this architecture.
+    pub fn tool(&self, tool: &str) -> String {
+        let prefix = if self.is_foreign() { self.tool_prefix } else { "" };
+        format!("{prefix}{tool}")
+    }
+
     /// The whole kernel configuration with its reasons.
     pub fn config(&self) -> String {
         format!("{COMMON}\n{}", self.config)
     }
+}
+
+/// A kernel that the VMM boots in the form in which Debian packs it.
+fn as_it_is(image: &[u8]) -> Result<Vec<u8>, bzimage::Error> {
+    Ok(image.to_vec())
 }
 
 #[cfg(test)]
@@ -91,6 +124,15 @@ mod tests {
             let options = block.iter().filter(|line| !line.starts_with('#'));
             assert!(options.count() <= LARGEST_BLOCK, "{block:?}");
         }
+    }
+
+    #[test]
+    fn only_the_tools_of_another_architecture_have_a_prefix() {
+        let own = Target::named(std::env::consts::ARCH).unwrap();
+        let foreign = TARGETS.iter().find(|target| target.name != own.name).unwrap();
+
+        assert_eq!(own.tool("gcc"), "gcc");
+        assert_eq!(foreign.tool("gcc"), format!("{}gcc", foreign.tool_prefix));
     }
 
     #[test]

@@ -25,9 +25,7 @@ const PROGRAMS: &[&str] = &[
     "dpkg",
     "flex",
     "gcc",
-    "ld",
     "make",
-    "strip",
     "tar",
     "xz",
 ];
@@ -85,14 +83,16 @@ pub enum Error {
 /// The kernel with our configuration, from the cache or compiled with `jobs` processes.
 pub fn obtain(cache: &Cache, target: &'static Target, jobs: usize) -> Result<Kernel, Error> {
     require_with_libelf(PROGRAMS)?;
+    let [compiler, linker, strip] = ["gcc", "ld", "strip"].map(|tool| target.tool(tool));
+    program::require(&[&compiler, &linker, &strip])?;
     let fragment = Fragment::parse(&target.config())
         .map_err(|source| Error::Fragment { target: target.name, source })?;
     let source = Source::obtain(cache)?;
     let build = Build {
         inputs: BuildInputs {
             config_sha256: sha256(fragment.stripped().as_bytes()),
-            compiler: first_line("gcc")?,
-            linker: first_line("ld")?,
+            compiler: first_line(&compiler)?,
+            linker: first_line(&linker)?,
             recipe: RECIPE,
         },
         target,
@@ -129,12 +129,12 @@ impl Build {
         let tree = folder.join("source");
         self.unpack(&tree)?;
         self.configure(&tree)?;
-        compile(&tree, &self.target.kbuild, self.jobs, &self.log(folder))?;
+        compile(&tree, self.target, self.jobs, &self.log(folder))?;
 
         let release = tree.join("include/config/kernel.release");
         let release = read(&release)?;
         let image = tree.join(self.target.kbuild.image);
-        let image = stripped(&image)?;
+        let image = stripped(&image, &self.target.tool("strip"))?;
         fs::rename(tree.join(".config"), folder.join("config"))
             .map_err(|source| file_error(folder, source))?;
         fs::remove_dir_all(&tree).map_err(|source| file_error(&tree, source))?;
@@ -171,7 +171,7 @@ impl Build {
         let wanted = tree.join("coracle.config");
         fs::write(&wanted, self.fragment.stripped())
             .map_err(|source| file_error(&wanted, source))?;
-        let mut make = compile::make(tree, &self.target.kbuild);
+        let mut make = compile::make(tree, self.target);
         output(make.env("KCONFIG_ALLCONFIG", &wanted).arg("allnoconfig"))?;
         let options = self.fragment.dropped(&read(&tree.join(".config"))?);
         if options.is_empty() { Ok(()) } else { Err(Error::Dropped { options }) }
@@ -179,12 +179,12 @@ impl Build {
 }
 
 /// An ELF image without its symbol table, which nobody reads at boot; any other image as it is.
-fn stripped(image: &Path) -> Result<Vec<u8>, Error> {
+fn stripped(image: &Path, strip: &str) -> Result<Vec<u8>, Error> {
     let contents = fs::read(image).map_err(|source| file_error(image, source))?;
     if !contents.starts_with(b"\x7fELF") {
         return Ok(contents);
     }
-    output(command("strip").arg("--strip-all").arg(image))?;
+    output(command(strip).arg("--strip-all").arg(image))?;
     fs::read(image).map_err(|source| file_error(image, source))
 }
 

@@ -31,9 +31,9 @@ const NEEDED_CAPABILITIES: &[(i32, &str)] = &[
 mod ioctl {
     //! KVM's system ioctls that answer questions.
 
-    use nix::{ioctl_none_bad, ioctl_write_int_bad, request_code_none};
+    use nix::{ioctl_write_int_bad, request_code_none};
 
-    ioctl_none_bad!(kvm_get_api_version, request_code_none!(0xae, 0x00));
+    ioctl_write_int_bad!(kvm_get_api_version, request_code_none!(0xae, 0x00));
     ioctl_write_int_bad!(kvm_check_extension, request_code_none!(0xae, 0x03));
 }
 
@@ -113,8 +113,8 @@ fn kvm(path: &Path) -> Verdict {
         Ok(device) => device,
         Err(error) => return kvm_unusable(path, &error),
     };
-    // SAFETY: the request takes no argument and moves no memory.
-    let version = match unsafe { ioctl::kvm_get_api_version(device.as_raw_fd()) } {
+    // SAFETY: the argument is a number, which must be zero; no memory is moved.
+    let version = match unsafe { ioctl::kvm_get_api_version(device.as_raw_fd(), 0) } {
         Ok(version) => version,
         Err(error) => {
             return Verdict::Bad(

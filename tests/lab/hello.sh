@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
 # The main job in one picture: a container that says hello from a kernel of its own.
 set -euo pipefail
-echo "host:  Linux $(uname -r)"
-docker run --rm --runtime coracle busybox sh -c 'echo "guest: Linux $(uname -r): hello"'
+echo "host:  $(uname -srm)"
+docker run --rm --runtime coracle busybox sh -c 'echo "guest: $(uname -srm): hello"'

@@ -1,21 +1,22 @@
 #!/bin/busybox sh
-# PID 1 of the emulated lab: puts the host's root file system under an overlay and hands over to
-# inside.sh; what the lab writes is gone when it ends.
+# PID 1 of the emulated lab: puts the root file system, the host's own or one from its cache, under an
+# overlay and hands over to inside.sh; what the lab writes is gone when it ends.
 b=/bin/busybox
-$b mkdir -p /proc /sys /dev /root /host /rw
+$b mkdir -p /proc /sys /dev /root /host /rw /job
 $b mount -t proc proc /proc
 $b mount -t sysfs sys /sys
 $b mount -t devtmpfs dev /dev
 while read -r module; do $b insmod "/modules/$module"; done < /modules/order
 $b mount -t 9p -o trans=virtio,version=9p2000.L,ro,msize=512000,cache=loose host /host
+$b mount -t 9p -o trans=virtio,version=9p2000.L,msize=512000 job /job
+. /job/environment
 # Sized, because Docker's data root and every image live in it.
 $b mount -t tmpfs -o size=75% rw /rw
 $b mkdir -p /rw/upper /rw/work
-$b mount -t overlay -o lowerdir=/host,upperdir=/rw/upper,workdir=/rw/work lab /root
+$b mount -t overlay -o lowerdir=/host$LAB_ROOT,upperdir=/rw/upper,workdir=/rw/work lab /root
 for directory in proc sys dev; do $b mount --move /$directory /root/$directory; done
 $b mkdir -p /root/lab
-$b mount -t 9p -o trans=virtio,version=9p2000.L,msize=512000 job /root/lab
-. /root/lab/environment
+$b mount --move /job /root/lab
 $b mkdir -p /root/dev/pts /root/dev/shm /root/dev/mqueue
 $b ln -s /proc/self/fd /root/dev/fd
 for number in 0:stdin 1:stdout 2:stderr; do $b ln -s /proc/self/fd/${number%:*} /root/dev/${number#*:}; done
@@ -47,7 +48,7 @@ if [ -s /root/lab/command ]; then
     < /root/dev/null > "/root$out" 2>&1
 else
   $b chroot /root /usr/bin/setsid -c /bin/bash "$LAB_REPO/tests/lab/inside.sh" \
-    < /root/dev/ttyS0 > /root/dev/ttyS0 2>&1
+    < "/root/dev/$LAB_TERMINAL" > "/root/dev/$LAB_TERMINAL" 2>&1
 fi
 echo $? > /root/lab/status
 $b sync

@@ -6,6 +6,8 @@ set -euo pipefail
 repo=${LAB_REPO:?}
 cache=${CORACLE_CACHE:?}
 target=$repo/target/$(uname -m)-unknown-linux-gnu/${LAB_PROFILE:-release}
+# shellcheck source=/dev/null
+. "$repo/tests/lab/arch/$(uname -m).sh"
 
 say() { echo "lab: $*" >&2; }
 
@@ -20,7 +22,7 @@ if [ "${LAB_NATIVE:-0}" = 1 ]; then
   mount -t tmpfs run /run
 else
   # The rest is loaded on demand.
-  for module in kvm-amd tun br_netfilter loop vhost_net; do modprobe "$module"; done
+  for module in $kvm_module tun br_netfilter loop vhost_net; do modprobe "$module"; done
   chmod 666 /dev/kvm
   mount -o remount,rw /sys 2>/dev/null || true
   # A container's processes must not sit beside controllers' inner nodes.

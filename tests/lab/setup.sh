@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Installs what building, the lab and the tests need on Debian 12, and says so while it works.
+# Installs what building, the lab and the tests need on Debian 12, and says so while it works; LAB_ARCH
+# names another architecture than this machine's.
 # Does nothing when everything is there already.
 set -euo pipefail
 
@@ -11,8 +12,14 @@ packages=(
   # benchmarks: what runs in their guests
   fio iperf3
   # lab: an emulated machine with hardware virtualization, and the engines that run in it
-  conmon containerd crun docker.io iproute2 iptables mmdebstrap podman qemu-system-x86 runc uidmap
+  conmon containerd crun docker.io iproute2 iptables mmdebstrap podman runc uidmap
 )
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+arch=${LAB_ARCH:-$(uname -m)}
+# shellcheck source=/dev/null
+. "$here/arch/$arch.sh"
+packages+=("$qemu_package")
+[ "$arch" = "$(uname -m)" ] || packages+=("${cross_packages[@]}")
 
 missing=()
 for package in "${packages[@]}"; do
@@ -32,4 +39,4 @@ command -v cargo >/dev/null || {
   exit 1
 }
 # The lab's kernel comes from the archive, and so does the guest's.
-apt-cache show linux-image-amd64 >/dev/null 2>&1 || { echo "==> apt-get update"; apt-get update -qq; }
+apt-cache show "linux-image-$(dpkg --print-architecture)" >/dev/null 2>&1 || { echo "==> apt-get update"; apt-get update -qq; }

@@ -130,7 +130,7 @@ impl Slots {
         let activity = transport.activity().clone();
         slot.lock().expect("no device panics while it holds its lock").insert(transport);
         place.taken = Some(Taken { name: name.to_owned(), served_by, subscriber, line, activity });
-        Ok(Attachment { number: *number, names: Host::device_names(*number) })
+        Ok(Attachment { number: *number, names: Host::device_names(*number, at) })
     }
 
     /// Takes the device called `name` out, and closes what it had open. A guest that has not let go of

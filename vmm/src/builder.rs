@@ -38,6 +38,8 @@ const PLUG_CMDLINE: &str = "memhp_default_state=online memory_hotplug.online_pol
 pub struct Vmm {
     control: Arc<Control>,
     vcpus: Vec<VcpuFd>,
+    /// Those that had to be created, and are not granted yet.
+    spare_vcpus: Vec<VcpuFd>,
     placed: Placed,
     console: ConsoleLog,
     ends: Ends,
@@ -45,6 +47,7 @@ pub struct Vmm {
     confinement: Confinement,
     shape: Shape,
     kvm: Kvm,
+    board: <Host as Arch>::Board,
     vm: VmFd,
     ram: GuestRam,
 }
@@ -66,17 +69,9 @@ impl Vmm {
         let entry = Host::load(vmm.ram.memory(), &mut boot)
             .map_err(|source| Error::LoadKernel { path: config.boot.kernel.clone(), source })?;
         vmm.record.loaded_ns = now_ns();
-        vmm.create_vcpus(config.vcpus)?;
-        describe(&config, &vmm.ram, entry, &vmm.placed.devices)?;
-        for (index, vcpu) in (0..).zip(&vmm.vcpus) {
-            Host::reset_vcpu(
-                &vmm.kvm,
-                vcpu,
-                index,
-                config.most_vcpus(),
-                (index == 0).then_some(&entry),
-            )
-            .map_err(step("set a vCPU's registers"))?;
+        vmm.describe(&config, entry)?;
+        for (index, vcpu) in (0..).zip(vmm.vcpus.iter().chain(&vmm.spare_vcpus)) {
+            vmm.reset_vcpu(vcpu, index, (index == 0).then_some(&entry))?;
         }
         vmm.record.built_ns = now_ns();
         Ok(vmm)
@@ -100,18 +95,21 @@ impl Vmm {
         state.compare(&config)?;
         let mut vmm = Vmm::assemble(&config, started_ns, || Ok(Store::of_saved(memory)))?;
 
-        vmm.create_vcpus(config.vcpus)?;
         for (vcpu, state) in vmm.vcpus.iter().zip(&state.vcpus) {
-            Host::restore_vcpu(vcpu, state).map_err(step("restore a vCPU"))?;
+            Host::restore_vcpu(&vmm.vm, vcpu, state).map_err(step("restore a vCPU"))?;
         }
-        Host::restore_board(&vmm.vm, &state.board).map_err(step("restore the machine"))?;
+        for (index, vcpu) in (config.vcpus..).zip(&vmm.spare_vcpus) {
+            vmm.reset_vcpu(vcpu, index, None)?;
+        }
+        Host::restore_board(&vmm.board, &vmm.vm, &state.board)
+            .map_err(step("restore the machine"))?;
         // Last, because they interrupt the guest.
         vmm.placed.kept.restore(&state.devices)?;
         vmm.record.built_ns = now_ns();
         Ok(vmm)
     }
 
-    /// A machine with memory and devices, without vCPUs.
+    /// A machine with memory, devices, and vCPUs without registers.
     fn assemble(
         config: &VmConfig,
         started_ns: u64,
@@ -128,7 +126,11 @@ impl Vmm {
         let windows = dax::take_addresses(&config.shares, &mut map.extension_window)
             .map_err(peripherals::device("shares"))?;
         let files = pmem::map_all(&config.pmem, &map.extension_window, &mut ram, &vm)?;
-        Host::before_vcpus(&kvm, &vm).map_err(step("prepare the machine for vCPUs"))?;
+        let mut board =
+            Host::before_vcpus(&kvm, &vm).map_err(step("prepare the machine for vCPUs"))?;
+        // Before the devices, because there are no interrupt lines yet.
+        let mut vcpus = create_vcpus(config, &vm, &mut board)?;
+        let spare_vcpus = vcpus.split_off(config.vcpus.into());
         record.machine_ns = now_ns();
 
         let console = peripherals::open_console(&config.console)?;
@@ -152,13 +154,34 @@ impl Vmm {
         record.devices_ns = now_ns();
         record.activities = mem::take(&mut placed.activities);
         let confinement = Confinement::of(config, jail);
-        let (vcpus, shape) = (Vec::new(), Shape::of(config));
-        Ok(Vmm { control, vcpus, placed, console, ends, record, confinement, shape, kvm, vm, ram })
+        Ok(Vmm {
+            control,
+            vcpus,
+            spare_vcpus,
+            placed,
+            console,
+            ends,
+            record,
+            confinement,
+            shape: Shape::of(config),
+            kvm,
+            board,
+            vm,
+            ram,
+        })
     }
 
-    fn create_vcpus(&mut self, count: u8) -> Result<(), Error> {
-        self.vcpus = create_vcpus(&self.vm, count)?;
-        Host::after_vcpus(&self.vm, count).map_err(step("finish the interrupt controller"))
+    fn describe(&self, config: &VmConfig, entry: Entry) -> Result<(), Error> {
+        let devices = &self.placed.devices;
+        let cmdline = cmdline(config, devices);
+        let machine = Machine { vcpus: config.most_vcpus(), cmdline: &cmdline, entry, devices };
+        Host::describe(&self.board, self.ram.memory(), &machine)
+            .map_err(step("describe the machine to the guest"))
+    }
+
+    fn reset_vcpu(&self, vcpu: &VcpuFd, index: u8, entry: Option<&Entry>) -> Result<(), Error> {
+        Host::reset_vcpu(&self.kvm, &self.vm, vcpu, index, self.shape.most_vcpus, entry)
+            .map_err(step("set a vCPU's registers"))
     }
 
     /// The host's end of the socket device, if the VM has one: streams may be connected and
@@ -186,7 +209,7 @@ impl Vmm {
         };
         let mut handle = VmHandle {
             control: self.control,
-            processors: Processors::new(shared, self.shape.most_vcpus),
+            processors: Processors::new(shared, self.shape.most_vcpus, self.spare_vcpus),
             console: self.console,
             ends: self.ends,
             record: self.record,
@@ -196,6 +219,7 @@ impl Vmm {
             devices: kept,
             shape: self.shape,
             kvm: self.kvm,
+            board: self.board,
             vm: self.vm,
             ram: self.ram,
         };
@@ -280,11 +304,19 @@ fn create_vm(kvm: &Kvm) -> Result<VmFd, Error> {
     }
 }
 
-fn create_vcpus(vm: &VmFd, count: u8) -> Result<Vec<VcpuFd>, Error> {
-    (0..count)
+/// Creates the vCPUs that the machine cannot do without, and so completes its interrupt controller.
+fn create_vcpus(
+    config: &VmConfig,
+    vm: &VmFd,
+    board: &mut <Host as Arch>::Board,
+) -> Result<Vec<VcpuFd>, Error> {
+    let count = Host::vcpus_to_create(config.vcpus, config.most_vcpus());
+    let vcpus = (0..count)
         .map(|index| vm.create_vcpu(index.into()))
         .collect::<Result<_, _>>()
-        .map_err(|source| cannot_create("create a vCPU", source))
+        .map_err(|source| cannot_create("create a vCPU", source))?;
+    Host::after_vcpus(board, vm, count).map_err(step("finish the interrupt controller"))?;
+    Ok(vcpus)
 }
 
 /// KVM takes hold of the processors with the first machine, not when it is opened.
@@ -293,17 +325,6 @@ fn cannot_create(step: &'static str, source: kvm_ioctls::Error) -> Error {
         libc::EBUSY => Error::KvmBusy { source },
         _ => Error::Kvm { step, source },
     }
-}
-
-fn describe(
-    config: &VmConfig,
-    ram: &GuestRam,
-    entry: Entry,
-    devices: &[MmioDevice],
-) -> Result<(), Error> {
-    let cmdline = cmdline(config, devices);
-    let machine = Machine { vcpus: config.most_vcpus(), cmdline: &cmdline, entry, devices };
-    Host::describe(ram.memory(), &machine).map_err(step("describe the machine to the guest"))
 }
 
 /// The kernel's parameters: what the machine needs first, so that the user's can override it.

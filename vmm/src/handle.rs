@@ -41,6 +41,7 @@ pub struct VmHandle {
     pub(crate) devices: Devices,
     pub(crate) shape: Shape,
     pub(crate) kvm: Kvm,
+    pub(crate) board: <Host as Arch>::Board,
     /// Closed after the vCPU threads are gone, and before guest RAM goes.
     pub(crate) vm: VmFd,
     pub(crate) ram: GuestRam,
@@ -93,7 +94,7 @@ impl VmHandle {
         let devices = self.devices.save(&self.loops);
         let failed = |step| move |source| Error::Arch { step, source };
         let vcpus = self.processors.save(&self.kvm).map_err(failed("save a vCPU"))?;
-        let board = Host::save_board(&self.vm).map_err(failed("save the machine"))?;
+        let board = Host::save_board(&self.board, &self.vm).map_err(failed("save the machine"))?;
         Ok(MachineState::new(self.shape, vcpus, board, devices))
     }
 

@@ -15,7 +15,7 @@ const MAX_ADDRESSES: usize = 64;
 pub struct Metrics {
     /// When [`crate::Vmm::new`] was called, in nanoseconds of CLOCK_MONOTONIC.
     pub started_ns: u64,
-    /// When KVM's machine and guest RAM were there, on the same clock.
+    /// When KVM's machine, its vCPUs and guest RAM were there, on the same clock.
     pub machine_ns: u64,
     /// When every device was open and had its place, on the same clock.
     pub devices_ns: u64,

@@ -1,9 +1,11 @@
 //! The vCPUs of a running machine: those it started with, and those that are granted to it later.
 //!
-//! A vCPU that is not granted costs the host nothing: neither KVM nor the scheduler knows of it. The
-//! guest knows all of them, and finds that one which is not granted does not start. Once granted, a
-//! vCPU stays: KVM takes none back. A guest that takes it offline lets its thread sleep.
+//! A vCPU that is not granted costs the host next to nothing: the scheduler does not know of it, nor does
+//! KVM where it takes one later ([`Arch::vcpus_to_create`]). The guest knows all of them, and finds that
+//! one which is not granted does not start. Once granted, a vCPU stays: KVM takes none back. A guest that
+//! takes it offline lets its thread sleep.
 
+use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 
@@ -63,6 +65,8 @@ pub struct Processors {
 }
 
 struct Granted {
+    /// Those that exist and wait to be granted, their registers set; the one with the lowest number first.
+    spare: VecDeque<VcpuFd>,
     threads: Vec<JoinHandle<()>>,
     /// What the threads run; free while they are out of the guest.
     fds: Vec<Arc<Mutex<VcpuFd>>>,
@@ -70,9 +74,10 @@ struct Granted {
 }
 
 impl Processors {
-    /// None yet, of `most` in all.
-    pub fn new(shared: Shared, most: u8) -> Self {
-        let granted = Granted { threads: Vec::new(), fds: Vec::new(), counters: Vec::new() };
+    /// None yet, of `most` in all; `spare` are those that exist but are to be granted later.
+    pub fn new(shared: Shared, most: u8, spare: Vec<VcpuFd>) -> Self {
+        let spare = spare.into();
+        let granted = Granted { spare, threads: Vec::new(), fds: Vec::new(), counters: Vec::new() };
         Processors { shared, most, granted: Mutex::new(granted) }
     }
 
@@ -94,8 +99,10 @@ impl Processors {
             return Err(GrantError::Count { least, most });
         }
         for index in least..count {
-            let fd = vm.create_vcpu(index.into()).map_err(GrantError::Create)?;
-            Host::reset_vcpu(kvm, &fd, index, most, None).map_err(GrantError::Reset)?;
+            let fd = match granted.spare.pop_front() {
+                Some(fd) => fd,
+                None => create(kvm, vm, index, most)?,
+            };
             let control = &self.shared.control;
             control.add_vcpu(|| granted.start(&self.shared, fd)).map_err(GrantError::Start)?;
         }
@@ -131,6 +138,13 @@ impl Processors {
     fn lock(&self) -> MutexGuard<'_, Granted> {
         self.granted.lock().expect("nothing panics while it starts a thread")
     }
+}
+
+/// Another vCPU, which waits for the guest to start it.
+fn create(kvm: &Kvm, vm: &VmFd, index: u8, most: u8) -> Result<VcpuFd, GrantError> {
+    let fd = vm.create_vcpu(index.into()).map_err(GrantError::Create)?;
+    Host::reset_vcpu(kvm, vm, &fd, index, most, None).map_err(GrantError::Reset)?;
+    Ok(fd)
 }
 
 impl Granted {

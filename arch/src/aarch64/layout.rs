@@ -1,7 +1,8 @@
 //! The guest-physical map of an aarch64 machine, its fixed addresses and interrupt lines.
 //!
 //! ```text
-//! 0x0800_0000  GICv3 distributor
+//! 0x0800_0000  GIC distributor
+//! 0x0801_0000  GICv2 interface to the vCPUs
 //! 0x080a_0000  GICv3 redistributors: 128 KiB per vCPU
 //! 0x0b00_0000  16550 UART
 //! 0x1000_0000  device windows
@@ -11,21 +12,30 @@
 
 use std::ops::Range;
 
+use serde::{Deserialize, Serialize};
 use vm_memory::GuestAddress;
 
-use crate::machine::{MemoryMap, PlatformDevice, Space};
+use crate::machine::{MemoryMap, MmioDevice, PlatformDevice, Space};
 
 /// What every guest kernel is told first: a kernel that panics ends the VM at once.
 pub const DEFAULT_CMDLINE: &str = "panic=-1 cryptomgr.notests";
 
 /// Registers of the interrupt distributor.
 pub const GIC_DISTRIBUTOR: u64 = 0x0800_0000;
-/// Their size, in bytes.
+/// Their size in a GICv3, in bytes.
 pub const GIC_DISTRIBUTOR_BYTES: u64 = 0x1_0000;
+/// Their size in a GICv2, in bytes.
+pub const GIC_V2_DISTRIBUTOR_BYTES: u64 = 0x1000;
+/// Registers by which a vCPU takes interrupts from a GICv2.
+pub const GIC_CPU_INTERFACE: u64 = 0x0801_0000;
+/// Their size, in bytes.
+pub const GIC_CPU_INTERFACE_BYTES: u64 = 0x2000;
 /// Registers of the first vCPU's redistributor; the others follow without gaps.
 pub const GIC_REDISTRIBUTORS: u64 = 0x080a_0000;
 /// Size of one redistributor's registers: two frames of 64 KiB.
 pub const GIC_REDISTRIBUTOR_BYTES: u64 = 0x2_0000;
+/// Interrupts that every vCPU has of its own: those that software generates, and those of its timers.
+pub const PRIVATE_INTERRUPTS: u32 = 32;
 /// Shared peripheral interrupts of the machine; the GIC's number of one is 32 higher.
 pub const SPIS: u32 = 96;
 
@@ -48,9 +58,12 @@ pub const TREE_ROOM: u64 = 2 << 20;
 /// Where the kernel's image goes: 2 MiB aligned, as that text wants it.
 pub const KERNEL: GuestAddress = GuestAddress(RAM.0 + TREE_ROOM);
 
-/// Where the last guest-physical address is in a machine whose size KVM was not asked to change: 40
-/// bits.
+/// Where the last guest-physical address is that nearly every host has: 40 bits.
 pub const ADDRESSES_END: u64 = 1 << 40;
+/// An initrd must lie within that many bytes from a multiple of 1 GiB below the kernel on
+/// (Documentation/arch/arm64/booting.rst).
+pub const INITRD_END: u64 = RAM.0 + (32 << 30);
+
 /// What extends RAM starts at a multiple of this: a huge page of any size ends before it.
 const EXTENSION_ALIGNMENT: u64 = 1 << 30;
 
@@ -66,6 +79,21 @@ pub fn memory_map(ram_bytes: u64) -> MemoryMap {
         device_window: DEVICES,
         extension_window: extensions..ADDRESSES_END.max(extensions),
     }
+}
+
+/// Which interrupt controller a machine has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum GicVersion {
+    /// For at most eight vCPUs; of hosts that have nothing newer.
+    V2,
+    /// For any number.
+    V3,
+}
+
+/// What Linux calls `device` on its platform bus: by address and node of the device tree
+/// (drivers/of/platform.c).
+pub fn device_name(device: &MmioDevice) -> String {
+    format!("{:x}.virtio_mmio", device.base.0)
 }
 
 /// Affinity of vCPU `index` as KVM sets it in MPIDR_EL1: sixteen vCPUs per cluster, as many as
@@ -103,6 +131,13 @@ mod tests {
     #[test]
     fn the_kernel_is_aligned_to_2_mib() {
         assert_eq!(KERNEL.0 % (2 << 20), 0);
+    }
+
+    #[test]
+    fn a_device_is_called_by_its_address() {
+        let device = MmioDevice { base: GuestAddress(0x1000_2000), size: 0x1000, gsi: 3 };
+
+        assert_eq!(device_name(&device), "10002000.virtio_mmio");
     }
 
     #[test]

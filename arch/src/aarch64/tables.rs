@@ -4,7 +4,7 @@
 use vm_fdt::FdtWriter;
 use vm_memory::GuestMemoryMmap;
 
-use super::layout;
+use super::layout::{self, GicVersion};
 use crate::machine::{Machine, MmioDevice};
 use crate::{ArchError, fdt};
 
@@ -14,7 +14,6 @@ const GIC_PHANDLE: u32 = 1;
 const SHARED: u32 = 0;
 const PRIVATE: u32 = 1;
 const EDGE_RISING: u32 = 1;
-const LEVEL_HIGH: u32 = 4;
 const LEVEL_LOW: u32 = 8;
 
 /// Private interrupts of the timer: secure, non-secure, virtual, hypervisor.
@@ -23,12 +22,20 @@ const TIMER_PPIS: [u32; 4] = [13, 14, 11, 10];
 /// Clock that a PC's UART divides by 16 for its baud rate, in Hz.
 const UART_CLOCK_HZ: u32 = 1_843_200;
 
-/// Writes the device tree of `machine` to the start of RAM.
-pub fn write(memory: &GuestMemoryMmap, machine: &Machine<'_>) -> Result<(), ArchError> {
-    fdt::write(memory, &tree(memory, machine)?, layout::RAM, layout::TREE_ROOM)
+/// Writes the device tree of `machine`, which has such an interrupt controller, to the start of RAM.
+pub fn write(
+    gic: GicVersion,
+    memory: &GuestMemoryMmap,
+    machine: &Machine<'_>,
+) -> Result<(), ArchError> {
+    fdt::write(memory, &tree(gic, memory, machine)?, layout::RAM, layout::TREE_ROOM)
 }
 
-fn tree(memory: &GuestMemoryMmap, machine: &Machine<'_>) -> Result<Vec<u8>, ArchError> {
+fn tree(
+    gic: GicVersion,
+    memory: &GuestMemoryMmap,
+    machine: &Machine<'_>,
+) -> Result<Vec<u8>, ArchError> {
     let mut fdt = FdtWriter::new()?;
     let root = fdt.begin_node("")?;
     fdt.property_string("compatible", "linux,dummy-virt")?;
@@ -39,7 +46,7 @@ fn tree(memory: &GuestMemoryMmap, machine: &Machine<'_>) -> Result<Vec<u8>, Arch
     fdt::memory(&mut fdt, memory)?;
     processors(&mut fdt, machine.vcpus)?;
     power(&mut fdt)?;
-    interrupt_controller(&mut fdt, machine.vcpus)?;
+    interrupt_controller(&mut fdt, gic, machine.vcpus)?;
     timer(&mut fdt)?;
     uart(&mut fdt)?;
     for device in machine.devices {
@@ -74,21 +81,30 @@ fn power(fdt: &mut FdtWriter) -> Result<(), ArchError> {
     Ok(fdt.end_node(node)?)
 }
 
-fn interrupt_controller(fdt: &mut FdtWriter, vcpus: u8) -> Result<(), ArchError> {
+fn interrupt_controller(
+    fdt: &mut FdtWriter,
+    version: GicVersion,
+    vcpus: u8,
+) -> Result<(), ArchError> {
     let redistributors = u64::from(vcpus) * layout::GIC_REDISTRIBUTOR_BYTES;
+    // The name of the first GICv2 there was is what Linux knows all of them by.
+    let (compatible, distributor, other) = match version {
+        GicVersion::V3 => (
+            "arm,gic-v3",
+            layout::GIC_DISTRIBUTOR_BYTES,
+            [layout::GIC_REDISTRIBUTORS, redistributors],
+        ),
+        GicVersion::V2 => (
+            "arm,cortex-a15-gic",
+            layout::GIC_V2_DISTRIBUTOR_BYTES,
+            [layout::GIC_CPU_INTERFACE, layout::GIC_CPU_INTERFACE_BYTES],
+        ),
+    };
     let node = fdt.begin_node(&format!("intc@{:x}", layout::GIC_DISTRIBUTOR))?;
-    fdt.property_string("compatible", "arm,gic-v3")?;
+    fdt.property_string("compatible", compatible)?;
     fdt.property_null("interrupt-controller")?;
     fdt.property_u32("#interrupt-cells", 3)?;
-    fdt.property_array_u64(
-        "reg",
-        &[
-            layout::GIC_DISTRIBUTOR,
-            layout::GIC_DISTRIBUTOR_BYTES,
-            layout::GIC_REDISTRIBUTORS,
-            redistributors,
-        ],
-    )?;
+    fdt.property_array_u64("reg", &[layout::GIC_DISTRIBUTOR, distributor, other[0], other[1]])?;
     fdt.property_phandle(GIC_PHANDLE)?;
     Ok(fdt.end_node(node)?)
 }
@@ -108,7 +124,8 @@ fn uart(fdt: &mut FdtWriter) -> Result<(), ArchError> {
     let node = fdt.begin_node(&format!("serial@{:x}", layout::UART))?;
     fdt.property_string("compatible", "ns16550a")?;
     fdt.property_array_u64("reg", &[layout::UART, layout::UART_BYTES])?;
-    fdt.property_array_u32("interrupts", &[SHARED, layout::UART_SPI, LEVEL_HIGH])?;
+    // An edge, as an eventfd raises it: the level would be gone before the guest looks.
+    fdt.property_array_u32("interrupts", &[SHARED, layout::UART_SPI, EDGE_RISING])?;
     fdt.property_u32("clock-frequency", UART_CLOCK_HZ)?;
     Ok(fdt.end_node(node)?)
 }
@@ -132,10 +149,14 @@ mod tests {
     }
 
     fn tree_of(vcpus: u8, cmdline: &str) -> Result<Tree, ArchError> {
+        tree_with(GicVersion::V3, vcpus, cmdline)
+    }
+
+    fn tree_with(gic: GicVersion, vcpus: u8, cmdline: &str) -> Result<Tree, ArchError> {
         let initrd = Some((GuestAddress(0x4300_0000), 0x1000));
         let entry = Entry { address: layout::KERNEL, initrd, protocol: Protocol::Linux };
         let machine = Machine { vcpus, cmdline, entry, devices: &[DEVICE] };
-        tree(&memory(), &machine).map(|blob| Tree::parse(&blob))
+        tree(gic, &memory(), &machine).map(|blob| Tree::parse(&blob))
     }
 
     #[test]
@@ -171,6 +192,14 @@ mod tests {
     }
 
     #[test]
+    fn a_gicv2_has_its_interface_to_the_processors() {
+        let tree = tree_with(GicVersion::V2, 3, "").unwrap();
+
+        assert_eq!(tree.text("/intc@8000000/compatible"), "arm,cortex-a15-gic");
+        assert_eq!(tree.cells("/intc@8000000/reg")[2..], [0, 0x1000, 0, 0x801_0000, 0, 0x2000]);
+    }
+
+    #[test]
     fn a_device_has_its_registers_and_an_edge_triggered_line() {
         let tree = tree_of(1, "").unwrap();
 
@@ -196,7 +225,8 @@ mod tests {
         let memory = memory();
         let entry = Entry { address: layout::KERNEL, initrd: None, protocol: Protocol::Linux };
 
-        write(&memory, &Machine { vcpus: 1, cmdline: "", entry, devices: &[] }).unwrap();
+        write(GicVersion::V3, &memory, &Machine { vcpus: 1, cmdline: "", entry, devices: &[] })
+            .unwrap();
 
         let magic: [u8; 4] = memory.read_obj(layout::RAM).unwrap();
         assert_eq!(magic, 0xd00d_feed_u32.to_be_bytes());

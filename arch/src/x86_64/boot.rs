@@ -2,18 +2,18 @@
 #![cfg(target_arch = "x86_64")]
 
 use std::fs::File;
-use std::io::{ErrorKind, Read, Seek};
+use std::io::{Read, Seek};
 
 use linux_loader::loader::bootparam::setup_header;
 use linux_loader::loader::elf::PvhBootCapability;
 use linux_loader::loader::{BzImage, Elf, KernelLoader, KernelLoaderResult};
-use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::{ByteValued, GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion};
 
 use super::layout;
 use super::tables::zero_page;
 use super::vcpu::segments;
-use crate::ArchError;
 use crate::machine::{BootFiles, Entry, Protocol};
+use crate::{ArchError, initrd};
 
 const ACCEPTED: &str = "an x86_64 ELF vmlinux and a 64-bit bzImage";
 const ACCEPTED_BY_PVH: &str = "an x86_64 ELF kernel with a PVH note (CONFIG_PVH of Linux)";
@@ -32,8 +32,6 @@ const PROTOCOL_2_12: u16 = 0x20c;
 /// Highest address of an initrd for a vmlinux, which has no header to say: what every bzImage made
 /// from one says.
 const VMLINUX_INITRD_MAX: u64 = 0x7fff_ffff;
-
-const PAGE: u64 = 0x1000;
 
 #[derive(Debug, PartialEq, Eq)]
 enum Format {
@@ -70,8 +68,8 @@ pub fn load(memory: &GuestMemoryMmap, boot: &mut BootFiles) -> Result<Entry, Arc
             ram_mib: ram_end >> 20,
         });
     }
-    let initrd =
-        boot.initrd.as_mut().map(|file| load_initrd(memory, file, &kernel, ram_end)).transpose()?;
+    let room = kernel.end..ram_end.min(kernel.initrd_max.saturating_add(1));
+    let initrd = boot.initrd.as_mut().map(|file| initrd::load(memory, file, &room)).transpose()?;
     zero_page::write_header(memory, kernel.header.as_slice())?;
     segments::write(memory)?;
     Ok(Entry { address: kernel.entry, initrd, protocol: kernel.protocol })
@@ -191,34 +189,11 @@ fn load_bzimage(
     })
 }
 
-/// Puts the initrd as high as kernel and RAM allow, so that it is out of the kernel's way.
-fn load_initrd(
-    memory: &GuestMemoryMmap,
-    initrd: &mut File,
-    kernel: &Loaded,
-    ram_end: u64,
-) -> Result<(GuestAddress, u64), ArchError> {
-    let read = |source| ArchError::Read { what: "initrd", source };
-    let size = initrd.metadata().map_err(read)?.len();
-    let top = ram_end.min(kernel.initrd_max.saturating_add(1));
-    let base = place_initrd(size, kernel.end, top).ok_or(ArchError::InitrdTooBig { size })?;
-    let length = usize::try_from(size).map_err(|_| ArchError::InitrdTooBig { size })?;
-    initrd.rewind().map_err(read)?;
-    memory
-        .read_exact_volatile_from(base, initrd, length)
-        .map_err(|error| read(std::io::Error::new(ErrorKind::UnexpectedEof, error)))?;
-    Ok((base, size))
-}
-
-/// The highest page at which `size` bytes end at or below `top`, if that is not below `bottom`.
-fn place_initrd(size: u64, bottom: u64, top: u64) -> Option<GuestAddress> {
-    let base = top.checked_sub(size)? / PAGE * PAGE;
-    (base >= bottom).then_some(GuestAddress(base))
-}
-
 #[cfg(test)]
 mod tests {
     use std::io::Write;
+
+    use vm_memory::Bytes;
 
     use super::*;
 
@@ -389,11 +364,6 @@ mod tests {
         let error = load_files(&kernel, Some(&[7; 5000])).unwrap_err();
 
         assert!(matches!(error, ArchError::InitrdTooBig { size: 5000 }));
-    }
-
-    #[test]
-    fn an_initrd_stays_below_the_kernels_limit() {
-        assert_eq!(place_initrd(0x800, 0, 0x8000_0000), Some(GuestAddress(0x7fff_f000)));
     }
 
     #[test]

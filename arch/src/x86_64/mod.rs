@@ -1,6 +1,7 @@
 //! x86_64: one line per method of [`Arch`], pointing at the files of this folder.
 
 pub mod layout;
+#[cfg(target_arch = "x86_64")]
 pub mod tables;
 
 mod boot;
@@ -28,6 +29,10 @@ mod host {
     #[derive(Debug)]
     pub struct X86_64;
 
+    /// Nothing: what the vCPUs share is all reached through the machine itself.
+    #[derive(Debug)]
+    pub struct Board;
+
     /// Where everything stands that the vCPUs share.
     #[derive(Debug, Serialize, Deserialize)]
     pub struct BoardState {
@@ -37,6 +42,7 @@ mod host {
 
     impl Arch for X86_64 {
         type VcpuState = vcpu::State;
+        type Board = Board;
         type BoardState = BoardState;
 
         const DEFAULT_CMDLINE: &'static str = layout::DEFAULT_CMDLINE;
@@ -53,13 +59,18 @@ mod host {
             layout::DEVICE_GSIS
         }
 
-        fn before_vcpus(_kvm: &Kvm, vm: &VmFd) -> Result<(), ArchError> {
+        fn before_vcpus(_kvm: &Kvm, vm: &VmFd) -> Result<Board, ArchError> {
             vm::reserve_addresses(vm)?;
             vm::leave_out_counters(vm)?;
-            irqchip::create(vm)
+            irqchip::create(vm)?;
+            Ok(Board)
         }
 
-        fn after_vcpus(_vm: &VmFd, _vcpus: u8) -> Result<(), ArchError> {
+        fn vcpus_to_create(vcpus: u8, _most: u8) -> u8 {
+            vcpus
+        }
+
+        fn after_vcpus(_board: &mut Board, _vm: &VmFd, _vcpus: u8) -> Result<(), ArchError> {
             Ok(()) // KVM's APICs come with the vCPUs
         }
 
@@ -67,12 +78,17 @@ mod host {
             boot::load(memory, boot)
         }
 
-        fn describe(memory: &GuestMemoryMmap, machine: &Machine<'_>) -> Result<(), ArchError> {
+        fn describe(
+            _board: &Board,
+            memory: &GuestMemoryMmap,
+            machine: &Machine<'_>,
+        ) -> Result<(), ArchError> {
             tables::write(memory, machine)
         }
 
         fn reset_vcpu(
             kvm: &Kvm,
+            _vm: &VmFd,
             vcpu: &VcpuFd,
             index: u8,
             vcpus: u8,
@@ -85,15 +101,15 @@ mod host {
             vcpu::State::of(kvm, vcpu)
         }
 
-        fn restore_vcpu(vcpu: &VcpuFd, state: &vcpu::State) -> Result<(), ArchError> {
+        fn restore_vcpu(_vm: &VmFd, vcpu: &VcpuFd, state: &vcpu::State) -> Result<(), ArchError> {
             state.apply(vcpu)
         }
 
-        fn save_board(vm: &VmFd) -> Result<BoardState, ArchError> {
+        fn save_board(_board: &Board, vm: &VmFd) -> Result<BoardState, ArchError> {
             Ok(BoardState { irqchip: irqchip::State::of(vm)?, clock: vm::save_clock(vm)? })
         }
 
-        fn restore_board(vm: &VmFd, state: &BoardState) -> Result<(), ArchError> {
+        fn restore_board(_board: &Board, vm: &VmFd, state: &BoardState) -> Result<(), ArchError> {
             vm::restore_clock(vm, &state.clock)?;
             state.irqchip.apply(vm)
         }
@@ -102,7 +118,7 @@ mod host {
             Some(layout::cmdline_device(device))
         }
 
-        fn device_names(number: usize) -> Vec<String> {
+        fn device_names(number: usize, _device: &MmioDevice) -> Vec<String> {
             layout::device_names(number).into()
         }
 

@@ -272,9 +272,8 @@ fn raise_to_the_most() -> io::Result<()> {
         return Err(io::Error::last_os_error());
     }
     let most = fs::read_to_string(MOST_FILES).ok().and_then(|most| most.trim().parse().ok());
-    if let Some(most) = most.filter(|&most| most > limit.rlim_max)
-        && set_file_limit(most).is_ok()
-    {
+    let most = most.filter(|&most| most > limit.rlim_max);
+    if most.is_some_and(|most| set_file_limit(most).is_ok()) {
         return Ok(());
     }
     set_file_limit(limit.rlim_max)

@@ -35,7 +35,7 @@ pub struct Arguments {
     /// Machine configuration (JSON)
     #[arg(long, value_name = "FILE", required_unless_present = "kernel")]
     config: Option<PathBuf>,
-    /// Kernel, ELF or bzImage; overrides boot.kernel
+    /// Kernel: ELF or bzImage, Image on aarch64; overrides boot.kernel
     #[arg(long, value_name = "FILE")]
     kernel: Option<PathBuf>,
     /// Initial RAM disk; overrides boot.initrd

@@ -1,81 +1,19 @@
-//! A machine of this host's architecture runs a few instructions of its own.
+//! An x86_64 machine runs a few instructions of its own.
 #![cfg(target_arch = "x86_64")]
+
+mod guest;
 
 use std::fs::File;
 use std::io::Write;
 
-use arch::machine::{BootFiles, Entry, Exit, Machine, Space};
+use arch::machine::{Exit, Space};
 use arch::x86_64::layout::power;
-use arch::{Arch, Host, Kvm, VcpuFd, VmFd};
-use kvm_bindings::{
-    KVM_IRQCHIP_IOAPIC, Msrs, kvm_irqchip, kvm_msr_entry, kvm_userspace_memory_region,
-};
-use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion};
+use arch::{Arch, Host};
+use guest::{Guest, rebuilt};
+use kvm_bindings::{KVM_IRQCHIP_IOAPIC, Msrs, kvm_irqchip, kvm_msr_entry};
+use vm_memory::{Bytes, GuestAddress};
 
-const RAM_BYTES: u64 = 32 << 20;
 const CODE: GuestAddress = GuestAddress(0x10_0000);
-
-struct Guest {
-    kvm: Kvm,
-    vm: VmFd,
-    vcpus: Vec<VcpuFd>,
-    memory: GuestMemoryMmap,
-}
-
-impl Guest {
-    /// A machine with `vcpus` processors and empty memory.
-    fn new(vcpus: u8) -> Self {
-        let kvm = Kvm::new().expect("/dev/kvm");
-        let vm = kvm.create_vm().unwrap();
-        let memory = memory(&vm);
-        Host::before_vcpus(&kvm, &vm).unwrap();
-        let fds = (0..vcpus).map(|index| vm.create_vcpu(index.into()).unwrap()).collect();
-        Host::after_vcpus(&vm, vcpus).unwrap();
-        Self { kvm, vm, vcpus: fds, memory }
-    }
-
-    /// Loads a vmlinux that consists of `code`, and resets all processors to its start.
-    fn boot(&mut self, code: &[u8]) -> Entry {
-        let mut boot = BootFiles { kernel: vmlinux(code), initrd: None, protocol: None };
-        let entry = Host::load(&self.memory, &mut boot).unwrap();
-        let vcpus = u8::try_from(self.vcpus.len()).unwrap();
-        let machine = Machine { vcpus, cmdline: "quiet", entry, devices: &[] };
-        Host::describe(&self.memory, &machine).unwrap();
-        for (index, vcpu) in (0..).zip(&self.vcpus) {
-            Host::reset_vcpu(&self.kvm, vcpu, index, vcpus, (index == 0).then_some(&entry))
-                .unwrap();
-        }
-        entry
-    }
-
-    /// Runs the first processor up to its next exit.
-    fn run(&mut self) -> Exit<'_> {
-        let exit = self.vcpus[0].run().unwrap();
-        Host::translate(exit, &self.memory).expect("an exit that a guest can cause")
-    }
-}
-
-fn memory(vm: &VmFd) -> GuestMemoryMmap {
-    let regions: Vec<_> = Host::memory_map(RAM_BYTES)
-        .regions
-        .iter()
-        .map(|(base, size)| (*base, usize::try_from(*size).unwrap()))
-        .collect();
-    let memory = GuestMemoryMmap::from_ranges(&regions).unwrap();
-    for (slot, region) in (0..).zip(memory.iter()) {
-        let slot = kvm_userspace_memory_region {
-            slot,
-            guest_phys_addr: region.start_addr().0,
-            memory_size: region.len(),
-            userspace_addr: region.as_ptr().addr() as u64,
-            flags: 0,
-        };
-        // SAFETY: the region is mapped for as long as `memory` lives, which the guest does not
-        // outlive.
-        unsafe { vm.set_user_memory_region(slot) }.unwrap();
-    }
-    memory
-}
 
 /// An ELF file with one segment, `code`, that starts there.
 fn vmlinux(code: &[u8]) -> File {
@@ -111,7 +49,7 @@ fn the_first_processor_runs_in_64_bit_mode() {
     // mov rax, 0x6b << 32; shr rax, 32; mov dx, 0x3f8; out dx, al: 'k' in 64-bit mode only.
     let mut code = vec![0x48, 0xb8, 0, 0, 0, 0, 0x6b, 0, 0, 0, 0x48, 0xc1, 0xe8, 0x20];
     code.extend([0x66, 0xba, 0xf8, 0x03, 0xee]);
-    guest.boot(&code);
+    guest.boot(vmlinux(&code));
 
     let exit = guest.run();
 
@@ -125,7 +63,7 @@ fn the_first_processor_finds_the_zero_page() {
     let mut guest = Guest::new(1);
     // mov ebx, [rsi + 0x228]; mov al, [rbx]; mov dx, 0x3f8; out dx, al: the first letter of the
     // command line.
-    guest.boot(&[0x8b, 0x9e, 0x28, 0x02, 0, 0, 0x8a, 0x03, 0x66, 0xba, 0xf8, 0x03, 0xee]);
+    guest.boot(vmlinux(&[0x8b, 0x9e, 0x28, 0x02, 0, 0, 0x8a, 0x03, 0x66, 0xba, 0xf8, 0x03, 0xee]));
 
     let exit = guest.run();
 
@@ -136,7 +74,7 @@ fn the_first_processor_finds_the_zero_page() {
 #[ignore = "needs /dev/kvm"]
 fn a_guest_powers_itself_off() {
     let mut guest = Guest::new(1);
-    guest.boot(&out(power::CONTROL_PORT, power::POWER_OFF));
+    guest.boot(vmlinux(&out(power::CONTROL_PORT, power::POWER_OFF)));
 
     assert!(matches!(guest.run(), Exit::Shutdown));
 }
@@ -145,7 +83,7 @@ fn a_guest_powers_itself_off() {
 #[ignore = "needs /dev/kvm"]
 fn a_guest_resets_itself() {
     let mut guest = Guest::new(1);
-    guest.boot(&out(power::RESET_PORT, power::RESET));
+    guest.boot(vmlinux(&out(power::RESET_PORT, power::RESET)));
 
     assert!(matches!(guest.run(), Exit::Reset));
 }
@@ -154,7 +92,7 @@ fn a_guest_resets_itself() {
 #[ignore = "needs /dev/kvm"]
 fn a_guest_without_handlers_ends_in_a_triple_fault() {
     let mut guest = Guest::new(1);
-    guest.boot(&[0x0f, 0x0b]); // ud2, with an empty interrupt table
+    guest.boot(vmlinux(&[0x0f, 0x0b])); // ud2, with an empty interrupt table
 
     assert!(matches!(guest.run(), Exit::TripleFault));
 }
@@ -164,7 +102,7 @@ fn a_guest_without_handlers_ends_in_a_triple_fault() {
 fn every_processor_of_a_large_machine_is_set_up() {
     let mut guest = Guest::new(8);
 
-    guest.boot(&out(power::RESET_PORT, power::RESET));
+    guest.boot(vmlinux(&out(power::RESET_PORT, power::RESET)));
 
     assert!(matches!(guest.run(), Exit::Reset));
 }
@@ -185,7 +123,7 @@ fn a_machine_has_the_interrupt_lines_of_its_devices() {
 fn the_code_lies_where_the_file_says() {
     let mut guest = Guest::new(1);
 
-    let entry = guest.boot(&[0xf4]);
+    let entry = guest.boot(vmlinux(&[0xf4]));
 
     assert_eq!(guest.memory.read_obj::<u8>(entry.address).unwrap(), 0xf4);
 }
@@ -211,37 +149,11 @@ fn next_count(guest: &mut Guest) -> u8 {
     }
 }
 
-/// What is known of a machine but its memory, written and read again.
-fn saved(guest: &mut Guest) -> (Vec<<Host as Arch>::VcpuState>, <Host as Arch>::BoardState) {
-    // The last write to a port is over for the processor once it was entered again.
-    guest.vcpus[0].set_kvm_immediate_exit(1);
-    assert_eq!(guest.vcpus[0].run().unwrap_err().errno(), libc::EINTR);
-    guest.vcpus[0].set_kvm_immediate_exit(0);
-    let vcpus = guest.vcpus.iter().map(|vcpu| Host::save_vcpu(&guest.kvm, vcpu).unwrap());
-    let vcpus = postcard::to_stdvec(&vcpus.collect::<Vec<_>>()).unwrap();
-    let board = postcard::to_stdvec(&Host::save_board(&guest.vm).unwrap()).unwrap();
-    (postcard::from_bytes(&vcpus).unwrap(), postcard::from_bytes(&board).unwrap())
-}
-
-/// A new machine with the memory of `old` that goes on where `old` stands.
-fn rebuilt(old: &mut Guest) -> Guest {
-    let (vcpus, board) = saved(old);
-    let new = Guest::new(old.vcpus.len().try_into().unwrap());
-    let mut bytes = vec![0; RAM_BYTES.try_into().unwrap()];
-    old.memory.read_slice(&mut bytes, GuestAddress(0)).unwrap();
-    new.memory.write_slice(&bytes, GuestAddress(0)).unwrap();
-    for (vcpu, state) in new.vcpus.iter().zip(&vcpus) {
-        Host::restore_vcpu(vcpu, state).unwrap();
-    }
-    Host::restore_board(&new.vm, &board).unwrap();
-    new
-}
-
 #[test]
 #[ignore = "needs /dev/kvm"]
 fn a_processor_built_anew_goes_on_counting_where_the_old_one_was() {
     let mut old = Guest::new(2);
-    old.boot(COUNT);
+    old.boot(vmlinux(COUNT));
     let before: Vec<_> = (0..5).map(|_| next_count(&mut old)).collect();
 
     let mut new = rebuilt(&mut old);
@@ -257,7 +169,7 @@ fn a_processor_built_anew_goes_on_counting_where_the_old_one_was() {
 fn the_registers_of_a_processor_survive() {
     const LSTAR: u32 = 0xc000_0082;
     let mut old = Guest::new(1);
-    old.boot(COUNT);
+    old.boot(vmlinux(COUNT));
     next_count(&mut old);
 
     let new = rebuilt(&mut old);
@@ -277,7 +189,7 @@ fn the_registers_of_a_processor_survive() {
 fn the_interrupt_controllers_and_the_timer_survive() {
     const REDIRECTION_OF_LINE_5: usize = 5;
     let mut old = Guest::new(1);
-    old.boot(COUNT);
+    old.boot(vmlinux(COUNT));
     let mut ioapic = kvm_irqchip { chip_id: KVM_IRQCHIP_IOAPIC, ..Default::default() };
     old.vm.get_irqchip(&mut ioapic).unwrap();
     // SAFETY: the chip is the IOAPIC, and plain numbers are always valid.

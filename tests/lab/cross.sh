@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# Runs a command, as `cargo build`, with a compiler for another architecture in its environment.
+#
+# Debian has Rust's standard library for others than this machine, and a compiler of the same version
+# to go with it; both are unpacked into the cache, and so is the library that is linked in.
+# Usage: cross.sh ARCHITECTURE COMMAND ARGUMENT...
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source=/dev/null
+. "$here/arch/$1.sh"
+# shellcheck source=apt.sh
+. "$here/apt.sh"
+triple=$1-unknown-linux-gnu
+folder=${CORACLE_CACHE:-/var/cache/coracle}/cross-$1
+shift
+
+fetch() {
+  local own; own=$(dpkg --print-architecture)
+  echo "==> fetching Rust for $debian_architecture" >&2
+  unpack_debian "$folder" "$(debian_codename)" rustc-web:"$own" libstd-rust-web-1.85:"$own" \
+    libllvm19:"$own" libz3-4:"$own" libstd-rust-web-dev:"$own" \
+    "libstd-rust-web-dev:$debian_architecture" "libseccomp-dev:$debian_architecture" || exit 2
+  # Not in the environment of all that cargo runs, because only this one program is unpacked.
+  cat > "$folder/rustc" <<RUSTC
+#!/bin/sh
+root=$folder/root/usr
+export LD_LIBRARY_PATH=\$root/lib/$(uname -m)-linux-gnu:\$root/lib/llvm-19/lib
+exec "\$root/bin/rustc" --sysroot "\$root" "\$@"
+RUSTC
+  chmod 755 "$folder/rustc"
+  "$folder/rustc" --version >/dev/null || { echo "cross: the fetched compiler does not start" >&2; exit 2; }
+  touch "$folder/.complete"
+}
+
+mkdir -p "${folder%/*}"
+exec 9>"$folder.lock"; flock 9
+[ -e "$folder/.complete" ] || fetch
+exec 9>&-
+
+upper=${triple//-/_}
+export RUSTC=$folder/rustc CARGO_BUILD_TARGET=$triple
+export "CARGO_TARGET_${upper^^}_LINKER=$cross_prefix-gcc" "CC_$upper=$cross_prefix-gcc"
+export LIBSECCOMP_LIB_PATH=$folder/root/usr/lib/$cross_prefix
+exec "$@"
