@@ -82,6 +82,13 @@ pub enum PlatformDevice {
         /// KVM GSI of its interrupt line.
         gsi: u32,
     },
+    /// PL031 real-time clock, without an interrupt; there is one in every machine that may have it.
+    Clock {
+        /// First of its registers in guest-physical memory.
+        base: u64,
+        /// Their size, in bytes.
+        size: u64,
+    },
 }
 
 /// How a kernel is entered, where there is a choice.

@@ -3,6 +3,7 @@
 //! and data moves by kick eventfds in and an [`interrupt::Interrupt`] out.
 
 pub mod bus;
+pub mod clock;
 pub mod interrupt;
 pub mod listener;
 pub mod serial;

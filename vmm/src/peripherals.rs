@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex};
 
 use arch::machine::PlatformDevice;
 use arch::{Arch, Host};
+use devices::clock::Clock;
 use devices::listener::Listener;
 use devices::serial::Serial;
 use devices::virtio::VirtioDevice;
@@ -68,9 +69,7 @@ pub fn place_all(
     pluggable: Option<Range<u64>>,
     placement: &mut Placement<'_>,
 ) -> Result<Ends, Error> {
-    if config.console.serial {
-        place_serial(log, placement)?;
-    }
+    place_platform(config, log, placement)?;
     let input = if config.console.serial { None } else { console::input(&config.console.output) };
     let console = Console::new(input, Box::new(log.clone()));
     let console = place("console", console, Loop::Vmm, placement)?;
@@ -109,14 +108,26 @@ pub fn place_all(
     Ok(Ends { console, vsock: host, balloon, pluggable })
 }
 
-/// The serial port is there only for who asks for it: each character on it is an exit.
-fn place_serial(log: &ConsoleLog, placement: &mut Placement<'_>) -> Result<(), Error> {
+/// Places what is not virtio. The serial port is there only for who asks for it: each character on it is
+/// an exit.
+fn place_platform(
+    config: &VmConfig,
+    log: &ConsoleLog,
+    placement: &mut Placement<'_>,
+) -> Result<(), Error> {
     for device in Host::platform_devices() {
-        let PlatformDevice::Serial { space, base, gsi } = *device;
-        let name = error_at("serial port");
-        let line = placement.irq_line(gsi).map_err(&name)?;
-        let serial = Serial::new(line, Box::new(log.clone()));
-        placement.place_serial(space, base, SERIAL_PORTS, serial).map_err(name)?;
+        match *device {
+            PlatformDevice::Serial { space, base, gsi } if config.console.serial => {
+                let name = error_at("serial port");
+                let line = placement.irq_line(gsi).map_err(&name)?;
+                let serial = Serial::new(line, Box::new(log.clone()));
+                placement.place_serial(space, base, SERIAL_PORTS, serial).map_err(name)?;
+            }
+            PlatformDevice::Serial { .. } => {}
+            PlatformDevice::Clock { base, size } => {
+                placement.place_clock(base, size, Clock::new()).map_err(error_at("clock"))?;
+            }
+        }
     }
     Ok(())
 }

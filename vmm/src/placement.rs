@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex};
 use arch::VmFd;
 use arch::machine::{MmioDevice, Space};
 use devices::bus::{BusBuilder, BusDevice, BusError};
+use devices::clock::Clock;
 use devices::interrupt::IrqLine;
 use devices::listener::SocketFile;
 use devices::serial::Serial;
@@ -229,6 +230,17 @@ impl<'a> Placement<'a> {
         let serial = Arc::new(Mutex::new(serial));
         self.devices.serials.push(serial.clone());
         self.place_at(space, base, size, serial)
+    }
+
+    /// Places a real-time clock at `size` addresses of memory from `base` on. Nothing of it is saved: the
+    /// guest of another machine shall see what time it is then.
+    pub fn place_clock(
+        &mut self,
+        base: u64,
+        size: u64,
+        clock: Clock,
+    ) -> Result<(), PlacementError> {
+        self.place_at(Space::Memory, base, size, Arc::new(Mutex::new(clock)))
     }
 
     fn place_at(

@@ -104,7 +104,7 @@ fn a_system_call_that_is_listed_is_made() {
 fn the_arguments_of_a_listed_system_call_count() {
     let writable_and_executable = libc::PROT_WRITE | libc::PROT_EXEC;
     let refused = [
-        (libc::SYS_ioctl, [0, libc::TIOCSTI.cast_signed(), 0]),
+        (libc::SYS_ioctl, [0, c_long::try_from(libc::TIOCSTI).unwrap(), 0]),
         (libc::SYS_mmap, [0, 4096, writable_and_executable.into()]),
         (libc::SYS_mprotect, [0, 4096, writable_and_executable.into()]),
         (libc::SYS_madvise, [0, 4096, libc::MADV_HWPOISON.into()]),

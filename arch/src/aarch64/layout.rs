@@ -5,6 +5,7 @@
 //! 0x0801_0000  GICv2 interface to the vCPUs
 //! 0x080a_0000  GICv3 redistributors: 128 KiB per vCPU
 //! 0x0b00_0000  16550 UART
+//! 0x0b00_1000  PL031 real-time clock
 //! 0x1000_0000  device windows
 //! 0x4000_0000  RAM: device tree, then the kernel 2 MiB on, initrd at the top
 //!              from the next GiB on what extends it: mapped files, plugged memory
@@ -45,6 +46,10 @@ pub const UART: u64 = 0x0b00_0000;
 pub const UART_BYTES: u64 = 0x1000;
 /// Its shared peripheral interrupt.
 pub const UART_SPI: u32 = 0;
+/// Registers of the real-time clock.
+pub const CLOCK: u64 = UART + UART_BYTES;
+/// Their size, in bytes.
+pub const CLOCK_BYTES: u64 = 0x1000;
 /// Shared peripheral interrupts for virtio devices; KVM's GSI is the same number.
 pub const DEVICE_GSIS: Range<u32> = 1..SPIS;
 
@@ -68,8 +73,10 @@ pub const INITRD_END: u64 = RAM.0 + (32 << 30);
 const EXTENSION_ALIGNMENT: u64 = 1 << 30;
 
 /// Devices that are found in the device tree.
-pub const PLATFORM_DEVICES: &[PlatformDevice] =
-    &[PlatformDevice::Serial { space: Space::Memory, base: UART, gsi: UART_SPI }];
+pub const PLATFORM_DEVICES: &[PlatformDevice] = &[
+    PlatformDevice::Serial { space: Space::Memory, base: UART, gsi: UART_SPI },
+    PlatformDevice::Clock { base: CLOCK, size: CLOCK_BYTES },
+];
 
 /// Where `ram_bytes` of RAM lie: in one piece.
 pub fn memory_map(ram_bytes: u64) -> MemoryMap {

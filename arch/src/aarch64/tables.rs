@@ -9,6 +9,7 @@ use crate::machine::{Machine, MmioDevice};
 use crate::{ArchError, fdt};
 
 const GIC_PHANDLE: u32 = 1;
+const BUS_CLOCK_PHANDLE: u32 = 2;
 
 // Cells of an interrupt (Documentation/devicetree/bindings/interrupt-controller/arm,gic-v3.yaml).
 const SHARED: u32 = 0;
@@ -21,6 +22,9 @@ const TIMER_PPIS: [u32; 4] = [13, 14, 11, 10];
 
 /// Clock that a PC's UART divides by 16 for its baud rate, in Hz.
 const UART_CLOCK_HZ: u32 = 1_843_200;
+
+/// Pace of the bus that the real-time clock is on, in Hz; it means nothing here.
+const BUS_CLOCK_HZ: u32 = 24_000_000;
 
 /// Writes the device tree of `machine`, which has such an interrupt controller, to the start of RAM.
 pub fn write(
@@ -49,6 +53,7 @@ fn tree(
     interrupt_controller(&mut fdt, gic, machine.vcpus)?;
     timer(&mut fdt)?;
     uart(&mut fdt)?;
+    clock(&mut fdt)?;
     for device in machine.devices {
         virtio(&mut fdt, device)?;
     }
@@ -130,6 +135,24 @@ fn uart(fdt: &mut FdtWriter) -> Result<(), ArchError> {
     Ok(fdt.end_node(node)?)
 }
 
+/// The real-time clock, and the one of the bus it is on, which it cannot be described without
+/// (Documentation/devicetree/bindings/arm/primecell.yaml).
+fn clock(fdt: &mut FdtWriter) -> Result<(), ArchError> {
+    let node = fdt.begin_node("bus-clock")?;
+    fdt.property_string("compatible", "fixed-clock")?;
+    fdt.property_u32("#clock-cells", 0)?;
+    fdt.property_u32("clock-frequency", BUS_CLOCK_HZ)?;
+    fdt.property_phandle(BUS_CLOCK_PHANDLE)?;
+    fdt.end_node(node)?;
+    let node = fdt.begin_node(&format!("rtc@{:x}", layout::CLOCK))?;
+    let compatible = ["arm,pl031", "arm,primecell"].map(str::to_owned).to_vec();
+    fdt.property_string_list("compatible", compatible)?;
+    fdt.property_array_u64("reg", &[layout::CLOCK, layout::CLOCK_BYTES])?;
+    fdt.property_u32("clocks", BUS_CLOCK_PHANDLE)?;
+    fdt.property_string("clock-names", "apb_pclk")?;
+    Ok(fdt.end_node(node)?)
+}
+
 fn virtio(fdt: &mut FdtWriter, device: &MmioDevice) -> Result<(), ArchError> {
     fdt::virtio(fdt, device, &[SHARED, device.gsi, EDGE_RISING])
 }
@@ -197,6 +220,14 @@ mod tests {
 
         assert_eq!(tree.text("/intc@8000000/compatible"), "arm,cortex-a15-gic");
         assert_eq!(tree.cells("/intc@8000000/reg")[2..], [0, 0x1000, 0, 0x801_0000, 0, 0x2000]);
+    }
+
+    #[test]
+    fn the_time_is_known_from_a_pl031() {
+        let tree = tree_of(1, "").unwrap();
+
+        assert_eq!(tree.cells("/rtc@b001000/reg"), [0, 0xb00_1000, 0, 0x1000]);
+        assert_eq!(tree.cells("/rtc@b001000/clocks"), tree.cells("/bus-clock/phandle"));
     }
 
     #[test]
