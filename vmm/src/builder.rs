@@ -24,6 +24,7 @@ use crate::metrics::{Metrics, Record, now_ns};
 use crate::peripherals::{self, Ends};
 use crate::placement::{Placed, Placement};
 use crate::pmem;
+use crate::posted::PostedWrites;
 use crate::processors::{Processors, Shared};
 use crate::seccomp::{self, Kind};
 use crate::state::{MachineState, Shape};
@@ -38,6 +39,7 @@ const PLUG_CMDLINE: &str = "memhp_default_state=online memory_hotplug.online_pol
 pub struct Vmm {
     control: Arc<Control>,
     vcpus: Vec<VcpuFd>,
+    posted: PostedWrites,
     placed: Placed,
     console: ConsoleLog,
     ends: Ends,
@@ -152,12 +154,29 @@ impl Vmm {
         record.devices_ns = now_ns();
         record.activities = mem::take(&mut placed.activities);
         let confinement = Confinement::of(config, jail);
-        let (vcpus, shape) = (Vec::new(), Shape::of(config));
-        Ok(Vmm { control, vcpus, placed, console, ends, record, confinement, shape, kvm, vm, ram })
+        let (vcpus, posted, shape) = (Vec::new(), PostedWrites::default(), Shape::of(config));
+        Ok(Vmm {
+            control,
+            vcpus,
+            posted,
+            placed,
+            console,
+            ends,
+            record,
+            confinement,
+            shape,
+            kvm,
+            vm,
+            ram,
+        })
     }
 
     fn create_vcpus(&mut self, count: u8) -> Result<(), Error> {
         self.vcpus = create_vcpus(&self.vm, count)?;
+        if let Some(vcpu) = self.vcpus.first() {
+            self.posted = PostedWrites::open(&self.vm, vcpu)
+                .map_err(|source| Error::Start { what: "the ring of posted writes", source })?;
+        }
         Host::after_vcpus(&self.vm, count).map_err(step("finish the interrupt controller"))
     }
 
@@ -180,6 +199,7 @@ impl Vmm {
         let shared = Shared {
             memory: self.ram.memory().clone(),
             buses: Arc::new(buses),
+            posted: Arc::new(self.posted),
             windows: dax,
             control: self.control.clone(),
             confinement: self.confinement.clone(),
