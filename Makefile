@@ -87,9 +87,11 @@ guest-tests: guest-images debian
 	@echo "==> the main job, distro kernel"
 	@LAB_KERNEL=distro $(LAB) run tests/lab/hello.sh
 
-## Boot, start, exits and memory beside the peers; one emulated instruction counts as 1 ns.
+## What Coracle costs beside its peers; one emulated instruction counts as 1 ns. Writes
+## perf/report.json and the plots beside it.
 perf: guest-images
-	@LAB_ICOUNT=1 LAB_ENGINES=0 LAB_FORCE=emulated $(LAB) run 'coracle-perf all'
+	@LAB_ICOUNT=1 LAB_ENGINES=0 LAB_FORCE=emulated LAB_OUTPUT=$(CURDIR)/perf \
+		$(LAB) run 'coracle-perf all --output "$$LAB_RESULTS"'
 
 ## Binaries and guest image for this machine's own engines.
 install: guest

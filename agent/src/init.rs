@@ -28,6 +28,11 @@ const MODULES: &str = "/modules";
 /// own, but neither change the limits of its own cgroup nor freeze it, even if it can write there.
 const CGROUP_OPTIONS: &str = "nsdelegate,memory_recursiveprot";
 
+/// Twice a second the kernel would look whether memory is worth being compacted in advance, and wake up
+/// an idle processor for it (Documentation/admin-guide/sysctl/vm.rst, compaction_proactiveness). What
+/// needs a large page compacts when it asks for it.
+const COMPACTION: &str = "/proc/sys/vm/compaction_proactiveness";
+
 /// Type, target, flags and options of the guest's own file systems, in order of mounting.
 const FILE_SYSTEMS: [(&str, &str, MsFlags, &str); 8] = [
     ("devtmpfs", "/dev", MsFlags::MS_NOSUID, "mode=0755"),
@@ -81,9 +86,17 @@ pub fn prepare() -> Result<(), Error> {
     cover_root().map_err(Error::Root)?;
     mount_file_systems()?;
     crate::kmsg::install();
+    let_idle();
     cgroup::prepare(Path::new(CGROUPS)).map_err(Error::Cgroups)?;
     limits::set_hard().and_then(|()| limits::raise()).map_err(Error::Limits)?;
     network::bring_up_loopback().map_err(Error::Loopback)
+}
+
+/// Keeps the kernel from waking up for nothing.
+fn let_idle() {
+    if let Err(error) = fs::write(COMPACTION, "0") {
+        log::debug!("write {COMPACTION}: {error}");
+    }
 }
 
 /// What the host asks for once per guest: its name, its network, the share.

@@ -31,7 +31,7 @@ use nix::sys::socket::{
 };
 
 use failure::Context;
-use server::Server;
+use server::{Server, uptime_us};
 
 /// The address of the host (vsock(7)).
 pub const HOST_CID: u32 = libc::VMADDR_CID_HOST;
@@ -59,6 +59,7 @@ fn main() -> ExitCode {
 }
 
 fn serve_host() -> Result<(), Box<dyn Error>> {
+    let started_us = uptime_us()?;
     init::prepare().inspect_err(|_| kmsg::install())?;
     // Listening first: the host may open streams as soon as it knows that the agent is there.
     let listener = vsock().context("make a vsock socket")?;
@@ -67,7 +68,7 @@ fn serve_host() -> Result<(), Box<dyn Error>> {
     let control = vsock()?;
     connect(control.as_raw_fd(), &VsockAddr::new(HOST_CID, CONTROL_PORT))
         .context("connect to the host")?;
-    Ok(Server::new(control, listener, PathBuf::from(init::CGROUPS))?.run()?)
+    Ok(Server::new(control, listener, PathBuf::from(init::CGROUPS), started_us)?.run()?)
 }
 
 fn vsock() -> nix::Result<OwnedFd> {
@@ -110,5 +111,5 @@ fn serve_descriptors(control: &str, listener: &str, cgroups: &str) -> Result<(),
     let cgroups = PathBuf::from(cgroups);
     container::cgroup::prepare(&cgroups)?;
     limits::raise()?;
-    Ok(Server::new(owned(control), owned(listener), cgroups)?.run()?)
+    Ok(Server::new(owned(control), owned(listener), cgroups, uptime_us()?)?.run()?)
 }

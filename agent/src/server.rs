@@ -88,12 +88,18 @@ pub struct Server {
     pub(crate) unclaimed: Vec<(StreamHello, OwnedFd)>,
     pub(crate) pending: Option<Pending>,
     over: bool,
+    started_us: u64,
 }
 
 impl Server {
     /// Serves the host behind `control`, with stdio streams from `listener` and containers below
-    /// the cgroup v2 hierarchy at `cgroups`. From here on SIGCHLD is blocked.
-    pub fn new(control: OwnedFd, listener: OwnedFd, cgroups: PathBuf) -> io::Result<Self> {
+    /// the cgroup v2 hierarchy at `cgroups`; the agent began at `started_us` of the guest's uptime. From here on SIGCHLD is blocked.
+    pub fn new(
+        control: OwnedFd,
+        listener: OwnedFd,
+        cgroups: PathBuf,
+        started_us: u64,
+    ) -> io::Result<Self> {
         let mut signals = SigSet::empty();
         signals.add(Signal::SIGCHLD);
         signals.thread_block()?;
@@ -112,6 +118,7 @@ impl Server {
             unclaimed: Vec::new(),
             pending: None,
             over: false,
+            started_us,
         })
     }
 
@@ -120,6 +127,7 @@ impl Server {
         self.tell(Event::Ready {
             version: agent_protocol::VERSION,
             kernel: kernel_release(),
+            started_us: self.started_us,
             uptime_us: uptime_us()?,
         })?;
         let mut scratch = vec![0; CHUNK_BYTES];
@@ -441,7 +449,8 @@ fn kernel_release() -> String {
     text.trim_end().to_owned()
 }
 
-fn uptime_us() -> nix::Result<u64> {
+/// Microseconds since the guest started.
+pub fn uptime_us() -> nix::Result<u64> {
     let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME)?;
     Ok(u64::try_from(Duration::from(now).as_micros()).unwrap_or(u64::MAX))
 }

@@ -1,7 +1,7 @@
-//! Guest boot to agent ready, beside `qemu-system-x86_64 -M microvm` with Debian's kernel to init.
+//! Guest boot to agent ready, beside other VMMs with Debian's kernel to init.
 
 use std::fs;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -17,15 +17,15 @@ use vmm::{BalloonConfig, Metrics, ShareConfig, VmConfig, VmHandle, Vmm, VsockCon
 
 use crate::Options;
 use crate::memory::OwnMemory;
+use crate::peer::{Kind, Peer};
 use crate::report::Report;
+use crate::samples::Samples;
+use crate::vmm_peer;
 
-/// Highest number of exits to user space we are content with until the agent is ready.
-const GOAL_EXITS: f64 = 400.0;
+/// Most instructions of host and guest until the agent is ready, in millions.
+const GOAL_INSTRUCTIONS_M: f64 = 350.0;
 /// Highest ratio of our boot with the tuned kernel to QEMU's with Debian's.
 const GOAL_BOOT_RATIO: f64 = 0.4;
-/// What the peer's init says.
-const MARKER: &str = "init-is-here";
-
 /// How long a guest may take, in milliseconds: Debian's kernel needs 3 s of emulated time.
 const BOOT_TIMEOUT_MS: u16 = 60_000;
 
@@ -97,34 +97,36 @@ fn await_ready(vm: &VmHandle, agent: &UnixStream) -> Result<()> {
 /// Measures and adds the rows.
 pub fn measure(report: &mut Report, options: &Options) -> Result<()> {
     let Options { distro, tuned, runs, verbose, .. } = options;
-    let (runs, verbose) = (*runs, *verbose);
     warm(distro)?;
     warm(tuned)?;
-    let marker = marker_initrd()?;
-    let mut best = [f64::INFINITY; 3];
-    let mut exits = [0; 2];
+    let peers: Vec<_> = options.peers().into_iter().filter(Peer::is_vmm).collect();
+    let initrd = vmm_peer::marker_initrd()?;
+    let (mut with_tuned, mut with_distro) = (Samples::default(), Samples::default());
+    let mut theirs = vec![Samples::default(); peers.len()];
     // The first round is not counted: the peer's binary and libraries come from the lab's slow
     // shared file system, and it waits for them for longer than it then runs.
-    for run in 0..=runs {
-        eprintln!("boot: run {run} of {runs}");
+    for run in 0..=*runs {
         // Alternating, so that whatever drifts does so for all.
-        let qemu = qemu_to_init(&distro.join("kernel"), marker.path())?;
-        let (with_tuned, tuned_boot) = to_ready(tuned, verbose)?;
-        let (with_distro, distro_boot) = to_ready(distro, verbose)?;
+        let boots = [to_ready(tuned, *verbose)?.0, to_ready(distro, *verbose)?.0];
+        eprintln!("boot: run {run} of {runs}: {boots:.1?} ms");
+        let of_peer = |peer| vmm_peer::to_init(peer, &distro.join("kernel"), initrd.path());
+        let peers = peers.iter().map(of_peer).collect::<Result<Vec<_>>>()?;
         if run > 0 {
-            for (best, value) in best.iter_mut().zip([qemu, with_tuned, with_distro]) {
-                *best = best.min(value);
-            }
+            with_tuned.add(boots[0]);
+            with_distro.add(boots[1]);
+            theirs.iter_mut().zip(peers).for_each(|(samples, value)| samples.add(value));
         }
-        exits = [tuned_boot.exits, distro_boot.exits];
     }
-    let [qemu, with_tuned, with_distro] = best;
-    let peer = ("qemu microvm, distro kernel to init", qemu);
-    report.beside("boot to agent, tuned kernel", ("ms", with_tuned), peer, Some(GOAL_BOOT_RATIO));
-    report.beside("boot to agent, distro kernel", ("ms", with_distro), peer, None);
-    let [tuned_exits, distro_exits] = exits.map(|exits| exits as f64);
-    report.alone("exits to agent, tuned kernel", "exits", tuned_exits, Some(GOAL_EXITS));
-    report.alone("exits to agent, distro kernel", "exits", distro_exits, None);
+    for (peer, theirs) in peers.iter().zip(&theirs) {
+        let goal = (peer.kind == Kind::QemuMicrovm).then_some(GOAL_BOOT_RATIO);
+        let name = format!("{peer}, distro kernel to init");
+        report.pairs("boot to agent, tuned kernel", ("ms", &with_tuned), (&name, theirs), goal);
+        report.pairs("boot to agent, distro kernel", ("ms", &with_distro), (&name, theirs), None);
+    }
+    if report.counts_instructions() {
+        let what = "instructions to agent, tuned kernel";
+        report.samples(what, ("M", &with_tuned), Some(GOAL_INSTRUCTIONS_M));
+    }
     Ok(())
 }
 
@@ -148,56 +150,6 @@ pub fn to_ready(image: &Path, verbose: bool) -> Result<(f64, Boot)> {
     let boot = serde_json::from_str(&lines.next().context("no figures")??)?;
     child.wait()?;
     Ok((ready_ms, boot))
-}
-
-fn qemu_to_init(kernel: &Path, initrd: &Path) -> Result<f64> {
-    let mut command = Command::new("qemu-system-x86_64");
-    // With a clock, although KVM guests get none by default: Debian's kernel waits 1.2 s for it.
-    command
-        .args(["-M", "microvm,accel=kvm,rtc=on", "-cpu", "host", "-m", "256", "-smp", "1"])
-        .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"])
-        .args(["-serial", "stdio", "-append", "console=ttyS0 quiet panic=-1 reboot=t"])
-        .arg("-kernel")
-        .arg(kernel)
-        .arg("-initrd")
-        .arg(initrd)
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped());
-    let started = Instant::now();
-    let mut child = command.spawn().context("start qemu-system-x86_64")?;
-    let lines = BufReader::new(child.stdout.take().context("stdout is piped")?).lines();
-    for line in lines {
-        if line?.contains(MARKER) {
-            let ready_ms = started.elapsed().as_secs_f64() * 1e3;
-            child.kill()?;
-            child.wait()?;
-            return Ok(ready_ms);
-        }
-    }
-    bail!("QEMU's guest did not reach init: {}", child.wait()?)
-}
-
-/// An initrd whose init says [`MARKER`] and nothing else.
-fn marker_initrd() -> Result<tempfile::NamedTempFile> {
-    let tree = tempfile::tempdir()?;
-    for directory in ["bin", "dev"] {
-        fs::create_dir(tree.path().join(directory))?;
-    }
-    fs::copy("/bin/busybox", tree.path().join("bin/busybox"))
-        .context("/bin/busybox of busybox-static is the peer's init")?;
-    let init = format!(
-        "#!/bin/busybox sh\n/bin/busybox mount -t devtmpfs dev /dev\n\
-         echo {MARKER} > /dev/console\nexec /bin/busybox sleep 1000\n"
-    );
-    fs::write(tree.path().join("init"), init)?;
-    let script = "chmod 755 init && find . | cpio -o -H newc --quiet";
-    let packed = Command::new("sh").args(["-c", script]).current_dir(tree.path()).output()?;
-    if !packed.status.success() {
-        bail!("cpio failed: {}", String::from_utf8_lossy(&packed.stderr));
-    }
-    let mut file = tempfile::NamedTempFile::new()?;
-    file.write_all(&packed.stdout)?;
-    Ok(file)
 }
 
 /// Reads an image once, so that no run pays for a cold page cache.

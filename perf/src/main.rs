@@ -4,54 +4,93 @@
 //! nanosecond there, so that a duration is a count of instructions and repeats within a few percent
 //! whatever else the machine does. Elsewhere durations are what they are: compare them in one run.
 
+mod baseline;
 mod block;
 mod boot;
 mod containers;
+mod costs;
+mod environment;
 mod fs;
 mod guest;
 mod memory;
 mod net;
+mod peer;
+mod plot;
 mod report;
+mod samples;
+mod syscalls;
+mod vmm_peer;
 mod vsock;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use anyhow::Result;
+use anyhow::{Context, Result, bail};
 use clap::{Parser, Subcommand};
 
+use crate::containers::Phase;
+use crate::environment::Environment;
+use crate::peer::Peer;
 use crate::report::Report;
+
+/// Programs whose versions say what was compared.
+const PROGRAMS: [&str; 4] = ["coracle", "runc", "crun", "qemu-system-x86_64"];
 
 /// Measures Coracle beside its peers.
 #[derive(Debug, Parser)]
 #[command(version)]
 struct Options {
-    /// How often each measurement is taken; the table shows the smallest, as all noise only adds.
+    /// How often each measurement is taken, after one round that warms caches.
     #[arg(long, global = true, default_value_t = 3)]
     runs: u32,
+    /// Whom to stand beside, as NAME or NAME=PROGRAM; may be given again: runc, crun, kata (by Docker),
+    /// qemu-microvm, firecracker, cloud-hypervisor [default: runc and qemu-microvm, if installed].
+    #[arg(long = "peer", global = true, value_name = "NAME[=PROGRAM]")]
+    peers: Vec<Peer>,
     /// Prints the figures as JSON instead of a table.
     #[arg(long, global = true)]
     json: bool,
+    /// Writes the figures as JSON to report.json in this folder, and plots as SVG to plots/ in it.
+    #[arg(long, global = true, value_name = "FOLDER")]
+    output: Option<PathBuf>,
     /// Folder with a guest image of Debian's kernel (`kernel`, `initrd`).
     #[arg(long, global = true, default_value = "/var/lib/coracle/guest-distro")]
     distro: PathBuf,
     /// Folder with a guest image of the tuned kernel.
     #[arg(long, global = true, default_value = "/var/lib/coracle/guest-tuned")]
     tuned: PathBuf,
-    /// Says on stderr where exits come from and what resident memory consists of.
+    /// Says on stderr where exits come from, what resident memory consists of, and who wakes up.
     #[arg(long, global = true)]
     verbose: bool,
     #[command(subcommand)]
     measurement: Measurement,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Subcommand)]
+#[derive(Debug, Clone, PartialEq, Eq, Subcommand)]
 enum Measurement {
-    /// Boot, run and memory; the others take many minutes.
+    /// Boot, costs, start, exec, phases, memory, density, idle and parallel; the others take long.
     All,
-    /// Guest boot to agent ready, beside QEMU microvm to init, with exits to user space.
+    /// Guest boot to agent ready, beside other VMMs to init.
     Boot,
-    /// `coracle run` of `true` beside `runc run`.
-    Run,
+    /// What repeats on a busy machine: exits and system calls until ready, memory touched.
+    Costs,
+    /// `run` of `true`, beside other runtimes.
+    Start,
+    /// The same through Docker.
+    Docker,
+    /// `exec` of `true` in a container that idles, beside other runtimes.
+    Exec,
+    /// Bytes through the standard input and output of a container, beside other runtimes.
+    Stdio,
+    /// What each of several idle containers costs the host.
+    Density,
+    /// How often the threads of an idle container wake up.
+    Idle,
+    /// Fifty containers that start at once.
+    Parallel,
+    /// What a start spends its time on.
+    Phases,
+    /// From the start of the process to the guest's first instruction; needs no lab.
+    Startup,
     /// The host process's own memory beyond guest RAM, with the guest ready and idle.
     Memory,
     /// fio on a disk, beside QEMU microvm on the same one.
@@ -62,39 +101,102 @@ enum Measurement {
     Fs,
     /// The guest's sockets.
     Vsock,
+    /// Compares the costs with those in FILE; fails if one has grown beyond its tolerance.
+    Check {
+        /// What `--update` wrote.
+        file: PathBuf,
+        /// Writes what is measured into the file instead.
+        #[arg(long)]
+        update: bool,
+    },
     /// Boots one guest, says what it cost as JSON and ends: the other measurements start it.
     #[command(hide = true)]
     Guest,
+    /// Starts a guest of one instruction and ends.
+    #[command(hide = true)]
+    TinyGuest,
+}
+
+impl Options {
+    /// Whom to stand beside.
+    fn peers(&self) -> Vec<Peer> {
+        if self.peers.is_empty() { Peer::usual() } else { self.peers.clone() }
+    }
 }
 
 fn main() -> Result<()> {
     let options = Options::parse();
-    if options.measurement == Measurement::Guest {
-        return boot::guest(&options.tuned, options.verbose);
-    }
-    let wanted = |one| [one, Measurement::All].contains(&options.measurement);
-    let mut report = Report::default();
-    if wanted(Measurement::Boot) {
-        boot::measure(&mut report, &options)?;
-    }
-    if wanted(Measurement::Run) {
-        containers::measure(&mut report, &options.tuned, options.runs)?;
-    }
-    if wanted(Measurement::Memory) {
-        memory::measure(&mut report, &options)?;
-    }
-    let (tuned, runs) = (&options.tuned, options.runs);
-    match options.measurement {
-        Measurement::Block => block::measure(&mut report, tuned, runs)?,
-        Measurement::Net => net::measure(&mut report, tuned, runs)?,
-        Measurement::Fs => fs::measure(&mut report, tuned, runs)?,
-        Measurement::Vsock => vsock::measure(&mut report, tuned, runs)?,
+    match &options.measurement {
+        Measurement::Guest => return boot::guest(&options.tuned, options.verbose),
+        Measurement::TinyGuest => return costs::tiny_guest(),
+        Measurement::Check { file, update } => return baseline::check(&options, file, *update),
         _ => {}
+    }
+    if let Some(missing) = options.peers.iter().find(|peer| !peer.is_there()) {
+        bail!("{missing}: no program {:?}: install it, or name its path", missing.program());
+    }
+    let mut report = Report::new(Environment::of(&PROGRAMS), options.runs as usize);
+    let phases = measure(&mut report, &options)?;
+    if let Some(folder) = &options.output {
+        write(&report, &phases, folder)?;
     }
     if options.json {
         println!("{}", serde_json::to_string_pretty(&report)?);
     } else {
         println!("{report}");
+    }
+    Ok(())
+}
+
+/// Takes the measurements that are wanted; the phases of a start, if they are among them.
+fn measure(report: &mut Report, options: &Options) -> Result<Vec<Phase>> {
+    let mut phases = Vec::new();
+    let (tuned, runs) = (&options.tuned, options.runs);
+    match options.measurement {
+        Measurement::All => {
+            boot::measure(report, options)?;
+            costs::measure(report, options)?;
+            containers::start(report, options)?;
+            containers::exec(report, options)?;
+            phases = containers::phases(report, options)?;
+            memory::measure(report, options)?;
+            containers::density(report, options)?;
+            containers::idle(report, options)?;
+            containers::parallel(report, options)?;
+        }
+        Measurement::Boot => boot::measure(report, options)?,
+        Measurement::Costs => costs::measure(report, options)?,
+        Measurement::Start => containers::start(report, options)?,
+        Measurement::Docker => containers::docker(report, options)?,
+        Measurement::Exec => containers::exec(report, options)?,
+        Measurement::Stdio => containers::stdio(report, options)?,
+        Measurement::Density => containers::density(report, options)?,
+        Measurement::Idle => containers::idle(report, options)?,
+        Measurement::Parallel => containers::parallel(report, options)?,
+        Measurement::Phases => phases = containers::phases(report, options)?,
+        Measurement::Startup => costs::startup(report, options)?,
+        Measurement::Memory => memory::measure(report, options)?,
+        Measurement::Block => block::measure(report, tuned, runs)?,
+        Measurement::Net => net::measure(report, tuned, runs)?,
+        Measurement::Fs => fs::measure(report, tuned, runs)?,
+        Measurement::Vsock => vsock::measure(report, tuned, runs)?,
+        Measurement::Check { .. } | Measurement::Guest | Measurement::TinyGuest => {
+            unreachable!("main() is done with these")
+        }
+    }
+    Ok(phases)
+}
+
+fn write(report: &Report, phases: &[Phase], folder: &Path) -> Result<()> {
+    std::fs::create_dir_all(folder).with_context(|| format!("create {}", folder.display()))?;
+    let text = serde_json::to_string_pretty(report)? + "\n";
+    let path = folder.join("report.json");
+    std::fs::write(&path, text).with_context(|| format!("write {}", path.display()))?;
+    let plots = folder.join("plots");
+    std::fs::create_dir_all(&plots).with_context(|| format!("create {}", plots.display()))?;
+    plot::ratios(report, &plots.join("ratios.svg"))?;
+    if !phases.is_empty() {
+        plot::waterfall(phases, &plots.join("phases.svg"))?;
     }
     Ok(())
 }

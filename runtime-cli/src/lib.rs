@@ -5,6 +5,7 @@ pub mod bundle;
 pub mod check;
 pub mod features;
 pub mod logging;
+pub mod phases;
 pub mod sandbox;
 pub mod settings;
 pub mod state;

@@ -65,6 +65,8 @@ enum Verb {
     Kill(commands::kill::Args),
     /// List the containers of a root
     List(commands::list::Args),
+    /// Show what the start of a container spent its time on
+    Logs(commands::logs::Args),
     /// Suspend all processes inside a container
     Pause(commands::IdArgs),
     /// Display the processes inside a container
@@ -177,6 +179,7 @@ fn dispatch(globals: &commands::Globals, verb: Verb) -> Result<u8, commands::Fai
         Verb::Features => done(commands::features::run()),
         Verb::Kill(args) => done(commands::kill::run(globals, &args)),
         Verb::List(args) => done(commands::list::run(globals, &args)),
+        Verb::Logs(args) => done(commands::logs::run(globals, &args)),
         Verb::Pause(args) => done(commands::pause::run(globals, &args)),
         Verb::Ps(args) => done(commands::ps::run(globals, &args)),
         Verb::Resume(args) => done(commands::resume::run(globals, &args)),

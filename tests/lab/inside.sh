@@ -95,8 +95,11 @@ install_coracle
 [ "${LAB_ENGINES:-1}" = 0 ] || start_engines
 # A clock that counts instructions jumps to the next timer whenever the processor idles, so that
 # waiting for the shared file system would cost anything up to seconds. A processor that never idles
-# waits as long as it takes.
-[ "${LAB_ICOUNT:-0}" = 0 ] || chrt --idle 0 sh -c 'while :; do :; done' &
+# waits as long as it takes. Who wants to wait for a while, and for nothing else, stops this one.
+if [ "${LAB_ICOUNT:-0}" = 1 ]; then
+  chrt --idle 0 sh -c 'while :; do :; done' &
+  export LAB_IDLER=$!
+fi
 
 cd "$repo"
 status=0

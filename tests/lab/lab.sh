@@ -15,6 +15,7 @@
 # LAB_TIMEOUT                seconds, default 3600 LAB_ICOUNT=1    one instruction = 1 ns, one CPU
 # LAB_ENGINES=0              do not start containerd and Docker    LAB_CONSOLE=1  show its kernel
 # LAB_KERNEL=distro|tuned    which guest kernel Coracle uses       LAB_PROFILE=debug  which build
+# LAB_OUTPUT=FOLDER          gets what the command leaves in the folder $LAB_RESULTS
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -98,7 +99,7 @@ fetch_kernel() {
 # processes end with it.
 run_native() {
   exec unshare --mount --net --pid --fork --kill-child --mount-proc \
-    env LAB_NATIVE=1 LAB_REPO="$repo" bash "$here/inside.sh" "$@"
+    env LAB_NATIVE=1 LAB_REPO="$repo" LAB_RESULTS="${LAB_OUTPUT:-/tmp}" bash "$here/inside.sh" "$@"
 }
 
 run_emulated() {
@@ -111,10 +112,12 @@ run_emulated() {
   trap "rm -rf '$dir'" EXIT
   # A fifo of our own: QEMU must neither truncate the caller's output nor depend on its kind.
   mkfifo "$dir/output"
+  mkdir "$dir/results"
   cat "$dir/output" & local copier=$!
   printf '%s' "${1:-}" > "$dir/command"
   {
     echo "export LAB_REPO='$repo' CORACLE_CACHE='$CORACLE_CACHE' LAB_ROOT='$root' LAB_TERMINAL=$console"
+    echo "export LAB_RESULTS=/lab/results"
     # Values reach the lab as the caller's shell had them, quotes and all.
     for name in LAB_ENGINES LAB_ICOUNT LAB_KERNEL LAB_PROFILE; do
       [ -n "${!name+x}" ] && printf 'export %s=%q\n' "$name" "${!name}"
@@ -142,6 +145,7 @@ run_emulated() {
   # Nobody opened the fifo if QEMU did not start.
   [ -e "$dir/status" ] || kill "$copier" 2>/dev/null || true
   wait "$copier" || true
+  [ -z "${LAB_OUTPUT:-}" ] || { mkdir -p "$LAB_OUTPUT"; cp -r "$dir/results/." "$LAB_OUTPUT/"; }
   [ "$status" = 124 ] && fail "the command did not end within ${LAB_TIMEOUT:-3600} s"
   [ -e "$dir/status" ] || fail "the emulated machine ended without a result (qemu: $status); LAB_CONSOLE=1 shows its kernel's messages"
   return "$(cat "$dir/status")"
@@ -152,5 +156,5 @@ case "${1:-}" in
   run)     [ -n "${2:-}" ] || fail "run needs a command"; mkdir -p "$(dirname "$cache")"; "run_$(mode)" "$2" ;;
   shell)   mkdir -p "$(dirname "$cache")"; "run_$(mode)" ;;
   mode)    mode ;;
-  *) sed -n '2,21s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 2 ;;
+  *) sed -n '2,18s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 2 ;;
 esac

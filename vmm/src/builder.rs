@@ -24,6 +24,7 @@ use crate::metrics::{Metrics, Record, now_ns};
 use crate::peripherals::{self, Ends};
 use crate::placement::{Placed, Placement};
 use crate::pmem;
+use crate::posted::PostedWrites;
 use crate::processors::{Processors, Shared};
 use crate::seccomp::{self, Kind};
 use crate::state::{MachineState, Shape};
@@ -40,6 +41,7 @@ pub struct Vmm {
     vcpus: Vec<VcpuFd>,
     /// Those that had to be created, and are not granted yet.
     spare_vcpus: Vec<VcpuFd>,
+    posted: PostedWrites,
     placed: Placed,
     console: ConsoleLog,
     ends: Ends,
@@ -131,6 +133,10 @@ impl Vmm {
         // Before the devices, because there are no interrupt lines yet.
         let mut vcpus = create_vcpus(config, &vm, &mut board)?;
         let spare_vcpus = vcpus.split_off(config.vcpus.into());
+        let posted = vcpus.first().map(|vcpu| PostedWrites::open(&vm, vcpu)).transpose();
+        let posted = posted
+            .map_err(|source| Error::Start { what: "the ring of posted writes", source })?
+            .unwrap_or_default();
         record.machine_ns = now_ns();
 
         let console = peripherals::open_console(&config.console)?;
@@ -154,16 +160,18 @@ impl Vmm {
         record.devices_ns = now_ns();
         record.activities = mem::take(&mut placed.activities);
         let confinement = Confinement::of(config, jail);
+        let shape = Shape::of(config);
         Ok(Vmm {
             control,
             vcpus,
             spare_vcpus,
+            posted,
             placed,
             console,
             ends,
             record,
             confinement,
-            shape: Shape::of(config),
+            shape,
             kvm,
             board,
             vm,
@@ -203,6 +211,7 @@ impl Vmm {
         let shared = Shared {
             memory: self.ram.memory().clone(),
             buses: Arc::new(buses),
+            posted: Arc::new(self.posted),
             windows: dax,
             control: self.control.clone(),
             confinement: self.confinement.clone(),

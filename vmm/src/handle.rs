@@ -90,6 +90,8 @@ impl VmHandle {
     }
 
     fn save_paused(&self) -> Result<MachineState, Error> {
+        // What the guest wrote is a part of where its devices stand.
+        self.processors.carry_out_writes();
         // First, because what they finish now interrupts the guest.
         let devices = self.devices.save(&self.loops);
         let failed = |step| move |source| Error::Arch { step, source };
@@ -146,6 +148,7 @@ impl VmHandle {
     pub fn attach_disk(&self, config: &DiskConfig) -> Result<Attachment, AttachError> {
         config.validate().map_err(device_field)?;
         let name = peripherals::disk_name(&config.id);
+        self.processors.carry_out_writes();
         self.slots.attach(&self.vm, &self.loops, ("id", &name), Loop::Io, |_| {
             Ok(Arc::new(Mutex::new(peripherals::open_disk(config)?)))
         })
@@ -161,6 +164,7 @@ impl VmHandle {
     pub fn attach_net(&self, config: &NetConfig) -> Result<Attachment, AttachError> {
         config.validate().map_err(device_field)?;
         let name = peripherals::net_name(&config.tap);
+        self.processors.carry_out_writes();
         self.slots.attach(&self.vm, &self.loops, ("tap", &name), Loop::Vmm, |memory| {
             Ok(Arc::new(Mutex::new(peripherals::open_net(0, config, memory)?)))
         })

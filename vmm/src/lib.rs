@@ -31,6 +31,7 @@ mod metrics;
 mod peripherals;
 mod placement;
 mod pmem;
+mod posted;
 mod processors;
 pub mod prometheus;
 mod seccomp;

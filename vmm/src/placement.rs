@@ -24,6 +24,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::dax::Windows;
 use crate::event_loop::BoxedSubscriber;
+use crate::posted::post_writes;
 use crate::seccomp::Kind;
 use crate::state::Devices;
 use crate::vcpu::Buses;
@@ -62,10 +63,10 @@ pub enum PlacementError {
     /// The host has no eventfd left.
     #[error("create its eventfds (raise the limit of open files, ulimit -n)")]
     Eventfd(#[source] io::Error),
-    /// KVM refused to connect an eventfd.
+    /// KVM refused to connect an eventfd or the registers.
     #[error("connect its {what} to KVM")]
     Connect {
-        /// Which eventfd.
+        /// What of the device.
         what: &'static str,
         /// What KVM said.
         #[source]
@@ -215,6 +216,8 @@ impl<'a> Placement<'a> {
             .map_err(PlacementError::Full)?;
         let gsi = self.lines.allocate_id().map_err(PlacementError::Full)?;
         let place = MmioDevice { base: GuestAddress(window.start()), size: MMIO_WINDOW, gsi };
+        post_writes(self.vm, &place)
+            .map_err(|source| PlacementError::Connect { what: "registers", source })?;
         self.placed.push(place);
         Ok(place)
     }

@@ -16,6 +16,7 @@ use vm_memory::GuestMemoryMmap;
 use crate::confinement::Confinement;
 use crate::control::Control;
 use crate::metrics::{Counter, ExitCounts};
+use crate::posted::PostedWrites;
 use crate::vcpu::{Buses, Vcpu};
 
 /// Why a machine did not get more vCPUs.
@@ -49,6 +50,8 @@ pub struct Shared {
     pub memory: GuestMemoryMmap,
     /// Where accesses go.
     pub buses: Arc<Buses>,
+    /// What of it KVM still holds back.
+    pub posted: Arc<PostedWrites>,
     /// Where the guest maps files.
     pub windows: Arc<[Arc<Window>]>,
     /// Run, pause or stop.
@@ -109,6 +112,11 @@ impl Processors {
         Ok(())
     }
 
+    /// Carries out what the guest wrote to registers so far.
+    pub fn carry_out_writes(&self) {
+        self.shared.posted.carry_out(&self.shared.buses.memory);
+    }
+
     /// Says where each of them stands. All must be out of the guest.
     pub fn save(&self, kvm: &Kvm) -> Result<Vec<<Host as Arch>::VcpuState>, ArchError> {
         let granted = self.lock();
@@ -160,6 +168,7 @@ impl Granted {
             fd: fd.clone(),
             memory: shared.memory.clone(),
             buses: shared.buses.clone(),
+            posted: shared.posted.clone(),
             windows: shared.windows.clone(),
             control: shared.control.clone(),
             counter: counter.clone(),

@@ -17,6 +17,7 @@ use vm_memory::GuestMemoryMmap;
 use crate::confinement::Confinement;
 use crate::control::{self, Control, Exit};
 use crate::metrics::Counter;
+use crate::posted::PostedWrites;
 use crate::seccomp::Kind;
 
 /// Address space of a vCPU thread's stack, in bytes; only what is used of it becomes memory.
@@ -40,6 +41,8 @@ pub struct Vcpu {
     pub memory: GuestMemoryMmap,
     /// Where its accesses go.
     pub buses: Arc<Buses>,
+    /// Writes that have to be carried out before the next access.
+    pub posted: Arc<PostedWrites>,
     /// Where the guest maps files, which may be truncated meanwhile.
     pub windows: Arc<[Arc<Window>]>,
     /// Run, pause or stop.
@@ -88,10 +91,12 @@ impl Vcpu {
             match Host::translate(exit, &self.memory) {
                 Some(GuestExit::Read { space, address, data }) => {
                     lock(&self.counter).read(space, address);
+                    self.posted.carry_out(&self.buses.memory);
                     self.buses.of(space).read(address, data);
                 }
                 Some(GuestExit::Write { space, address, data }) => {
                     lock(&self.counter).write(space, address);
+                    self.posted.carry_out(&self.buses.memory);
                     self.buses.of(space).write(address, data);
                 }
                 Some(GuestExit::Handled) => lock(&self.counter).handled(),

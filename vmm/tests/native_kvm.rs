@@ -228,8 +228,8 @@ fn printed(file: &NamedTempFile) -> String {
     std::fs::read_to_string(file.path()).unwrap()
 }
 
-/// A machine that prints the alphabet again and again into `output`, with its memory in a file.
-fn alphabet(payload: &Payload, output: &NamedTempFile) -> VmConfig {
+/// A machine that prints into `output`, with its memory in a file.
+fn kept(payload: &Payload, output: &NamedTempFile) -> VmConfig {
     let mut config = payload.config();
     config.console.output = ConsoleOutput::File(output.path().to_owned());
     config.memory.backing = MemoryBacking::Memfd;
@@ -241,7 +241,7 @@ fn alphabet(payload: &Payload, output: &NamedTempFile) -> VmConfig {
 fn a_machine_built_anew_prints_on_where_the_saved_one_stopped() {
     let output = NamedTempFile::new().unwrap();
     let payload = Payload::elf(&[PRINT_ALPHABET.to_vec()]);
-    let config = alphabet(&payload, &output);
+    let config = kept(&payload, &output);
     let mut vm = start(config.clone());
     wait_for_output(&vm, "xyz");
 
@@ -262,6 +262,49 @@ fn a_machine_built_anew_prints_on_where_the_saved_one_stopped() {
     let alphabet = ('a'..='z').cycle();
     assert!(printed.len() > 4 * 26);
     assert!(printed.chars().zip(alphabet).all(|(printed, expected)| printed == expected));
+}
+
+/// A register write that costs no exit waits outside the device, and is a part of what is saved.
+#[test]
+#[ignore = "needs /dev/kvm"]
+fn a_register_that_was_written_before_the_save_is_written_after_it() {
+    let output = NamedTempFile::new().unwrap();
+    let console = Driver { index: 0, queue: 1 };
+    let payload = Payload::elf(&[map_registers(), console.select_in_turn()]);
+    let config = kept(&payload, &output);
+    let mut vm = start(config.clone());
+
+    for _ in 0..8 {
+        wait_for_output(&vm, "1111");
+        vm.pause();
+        let state = vm.save().unwrap();
+        let file = vm.memory_file().unwrap().try_clone().unwrap();
+        drop(vm);
+        let memory = SavedMemory { file, sharing: Sharing::Shared };
+        vm = Vmm::restore(config.clone(), &state, memory).unwrap().start().unwrap();
+    }
+    wait_for_output(&vm, "1111");
+    vm.stop();
+    assert_eq!(vm.wait(), Exit::Stopped);
+
+    assert!(printed(&output).bytes().all(|digit| digit == b'1'), "{}", printed(&output));
+}
+
+#[test]
+#[ignore = "needs /dev/kvm"]
+fn register_writes_that_can_wait_cost_no_exits() {
+    let payload = Payload::elf(&[
+        map_registers(),
+        Driver { index: 0, queue: 1 }.behave(),
+        print("end"),
+        TRIPLE_FAULT.to_vec(),
+    ]);
+    let vm = start(payload.config());
+    wait_for_output(&vm, "end");
+
+    // Each of the five writes of the status, and the three characters.
+    assert_eq!(vm.metrics().exits.writes, 5 + 3);
+    assert_eq!(vm.wait(), Exit::TripleFault);
 }
 
 #[test]

@@ -95,7 +95,12 @@ mod tests {
     use crate::{Event, Message};
 
     fn ready() -> Message {
-        Message::Event(Event::Ready { version: 1, kernel: "6.12".into(), uptime_us: 7 })
+        Message::Event(Event::Ready {
+            version: 1,
+            kernel: "6.12".into(),
+            started_us: 5,
+            uptime_us: 7,
+        })
     }
 
     #[test]

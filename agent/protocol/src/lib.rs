@@ -14,7 +14,7 @@ pub use message::*;
 pub use stats::*;
 
 /// Version of this protocol; the agent sends it in [`Event::Ready`] and the host refuses others.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 /// Host port (vsock CID 2) the agent connects to when it is ready.
 pub const CONTROL_PORT: u32 = 1024;

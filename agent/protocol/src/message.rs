@@ -139,6 +139,8 @@ pub enum Event {
         version: u32,
         /// `uname -r` of the guest.
         kernel: String,
+        /// Guest uptime when the agent began, in microseconds.
+        started_us: u64,
         /// Guest uptime when the message was sent, in microseconds.
         uptime_us: u64,
     },

@@ -47,11 +47,15 @@ pub fn prepare(root: &Path) -> io::Result<()> {
 
 fn delegate(folder: &Path) -> io::Result<()> {
     let controllers = fs::read_to_string(folder.join("cgroup.controllers"))?;
-    for controller in controllers.split_whitespace() {
-        // One by one, because a controller that cannot be had must not cost the others.
-        if let Err(error) = write(&folder.join("cgroup.subtree_control"), &format!("+{controller}"))
-        {
-            log::warn!("cgroup controller {controller} is not available: {error}");
+    let words: Vec<_> = controllers.split_whitespace().map(|name| format!("+{name}")).collect();
+    let file = folder.join("cgroup.subtree_control");
+    // At once, because each write has the kernel look through all of its processes.
+    if write(&file, &words.join(" ")).is_err() {
+        // One that cannot be had must not cost the others.
+        for controller in words {
+            if let Err(error) = write(&file, &controller) {
+                log::warn!("cgroup controller {controller} is not available: {error}");
+            }
         }
     }
     Ok(())

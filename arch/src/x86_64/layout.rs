@@ -31,8 +31,10 @@ use crate::machine::{MemoryMap, MmioDevice, PlatformDevice, Space};
 /// - `8250.nr_uarts=1`: no probing of the three UARTs that do not exist.
 /// - `i8042.*`: a kernel that ignores the ACPI boot flags does not wait for a keyboard.
 /// - `cryptomgr.notests`: no self-tests of every cipher during the boot.
+/// - `rcupdate.rcu_expedited=1`: who moves processes between cgroups or makes namespaces does not wait
+///   for the next ticks, 10 ms each, until all processors have passed a quiet state.
 pub const DEFAULT_CMDLINE: &str = "panic=-1 reboot=k tsc=reliable pci=off 8250.nr_uarts=1 \
-     i8042.noaux i8042.nomux i8042.dumbkbd cryptomgr.notests";
+     i8042.noaux i8042.nomux i8042.dumbkbd cryptomgr.notests rcupdate.rcu_expedited=1";
 
 /// Descriptors the first vCPU runs on until the kernel loads its own.
 pub const GDT: GuestAddress = GuestAddress(0x500);

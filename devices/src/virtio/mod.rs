@@ -13,6 +13,7 @@ pub mod mem;
 pub mod mmio;
 pub mod net;
 pub mod pmem;
+pub mod posted;
 pub mod queue;
 pub mod rate_limit;
 pub mod rng;

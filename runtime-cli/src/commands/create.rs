@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 use coracle::bundle::{self, Bundle};
+use coracle::phases::now_ns;
 use coracle::sandbox::{self, CreateOptions};
 use coracle::settings::Settings;
 use coracle::state::{ContainerDir, ContainerId};
@@ -53,6 +54,7 @@ pub fn create(
     args: &BundleArgs,
     detached: bool,
 ) -> anyhow::Result<(ContainerDir, i32)> {
+    let started_ns = now_ns();
     let id = ContainerId::parse(&args.id)?;
     let bundle = Bundle::load(&args.bundle)?;
     bundle::check_console(bundle.terminal(), detached, args.console_socket.is_some())?;
@@ -72,6 +74,7 @@ pub fn create(
         systemd_cgroup: globals.systemd_cgroup,
         log: globals.log.clone(),
         settings,
+        started_ns,
     };
     let dir = globals.root.create(&id)?;
     match sandbox::create(&dir, &bundle, &options) {

@@ -11,6 +11,7 @@ use vmm::{Exit, VmHandle};
 
 use super::agent::{self, Agent, Asker, Said};
 use super::signals::Signals;
+use crate::phases::{Phases, now_ns};
 
 /// Why the guest did not get as far as a created container.
 #[derive(Debug, thiserror::Error)]
@@ -92,11 +93,16 @@ pub(super) struct Boot<'a> {
 }
 
 impl Boot<'_> {
-    /// Waits for the agent's first message; what it says about its guest.
-    pub(super) fn ready(&mut self) -> Result<String, Error> {
+    /// Waits for the agent's first message, and ends the phases up to it; what the agent says about its
+    /// guest.
+    pub(super) fn ready(&mut self, phases: &mut Phases) -> Result<String, Error> {
         let phase = "wait for the guest to boot";
         match self.next(phase)? {
-            Said::Event(Event::Ready { version: VERSION, kernel, uptime_us }) => {
+            Said::Event(Event::Ready { version: VERSION, kernel, started_us, uptime_us }) => {
+                let ready_ns = now_ns();
+                let of_agent_ns = uptime_us.saturating_sub(started_us).saturating_mul(1000);
+                phases.end_at("boot the kernel", ready_ns.saturating_sub(of_agent_ns));
+                phases.end_at("start the agent", ready_ns);
                 Ok(format!("kernel {}, {uptime_us} us", kernel.escape_default()))
             }
             Said::Event(Event::Ready { version, .. }) => Err(Error::Version { found: version }),

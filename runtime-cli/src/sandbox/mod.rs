@@ -31,6 +31,7 @@ mod resize;
 mod serve;
 mod share;
 mod signals;
+mod start;
 mod stdio;
 mod streams;
 
@@ -85,6 +86,8 @@ pub struct CreateOptions {
     pub log: LogOptions,
     /// The guest.
     pub settings: Settings,
+    /// When the verb began, in nanoseconds of CLOCK_MONOTONIC.
+    pub started_ns: u64,
 }
 
 /// Creates the container of `bundle` in the new folder `dir` and returns the pid of its sandbox

@@ -12,6 +12,7 @@ use super::boot::{self, Boot};
 use super::machine::{self, Room, Size};
 use super::process;
 use super::signals::Signals;
+use crate::phases::Phases;
 use crate::settings::Settings;
 
 /// Why the guest did not come up.
@@ -45,7 +46,7 @@ pub fn boot(settings: &Settings) -> Result<String, Error> {
     let timeout_s = settings.boot_timeout_s;
     let mut guest =
         Boot { vm: &vm, agent: &mut agent, caller: &caller, signals: &mut signals, timeout_s };
-    let up = guest.ready();
+    let up = guest.ready(&mut Phases::default());
     vm.stop();
     Ok(up?)
 }

@@ -30,6 +30,7 @@ use super::streams::{Outputs, Owner, Running};
 use super::{CreateOptions, control, folder, hooks};
 use crate::bundle::{self, Bundle};
 use crate::logging::{self, chain};
+use crate::phases::Phases;
 use crate::settings;
 use crate::state::{self, ContainerDir, ContainerId, State, StateRoot, Status};
 use crate::translate;
@@ -86,6 +87,8 @@ enum Error {
     Boot(#[from] boot::Error),
     #[error("listen in the state folder: is there room on its file system?")]
     Listen(#[source] io::Error),
+    #[error("keep the phases of the start in the state folder: is there room on its file system?")]
+    Phases(#[source] io::Error),
     #[error("keep the poststop hooks in the state folder: is there room on its file system?")]
     Poststop(#[source] io::Error),
 }
@@ -174,6 +177,8 @@ fn create(
     outliving: &mut Outliving,
 ) -> Result<Parts, Error> {
     let options = &order.options;
+    let mut phases = Phases::since(options.started_ns);
+    phases.end("start the sandbox process");
     let bundle = Bundle::load(&order.bundle)?;
     let settings = options.settings.clone().with_annotations(&bundle.annotations())?;
     let netns = Netns::of(&bundle.spec)?;
@@ -185,47 +190,64 @@ fn create(
     let name = cgroup_name(&bundle, options, &order.id);
     let limits = machine::host_resources(&resources, room.size);
     let cgroup = Cgroup::find(name.clone(), &order.id)?;
+    phases.end("read the bundle");
     // From here on `delete` finds what a killed process leaves behind.
     let state = creating(&bundle, &order.id, &name, &netns);
     dir.save(&state)?;
     outliving.cgroup = Some(cgroup.enter(&limits)?);
     set_oom_score(&bundle);
+    phases.end("enter the cgroup");
     let host = Rc::new(HostNamespaces::leave(&netns)?);
+    phases.end("enter the namespaces");
     outliving.hooks = Some(keep_poststop(&bundle, dir, &state, &host)?);
     run_hooks(&bundle, &state, &host)?;
+    phases.end("run the hooks");
 
     outliving.network = Network::read()?;
     let network = &outliving.network;
     let mut tree = ShareTree::new(&folder::share(dir), &bundle.rootfs)?;
     let container = container(&bundle, dir, &state, &stdio, &mut tree)?;
     tree.seal()?;
+    phases.end("share the files");
     let config = machine::config(&settings, &room, tree.path(), network.devices(), dir.path());
     let vm = Vmm::new(config)?;
     network.join()?;
     let (vm, mut agent) = listen(vm).map_err(Error::Connect)?;
     let vm = start(vm)?;
+    end_machine(&mut phases, &vm);
 
-    let guest = Sandbox {
-        hostname: bundle.spec.hostname().clone(),
-        share: true,
-        interfaces: network.interfaces.clone(),
-        routes: network.routes.clone(),
-        neighbours: network.neighbours.clone(),
-    };
     let timeout_s = settings.boot_timeout_s;
     let mut boot = Boot { vm: &vm, agent: &mut agent, caller, signals: &mut signals, timeout_s };
-    log::info!("guest is up: {}", boot.ready()?);
-    boot.ask("set up the guest", &Request::ConfigureSandbox(guest))?;
+    log::info!("guest is up: {}", boot.ready(&mut phases)?);
+    boot.ask("set up the guest", &Request::ConfigureSandbox(guest(&bundle, network)))?;
     let (init, console) = connect_stdio(&vm, &order.id, stdio)?;
     boot.ask("create the container in the guest", &Request::CreateContainer(container))?;
 
     let listener = control::listen(dir).map_err(Error::Listen)?;
     let poststart = hook_list(&bundle, Hooks::poststart);
     let mut parts =
-        Parts { vm, room, agent, listener, signals, console, init, state, host, poststart };
+        Parts { vm, room, agent, listener, signals, console, init, state, host, poststart, phases };
+    keep_created(&mut parts, dir)?;
+    Ok(parts)
+}
+
+/// What the agent is told of the guest before its container.
+fn guest(bundle: &Bundle, network: &Network) -> Sandbox {
+    Sandbox {
+        hostname: bundle.spec.hostname().clone(),
+        share: true,
+        interfaces: network.interfaces.clone(),
+        routes: network.routes.clone(),
+        neighbours: network.neighbours.clone(),
+    }
+}
+
+/// Notes that the container is created, and what that took.
+fn keep_created(parts: &mut Parts, dir: &ContainerDir) -> Result<(), Error> {
     parts.state.status = Status::Created;
     dir.save(&parts.state)?;
-    Ok(parts)
+    parts.phases.end("create the container");
+    parts.phases.save(dir).map_err(Error::Phases)
 }
 
 /// Starts the guest, whose memory nobody shall find in a core dump. The hooks of `create` inherited
@@ -233,6 +255,16 @@ fn create(
 fn start(vm: Vmm) -> Result<VmHandle, Error> {
     vmm::forbid_core_dumps().map_err(Error::CoreDumps)?;
     Ok(vm.start()?)
+}
+
+/// Ends the phases of a machine up to the first instruction of its guest.
+fn end_machine(phases: &mut Phases, vm: &VmHandle) {
+    let metrics = vm.metrics();
+    phases.end_at("create the machine", metrics.machine_ns);
+    phases.end_at("create the devices", metrics.devices_ns);
+    phases.end_at("load the kernel", metrics.loaded_ns);
+    phases.end_at("create the processors", metrics.built_ns);
+    phases.end("start the threads");
 }
 
 fn resources(bundle: &Bundle) -> LinuxResources {

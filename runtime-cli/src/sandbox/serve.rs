@@ -18,12 +18,12 @@ use super::agent::{self, Agent, Asker, Said};
 use super::boot;
 use super::console::Console;
 use super::control::{Answer, Peer, Request};
-use super::hooks;
 use super::machine::Room;
 use super::namespaces::HostNamespaces;
 use super::signals::Signals;
 use super::streams::{Outputs, Owner, Running};
 use crate::logging::chain;
+use crate::phases::Phases;
 use crate::state::{ContainerDir, State, Status};
 
 /// Exit code when the virtual machine ended before the workload.
@@ -53,11 +53,12 @@ pub(super) struct Parts {
     pub(super) state: State,
     pub(super) host: Rc<HostNamespaces>,
     pub(super) poststart: Vec<Hook>,
+    pub(super) phases: Phases,
 }
 
 /// A container between `create` and its end.
 pub(super) struct Serving<'a> {
-    dir: &'a ContainerDir,
+    pub(super) dir: &'a ContainerDir,
     pub(super) parts: Parts,
     pub(super) container: String,
     peers: BTreeMap<u64, Peer>,
@@ -67,9 +68,9 @@ pub(super) struct Serving<'a> {
     kill_deadline: Option<Instant>,
     agent_deadline: Option<Instant>,
     /// The exit code, once nothing more is to be done.
-    code: Option<u8>,
+    pub(super) code: Option<u8>,
     out_of_memory_told: bool,
-    program_started: bool,
+    pub(super) program_started: bool,
 }
 
 /// What an event came from.
@@ -262,32 +263,6 @@ impl<'a> Serving<'a> {
         }
     }
 
-    fn started(&mut self, peer: u64, answer: &Answer) {
-        if let Answer::Failed(failed) = answer {
-            let code = match failed.errno {
-                libc::ENOENT => 127,
-                libc::EACCES | libc::ENOEXEC => 126,
-                _ => 1,
-            };
-            // There is no program to wait for: the container is over.
-            self.save(Status::Stopped);
-            self.answer(peer, answer);
-            self.code = Some(code);
-            return;
-        }
-        self.program_started = true;
-        if self.parts.init.exit.is_none() {
-            self.save(Status::Running);
-        }
-        let state = &self.parts.state;
-        let hooks = std::mem::take(&mut self.parts.poststart);
-        // runtime.md, Lifecycle: a poststart hook that fails is logged, and the container goes on.
-        if let Err(error) = hooks::run("poststart", &hooks, state, Some(&self.parts.host)) {
-            log::warn!("{}", chain(&error));
-        }
-        self.answer(peer, answer);
-    }
-
     fn serve_peer(&mut self, number: u64) {
         let Some(peer) = self.peers.get_mut(&number) else { return };
         let mut open = peer.receive().unwrap_or(false);
@@ -324,6 +299,7 @@ impl<'a> Serving<'a> {
         let container = self.container.clone();
         let order = match request {
             Request::Start if self.parts.state.status == Status::Created => {
+                self.parts.phases.end("wait for start");
                 return self.ask(&Order::StartContainer { container }, Asker::Start(peer));
             }
             Request::Start => return self.refuse(peer, "cannot start a container that has run"),
@@ -487,7 +463,7 @@ impl<'a> Serving<'a> {
         self.parts.vm.stop();
     }
 
-    fn save(&mut self, status: Status) {
+    pub(super) fn save(&mut self, status: Status) {
         if std::mem::replace(&mut self.parts.state.status, status) == status {
             return;
         }

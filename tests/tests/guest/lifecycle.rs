@@ -54,6 +54,27 @@ fn a_container_goes_from_created_over_running_to_stopped() {
 }
 
 #[test]
+fn a_container_tells_what_its_start_spent_its_time_on() {
+    let container = Container::create("t-phases", &["sleep", "1000"]);
+    let created = coracle(&["logs", "--phases", "t-phases"]);
+    assert!(created.text().contains("boot the kernel"), "{created:?}");
+    assert!(!created.text().contains("execute the program"), "{created:?}");
+
+    assert_eq!(coracle(&["start", "t-phases"]).code, 0);
+
+    let phases: Value =
+        serde_json::from_str(coracle(&["logs", "--phases", "--json", "t-phases"]).text()).unwrap();
+    let phases = phases.as_array().unwrap();
+    let number = |phase: &Value, key: &str| phase[key].as_u64().unwrap();
+    let ends = phases.iter().map(|phase| number(phase, "start_ns") + number(phase, "took_ns"));
+    let starts = phases.iter().skip(1).map(|phase| number(phase, "start_ns"));
+    assert!(ends.zip(starts).all(|(end, start)| end == start), "{phases:?}");
+    assert_eq!(phases.last().unwrap()["name"], "execute the program");
+    drop(container);
+    assert_nothing_left();
+}
+
+#[test]
 fn kill_reaches_the_workload_and_delete_refuses_while_it_runs() {
     let script = "trap 'echo got usr1' USR1; trap 'echo bye; exit 9' TERM; echo ready; \
                   while :; do sleep 0.1; done";

@@ -3,7 +3,8 @@
 use virtio_bindings::virtio_mmio::{
     VIRTIO_MMIO_DRIVER_FEATURES, VIRTIO_MMIO_DRIVER_FEATURES_SEL, VIRTIO_MMIO_QUEUE_AVAIL_LOW,
     VIRTIO_MMIO_QUEUE_DESC_LOW, VIRTIO_MMIO_QUEUE_NOTIFY, VIRTIO_MMIO_QUEUE_NUM,
-    VIRTIO_MMIO_QUEUE_READY, VIRTIO_MMIO_QUEUE_SEL, VIRTIO_MMIO_QUEUE_USED_LOW, VIRTIO_MMIO_STATUS,
+    VIRTIO_MMIO_QUEUE_NUM_MAX, VIRTIO_MMIO_QUEUE_READY, VIRTIO_MMIO_QUEUE_SEL,
+    VIRTIO_MMIO_QUEUE_USED_LOW, VIRTIO_MMIO_STATUS,
 };
 
 /// Registers of the first device; one page for each.
@@ -58,6 +59,28 @@ impl Driver {
         let repeat = [vec![0xb9], 1000u32.to_le_bytes().to_vec(), kick, vec![0xe2, back]].concat();
         let descriptor = self.descriptor(0, 16, 1, 0);
         [self.start(self.rings()), descriptor, self.offer(0, 1), repeat].concat()
+    }
+
+    /// Selects a queue that there is not, computes for a while, and prints `1` if the device says so;
+    /// then the same for the queue that there is, and so on for ever.
+    pub fn select_in_turn(self) -> Vec<u8> {
+        const NO_QUEUE: u32 = 64;
+        // `setz al` and `setnz al`
+        let missing = [self.select_and_wait(NO_QUEUE), vec![0x0f, 0x94, 0xc0], print_digit()];
+        let there = [self.select_and_wait(self.queue), vec![0x0f, 0x95, 0xc0], print_digit()];
+        let mut code = [missing.concat(), there.concat()].concat();
+        let back = 0u32.wrapping_sub(u32::try_from(code.len() + 5).unwrap());
+        code.push(0xe9);
+        code.extend(back.to_le_bytes());
+        code
+    }
+
+    /// Selects `queue`, counts down, and then compares its largest size with 0: `mov ecx, count`,
+    /// `loop` to itself, `mov eax, [rbx + register]`, `test eax, eax`
+    fn select_and_wait(self, queue: u32) -> Vec<u8> {
+        let wait = [vec![0xb9], 0x4000u32.to_le_bytes().to_vec(), vec![0xe2, 0xfe]].concat();
+        let read = [vec![0x8b, 0x83], VIRTIO_MMIO_QUEUE_NUM_MAX.to_le_bytes().to_vec()].concat();
+        [self.set(VIRTIO_MMIO_QUEUE_SEL, queue), wait, read, vec![0x85, 0xc0]].concat()
     }
 
     /// Starts over, offers a good chain, and waits until it is given back.
@@ -131,6 +154,11 @@ impl Driver {
         let registers = WINDOWS + self.index * 0x1000;
         [vec![0xbb], registers.to_le_bytes().to_vec()].concat()
     }
+}
+
+/// Prints what `al` holds, 0 or 1: `mov dx, 0x3f8`, `add al, '0'`, `out dx, al`
+fn print_digit() -> Vec<u8> {
+    vec![0x66, 0xba, 0xf8, 0x03, 0x04, b'0', 0xee]
 }
 
 /// `mov dword [address], value`

@@ -14,7 +14,8 @@ fn folder() -> PathBuf {
 fn seeds() -> Vec<(&'static str, Vec<u8>)> {
     let event = |event| encode(&Message::Event(event)).unwrap();
     let response = |response| encode(&Message::Response(response)).unwrap();
-    let ready = event(Event::Ready { version: 1, kernel: "6.12".into(), uptime_us: 7 });
+    let ready =
+        event(Event::Ready { version: 1, kernel: "6.12".into(), started_us: 5, uptime_us: 7 });
     let failed = Failed { message: "exec: no".into(), errno: 2 };
     let messages = [
         ready.clone(),

@@ -1,0 +1,54 @@
+//! How often the threads of a container wake up that has nothing to do.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+
+use super::{Background, Bundle, Runtime, rest};
+use crate::Options;
+use crate::report::Report;
+
+/// How long the guest has to come to rest.
+const SETTLE: Duration = Duration::from_secs(8);
+/// How long its threads are watched.
+const WATCH: Duration = Duration::from_secs(20);
+
+/// Measures and adds the row.
+pub fn measure(report: &mut Report, options: &Options) -> Result<()> {
+    let bundle = Bundle::new(&options.tuned, &["sleep", "1000000"])?;
+    let container = Background::start(&Runtime::coracle(&bundle), &bundle)?;
+    let pid = container.pid()?;
+    rest(SETTLE);
+    let before = wake_ups(pid)?;
+    rest(WATCH);
+    let after = wake_ups(pid)?;
+    let mut all = 0;
+    for (thread, count) in &after {
+        let more = count - before.get(thread).unwrap_or(&0);
+        all += more;
+        if options.verbose {
+            eprintln!("idle: {more:>6} wake-ups in {} s of {}", WATCH.as_secs(), thread.1);
+        }
+    }
+    let per_second = f64::from(all) / WATCH.as_secs_f64();
+    report.alone("wake-ups while the guest is idle", "1/s", per_second, Some(0.0));
+    Ok(())
+}
+
+/// How often each thread of `pid` slept so far, by its number and name.
+fn wake_ups(pid: u32) -> Result<BTreeMap<(String, String), u32>> {
+    let mut threads = BTreeMap::new();
+    for task in fs::read_dir(format!("/proc/{pid}/task"))? {
+        let task = task?;
+        let status = fs::read_to_string(task.path().join("status"))?;
+        let value = |key: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(key));
+            line.map(|value| value.trim().to_owned()).context("status of a thread")
+        };
+        let key = (task.file_name().to_string_lossy().into_owned(), value("Name:")?);
+        threads.insert(key, value("voluntary_ctxt_switches:")?.parse()?);
+    }
+    Ok(threads)
+}

@@ -1,0 +1,113 @@
+//! Other VMMs: each boots Debian's kernel with an initrd whose init says one line on the console.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+use serde_json::json;
+use tempfile::NamedTempFile;
+
+use crate::peer::{Kind, Peer};
+
+/// What the peer's init says.
+const MARKER: &str = "init-is-here";
+
+/// What every peer's kernel is told.
+const CMDLINE: &str = "console=ttyS0 quiet panic=-1 reboot=t";
+
+/// Guest memory, in MiB.
+const MEMORY_MIB: u32 = 256;
+
+/// Milliseconds from the start of `peer` to the line of its init.
+pub fn to_init(peer: &Peer, kernel: &Path, initrd: &Path) -> Result<f64> {
+    let config = firecracker_config(kernel, initrd)?;
+    let mut command = Command::new(peer.program());
+    match peer.kind {
+        Kind::QemuMicrovm => qemu(&mut command, kernel, initrd),
+        Kind::Firecracker => {
+            command.args(["--no-api", "--config-file"]).arg(config.path());
+        }
+        Kind::CloudHypervisor => cloud_hypervisor(&mut command, kernel, initrd),
+        Kind::Runc | Kind::Crun | Kind::Kata => bail!("{peer} boots no kernel"),
+    }
+    until_marker(&mut command)
+}
+
+fn qemu(command: &mut Command, kernel: &Path, initrd: &Path) {
+    // With a clock, although KVM guests get none by default: Debian's kernel waits 1.2 s for it.
+    command
+        .args(["-M", "microvm,accel=kvm,rtc=on", "-cpu", "host", "-smp", "1"])
+        .args(["-m", &MEMORY_MIB.to_string()])
+        .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"])
+        .args(["-serial", "stdio", "-append", CMDLINE])
+        .arg("-kernel")
+        .arg(kernel)
+        .arg("-initrd")
+        .arg(initrd);
+}
+
+fn cloud_hypervisor(command: &mut Command, kernel: &Path, initrd: &Path) {
+    command
+        .args(["--cpus", "boot=1", "--memory", &format!("size={MEMORY_MIB}M")])
+        .args(["--serial", "tty", "--console", "off", "--cmdline", CMDLINE])
+        .arg("--kernel")
+        .arg(kernel)
+        .arg("--initramfs")
+        .arg(initrd);
+}
+
+fn firecracker_config(kernel: &Path, initrd: &Path) -> Result<NamedTempFile> {
+    let config = json!({
+        "boot-source": {
+            "kernel_image_path": kernel, "initrd_path": initrd, "boot_args": CMDLINE,
+        },
+        "drives": [],
+        "machine-config": { "vcpu_count": 1, "mem_size_mib": MEMORY_MIB },
+    });
+    let mut file = NamedTempFile::new()?;
+    file.write_all(config.to_string().as_bytes())?;
+    Ok(file)
+}
+
+fn until_marker(command: &mut Command) -> Result<f64> {
+    command.stdin(Stdio::null()).stdout(Stdio::piped());
+    let started = Instant::now();
+    let program = command.get_program().to_owned();
+    let mut child = command.spawn().with_context(|| format!("start {program:?}"))?;
+    let lines = BufReader::new(child.stdout.take().context("stdout is piped")?).lines();
+    for line in lines {
+        if line?.contains(MARKER) {
+            let ready_ms = started.elapsed().as_secs_f64() * 1e3;
+            child.kill()?;
+            child.wait()?;
+            return Ok(ready_ms);
+        }
+    }
+    bail!("the guest of {program:?} did not reach init: {}", child.wait()?)
+}
+
+/// An initrd whose init says [`MARKER`] and nothing else.
+pub fn marker_initrd() -> Result<NamedTempFile> {
+    let tree = tempfile::tempdir()?;
+    for directory in ["bin", "dev"] {
+        fs::create_dir(tree.path().join(directory))?;
+    }
+    fs::copy("/bin/busybox", tree.path().join("bin/busybox"))
+        .context("/bin/busybox of busybox-static is the peer's init")?;
+    let init = format!(
+        "#!/bin/busybox sh\n/bin/busybox mount -t devtmpfs dev /dev\n\
+         echo {MARKER} > /dev/console\nexec /bin/busybox sleep 1000\n"
+    );
+    fs::write(tree.path().join("init"), init)?;
+    let script = "chmod 755 init && find . | cpio -o -H newc --quiet";
+    let packed = Command::new("sh").args(["-c", script]).current_dir(tree.path()).output()?;
+    if !packed.status.success() {
+        bail!("cpio failed: {}", String::from_utf8_lossy(&packed.stderr));
+    }
+    let mut file = NamedTempFile::new()?;
+    file.write_all(&packed.stdout)?;
+    Ok(file)
+}
