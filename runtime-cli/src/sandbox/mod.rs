@@ -18,16 +18,21 @@ mod control;
 mod error;
 mod exec;
 mod folder;
+mod growth;
 mod hooks;
 mod launch;
 mod machine;
 mod namespaces;
 mod netlink;
 mod network;
+mod oom;
 mod pidfd;
 mod probe;
 mod process;
+mod requests;
 mod resize;
+mod resolver;
+mod rewire;
 mod serve;
 mod share;
 mod signals;
@@ -49,6 +54,7 @@ pub use client::Client;
 pub use error::Error;
 pub use exec::{ExecOptions, ExecOutcome, exec};
 use machine::{Change, Room};
+pub use oom::{VICTIM_VERB, victim};
 pub use probe::boot;
 
 use crate::bundle::Bundle;
@@ -163,6 +169,9 @@ pub fn end(state: &State) -> Result<(), Error> {
 /// it still runs, and its cgroup. Then runs the poststop hooks.
 pub fn destroy(dir: &ContainerDir, state: &State) -> Result<(), Error> {
     end(state)?;
+    if let Some(path) = &state.netns {
+        network::tidy(path);
+    }
     if let Some(path) = &state.cgroup_path {
         let name = cgroup::Name { path: path.clone(), systemd: state.systemd_cgroup };
         cgroup::remove(&name, &state.id)?;

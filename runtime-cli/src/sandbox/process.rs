@@ -22,6 +22,7 @@ use super::launch::Starter;
 use super::machine::{self, Room, Size};
 use super::namespaces::{self, HostNamespaces, Netns};
 use super::network::{self, Network};
+use super::rewire::Wiring;
 use super::serve::{Parts, Serving};
 use super::share::{self, ShareTree};
 use super::signals::Signals;
@@ -164,9 +165,7 @@ fn run(mut starter: Starter, order: &Order, dir: &ContainerDir) -> i32 {
         return 1;
     }
     vmm::give_back_startup_memory();
-    let code = Serving::new(dir, parts).run();
-    outliving.network.part();
-    code.into()
+    Serving::new(dir, parts).run().into()
 }
 
 /// Creates the container, from the top down as it is told in the design.
@@ -203,8 +202,9 @@ fn create(
     run_hooks(&bundle, &state, &host)?;
     phases.end("run the hooks");
 
-    outliving.network = Network::read()?;
-    let network = &outliving.network;
+    let wiring = Wiring::read(&bundle)?;
+    let network = &wiring.network;
+    outliving.network = network.clone();
     let mut tree = ShareTree::new(&folder::share(dir), &bundle.rootfs)?;
     let container = container(&bundle, dir, &state, &stdio, &mut tree)?;
     tree.seal()?;
@@ -219,27 +219,28 @@ fn create(
     let timeout_s = settings.boot_timeout_s;
     let mut boot = Boot { vm: &vm, agent: &mut agent, caller, signals: &mut signals, timeout_s };
     log::info!("guest is up: {}", boot.ready(&mut phases)?);
-    boot.ask("set up the guest", &Request::ConfigureSandbox(guest(&bundle, network)))?;
+    boot.ask("set up the guest", &Request::ConfigureSandbox(guest(&bundle, &room, network)))?;
     let (init, console) = connect_stdio(&vm, &order.id, stdio)?;
     boot.ask("create the container in the guest", &Request::CreateContainer(container))?;
 
     let listener = control::listen(dir).map_err(Error::Listen)?;
     let poststart = hook_list(&bundle, Hooks::poststart);
-    let mut parts =
-        Parts { vm, room, agent, listener, signals, console, init, state, host, poststart, phases };
+    let mut parts = Parts {
+        vm,
+        room,
+        agent,
+        listener,
+        signals,
+        console,
+        init,
+        state,
+        host,
+        poststart,
+        wiring,
+        phases,
+    };
     keep_created(&mut parts, dir)?;
     Ok(parts)
-}
-
-/// What the agent is told of the guest before its container.
-fn guest(bundle: &Bundle, network: &Network) -> Sandbox {
-    Sandbox {
-        hostname: bundle.spec.hostname().clone(),
-        share: true,
-        interfaces: network.interfaces.clone(),
-        routes: network.routes.clone(),
-        neighbours: network.neighbours.clone(),
-    }
 }
 
 /// Notes that the container is created, and what that took.
@@ -248,6 +249,16 @@ fn keep_created(parts: &mut Parts, dir: &ContainerDir) -> Result<(), Error> {
     dir.save(&parts.state)?;
     parts.phases.end("create the container");
     parts.phases.save(dir).map_err(Error::Phases)
+}
+
+/// What the agent is told about its guest.
+fn guest(bundle: &Bundle, room: &Room, network: &Network) -> Sandbox {
+    Sandbox {
+        hostname: bundle.spec.hostname().clone(),
+        share: true,
+        grows: room.grows,
+        network: network.guest.clone(),
+    }
 }
 
 /// Starts the guest, whose memory nobody shall find in a core dump. The hooks of `create` inherited

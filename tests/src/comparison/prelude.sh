@@ -1,0 +1,20 @@
+# What the scripts of cases on the host begin with: $runtime, $name and $port are set.
+set -u
+
+# docker run with the runtime that is looked at.
+run() { docker run --runtime "$runtime" "$@"; }
+
+# Waits until a command succeeds.
+eventually() {
+  local tries=0
+  until "$@" >/dev/null 2>&1; do
+    tries=$((tries + 1)); [ "$tries" -lt 400 ] || { echo "never: $*"; return 1; }
+    sleep 0.2
+  done
+}
+
+# Waits until the log of a container has a line.
+logged() { eventually sh -c 'docker logs "$1" 2>&1 | grep -q "$2"' - "$1" "$2"; }
+
+# A field of docker inspect.
+field() { docker inspect --format "$2" "$1"; }
