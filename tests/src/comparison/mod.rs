@@ -4,13 +4,14 @@
 
 mod case;
 mod processes;
+mod resources;
 mod run;
 
 pub use case::{Case, Chapter, Difference, Group, Place};
 pub use run::{Report, compare};
 
 /// Every case, by the chapters of the documentation.
-pub const CHAPTERS: [&Chapter; 1] = [&processes::CHAPTER];
+pub const CHAPTERS: [&Chapter; 2] = [&processes::CHAPTER, &resources::CHAPTER];
 
 /// The documentation of what differs on purpose, as Markdown.
 pub fn differences() -> String {
