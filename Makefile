@@ -27,8 +27,16 @@ run: build guest
 	@echo "==> docker run --runtime coracle (in the lab unless this machine has hardware virtualization)"
 	@$(LAB) run 'tests/lab/hello.sh'
 
-## Sets up and runs every test; those that boot guests run in the lab where they have to.
+## Sets up and runs every test; those that boot guests run in the lab where they have to. For another
+## architecture, those of what is built for it, in its lab.
+ifdef FOREIGN
+test: guest
+	@echo "==> tests in the lab for $(ARCH)"
+	@tests/lab/suite.sh
+	@$(LAB) run 'tests/lab/hello.sh && tests/lab/smoke.sh'
+else
 test: check unit fuzz guest-tests
+endif
 
 ## Packages, once per machine.
 setup:

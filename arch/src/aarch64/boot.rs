@@ -175,7 +175,9 @@ mod tests {
 
     use super::*;
 
-    const RAM: usize = 64 << 20;
+    const RAM: usize = 8 << 20;
+    /// What a kernel can occupy of it, in bytes.
+    const ROOM: u64 = RAM as u64 - layout::TREE_ROOM;
 
     /// An Image of 64 KiB that occupies `size` bytes.
     fn image(size: u64) -> Vec<u8> {
@@ -229,7 +231,7 @@ mod tests {
 
     #[test]
     fn an_initrd_that_would_lie_in_the_kernels_memory_is_refused() {
-        let kernel = image((62 << 20) - 0x1000);
+        let kernel = image(ROOM - 0x1000);
 
         let error = load_files(&kernel, Some(&[7; 5000])).unwrap_err();
 
@@ -238,7 +240,7 @@ mod tests {
 
     #[test]
     fn a_kernel_that_occupies_more_than_ram_is_refused() {
-        for size in [62 << 20 | 1, u64::MAX] {
+        for size in [ROOM + 1, u64::MAX] {
             let error = load_files(&image(size), None).unwrap_err();
 
             assert!(matches!(error, ArchError::KernelTooBig { .. }), "{error}");
