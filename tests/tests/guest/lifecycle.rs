@@ -167,7 +167,11 @@ fn inside(id: &str, script: &str) -> String {
 
 #[test]
 fn update_gives_the_machine_processors_and_takes_them_back() {
-    let container = Container::running("t-cpus", &["sleep", "1000"]);
+    let bundle = Bundle::new(&["sleep", "1000"]);
+    bundle.edit(|config| {
+        config["linux"]["resources"]["cpu"] = json!({ "quota": 100_000, "period": 100_000 });
+    });
+    let container = Container::running_bundle("t-cpus", bundle);
     let update =
         |quota| coracle(&["update", "--cpu-period", "100000", "--cpu-quota", quota, "t-cpus"]);
     assert_eq!(inside("t-cpus", "nproc"), "1");
