@@ -133,10 +133,7 @@ impl Vmm {
         // Before the devices, because there are no interrupt lines yet.
         let mut vcpus = create_vcpus(config, &vm, &mut board)?;
         let spare_vcpus = vcpus.split_off(config.vcpus.into());
-        let posted = vcpus.first().map(|vcpu| PostedWrites::open(&vm, vcpu)).transpose();
-        let posted = posted
-            .map_err(|source| Error::Start { what: "the ring of posted writes", source })?
-            .unwrap_or_default();
+        let posted = open_posted(&vm, &vcpus)?;
         record.machine_ns = now_ns();
 
         let console = peripherals::open_console(&config.console)?;
@@ -145,7 +142,6 @@ impl Vmm {
                 .map_err(|source| Error::Place { name: "(any)".to_owned(), source })?
                 .with_dax_at(windows);
         let control = Control::new(config.vcpus)
-            .map(Arc::new)
             .map_err(|source| Error::Start { what: "the machine's control", source })?;
         let jail = build_jail(config)?;
         let ends = peripherals::place_all(
@@ -159,10 +155,8 @@ impl Vmm {
         let mut placed = placement.finish();
         record.devices_ns = now_ns();
         record.activities = mem::take(&mut placed.activities);
-        let confinement = Confinement::of(config, jail);
-        let shape = Shape::of(config);
         Ok(Vmm {
-            control,
+            control: Arc::new(control),
             vcpus,
             spare_vcpus,
             posted,
@@ -170,8 +164,8 @@ impl Vmm {
             console,
             ends,
             record,
-            confinement,
-            shape,
+            confinement: Confinement::of(config, jail),
+            shape: Shape::of(config),
             kvm,
             board,
             vm,
@@ -245,6 +239,13 @@ impl Vmm {
         }
         Ok(handle)
     }
+}
+
+/// Where KVM notes writes that nobody waits for: the vCPUs share the ring of the first one.
+fn open_posted(vm: &VmFd, vcpus: &[VcpuFd]) -> Result<PostedWrites, Error> {
+    let Some(vcpu) = vcpus.first() else { return Ok(PostedWrites::default()) };
+    PostedWrites::open(vm, vcpu)
+        .map_err(|source| Error::Start { what: "the ring of posted writes", source })
 }
 
 fn step(step: &'static str) -> impl FnOnce(arch::ArchError) -> Error {

@@ -13,7 +13,7 @@ use agent_protocol::{CONTROL_PORT, Container, INIT_PROCESS, Request, Sandbox};
 use oci_spec::runtime::{Hook, Hooks, LinuxResources};
 use serde::{Deserialize, Serialize};
 use vmm::vsock::HostStream;
-use vmm::{VmHandle, Vmm};
+use vmm::{VmConfig, VmHandle, Vmm};
 
 use super::agent::{Agent, Asker};
 use super::boot::{self, Boot};
@@ -187,13 +187,12 @@ fn create(
     let resources = resources(&bundle);
     let room = Room::of(&settings, &resources, Size::of_host());
     let name = cgroup_name(&bundle, options, &order.id);
-    let limits = machine::host_resources(&resources, room.size);
     let cgroup = Cgroup::find(name.clone(), &order.id)?;
     phases.end("read the bundle");
     // From here on `delete` finds what a killed process leaves behind.
     let state = creating(&bundle, &order.id, &name, &netns);
     dir.save(&state)?;
-    outliving.cgroup = Some(cgroup.enter(&limits)?);
+    outliving.cgroup = Some(cgroup.enter(&machine::host_resources(&resources, room.size))?);
     set_oom_score(&bundle);
     phases.end("enter the cgroup");
     let host = Rc::new(HostNamespaces::leave(&netns)?);
@@ -201,54 +200,43 @@ fn create(
     outliving.hooks = Some(keep_poststop(&bundle, dir, &state, &host)?);
     run_hooks(&bundle, &state, &host)?;
     phases.end("run the hooks");
-
     let wiring = Wiring::read(&bundle)?;
     let network = &wiring.network;
     outliving.network = network.clone();
-    let mut tree = ShareTree::new(&folder::share(dir), &bundle.rootfs)?;
-    let container = container(&bundle, dir, &state, &stdio, &mut tree)?;
-    tree.seal()?;
+    let (container, tree) = share(&bundle, dir, &state, &stdio)?;
     phases.end("share the files");
     let config = machine::config(&settings, &room, tree.path(), network.devices(), dir.path());
-    let vm = Vmm::new(config)?;
-    network.join()?;
-    let (vm, mut agent) = listen(vm).map_err(Error::Connect)?;
-    let vm = start(vm)?;
-    end_machine(&mut phases, &vm);
-
+    let (vm, mut agent) = start_machine(config, network, &mut phases)?;
     let timeout_s = settings.boot_timeout_s;
     let mut boot = Boot { vm: &vm, agent: &mut agent, caller, signals: &mut signals, timeout_s };
     log::info!("guest is up: {}", boot.ready(&mut phases)?);
     boot.ask("set up the guest", &Request::ConfigureSandbox(guest(&bundle, &room, network)))?;
     let (init, console) = connect_stdio(&vm, &order.id, stdio)?;
     boot.ask("create the container in the guest", &Request::CreateContainer(container))?;
-
-    let listener = control::listen(dir).map_err(Error::Listen)?;
-    let poststart = hook_list(&bundle, Hooks::poststart);
-    let mut parts = Parts {
+    let parts = Parts {
         vm,
         room,
         agent,
-        listener,
+        listener: control::listen(dir).map_err(Error::Listen)?,
         signals,
         console,
         init,
         state,
         host,
-        poststart,
+        poststart: hook_list(&bundle, Hooks::poststart),
         wiring,
         phases,
     };
-    keep_created(&mut parts, dir)?;
-    Ok(parts)
+    keep_created(parts, dir)
 }
 
 /// Notes that the container is created, and what that took.
-fn keep_created(parts: &mut Parts, dir: &ContainerDir) -> Result<(), Error> {
+fn keep_created(mut parts: Parts, dir: &ContainerDir) -> Result<Parts, Error> {
     parts.state.status = Status::Created;
     dir.save(&parts.state)?;
     parts.phases.end("create the container");
-    parts.phases.save(dir).map_err(Error::Phases)
+    parts.phases.save(dir).map_err(Error::Phases)?;
+    Ok(parts)
 }
 
 /// What the agent is told about its guest.
@@ -261,11 +249,33 @@ fn guest(bundle: &Bundle, room: &Room, network: &Network) -> Sandbox {
     }
 }
 
+/// What the agent is told of the container, and the tree of files that it shares with the host.
+fn share(
+    bundle: &Bundle,
+    dir: &ContainerDir,
+    state: &State,
+    stdio: &Stdio,
+) -> Result<(Box<Container>, ShareTree), Error> {
+    let mut tree = ShareTree::new(&folder::share(dir), &bundle.rootfs)?;
+    let container = container(bundle, dir, state, stdio, &mut tree)?;
+    tree.seal()?;
+    Ok((container, tree))
+}
+
 /// Starts the guest, whose memory nobody shall find in a core dump. The hooks of `create` inherited
 /// their limits before.
-fn start(vm: Vmm) -> Result<VmHandle, Error> {
+fn start_machine(
+    config: VmConfig,
+    network: &Network,
+    phases: &mut Phases,
+) -> Result<(VmHandle, Agent<Asker>), Error> {
+    let vm = Vmm::new(config)?;
+    network.join()?;
+    let (vm, agent) = listen(vm).map_err(Error::Connect)?;
     vmm::forbid_core_dumps().map_err(Error::CoreDumps)?;
-    Ok(vm.start()?)
+    let vm = vm.start()?;
+    end_machine(phases, &vm);
+    Ok((vm, agent))
 }
 
 /// Ends the phases of a machine up to the first instruction of its guest.
