@@ -97,7 +97,7 @@ pub fn configure(sandbox: &Sandbox) -> Result<(), Failed> {
         mount(Some(SHARE_TAG), SHARE_PATH, Some("virtiofs"), MsFlags::empty(), none)
             .context(format_args!("mount virtio-fs share {SHARE_TAG:?}"))?;
     }
-    network::configure(sandbox)
+    network::configure(&sandbox.network)
 }
 
 /// Leaves nothing unwritten behind.

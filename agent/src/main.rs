@@ -6,8 +6,10 @@
 
 mod container;
 mod control;
+mod devices;
 mod failure;
 mod greeting;
+mod growth;
 mod init;
 mod kmsg;
 mod lifecycle;
@@ -15,6 +17,9 @@ mod limits;
 mod network;
 mod processors;
 mod reaper;
+mod redirection;
+mod resolver;
+mod sandbox;
 mod server;
 mod stdio;
 

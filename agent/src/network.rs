@@ -4,7 +4,7 @@ use std::fs;
 use std::io;
 use std::net::IpAddr;
 
-use agent_protocol::{Address, Failed, Interface, Neighbour, Route, Sandbox};
+use agent_protocol::{Address, Failed, Interface, Neighbour, Network, Route};
 use netlink_packet_core::{
     NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_REPLACE, NLM_F_REQUEST, NetlinkHeader,
     NetlinkMessage, NetlinkPayload,
@@ -47,33 +47,33 @@ pub fn bring_up_loopback() -> io::Result<()> {
     Netlink::open()?.set_link(LOOPBACK, Vec::new(), true)
 }
 
-/// Sets up everything `sandbox` lists.
-pub fn configure(sandbox: &Sandbox) -> Result<(), Failed> {
-    if sandbox.interfaces.is_empty() && sandbox.routes.is_empty() && sandbox.neighbours.is_empty() {
+/// Sets up what `network` lists and is not there yet.
+pub fn configure(network: &Network) -> Result<(), Failed> {
+    if network.interfaces.is_empty() && network.routes.is_empty() && network.neighbours.is_empty() {
         return Ok(());
     }
     let netlink = Netlink::open().context("open a netlink socket")?;
     let links = netlink.links().context("list interfaces")?;
     let mut indexes = Vec::new();
-    for (interface, index) in sandbox.interfaces.iter().zip(assign(&sandbox.interfaces, &links)) {
-        let index = index.ok_or_else(|| {
+    for (interface, link) in network.interfaces.iter().zip(assign(&network.interfaces, &links)) {
+        let link = link.ok_or_else(|| {
             failed(format!("interface {}: the guest has no device for it", interface.name))
         })?;
-        netlink.set_up(interface, index).context(format_args!("set up {}", interface.name))?;
-        indexes.push((interface.name.as_str(), index));
+        netlink.set_up(interface, link).context(format_args!("set up {}", interface.name))?;
+        indexes.push((interface.name.as_str(), link.index));
     }
     indexes.push(("lo", LOOPBACK));
     let index = |name: &str| {
         let found = indexes.iter().find(|(known, _)| *known == name);
         found.map(|(_, index)| *index).ok_or_else(|| failed(format!("no interface {name:?}")))
     };
-    for route in &sandbox.routes {
+    for route in &network.routes {
         let message = route_message(route, index(&route.interface)?)?;
         netlink
             .change(RouteNetlinkMessage::NewRoute(message), NLM_F_CREATE | NLM_F_REPLACE)
             .context(format_args!("add route {route:?}"))?;
     }
-    for neighbour in &sandbox.neighbours {
+    for neighbour in &network.neighbours {
         let message = neighbour_message(neighbour, index(&neighbour.interface)?);
         netlink
             .change(RouteNetlinkMessage::NewNeighbour(message), NLM_F_CREATE | NLM_F_REPLACE)
@@ -82,16 +82,13 @@ pub fn configure(sandbox: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
-/// The index of each interface's link: by address, else the next virtio link that no other
-/// interface has by its address.
-fn assign(interfaces: &[Interface], links: &[Link]) -> Vec<Option<u32>> {
+/// Each interface's link: by address, else the next virtio link that no other interface has by its
+/// address.
+fn assign<'a>(interfaces: &[Interface], links: &'a [Link]) -> Vec<Option<&'a Link>> {
     let by_mac = |mac: [u8; 6]| links.iter().find(|link| link.mac == mac);
     let listed = |link: &&Link| interfaces.iter().any(|interface| link.mac == interface.mac);
     let mut spare = links.iter().filter(|link| link.virtio && !listed(link));
-    interfaces
-        .iter()
-        .map(|interface| by_mac(interface.mac).or_else(|| spare.next()).map(|link| link.index))
-        .collect()
+    interfaces.iter().map(|interface| by_mac(interface.mac).or_else(|| spare.next())).collect()
 }
 
 impl Netlink {
@@ -102,11 +99,17 @@ impl Netlink {
         Ok(Self { socket })
     }
 
-    fn set_up(&self, interface: &Interface, index: u32) -> io::Result<()> {
-        let mac = LinkAttribute::Address(interface.mac.to_vec());
-        let name = LinkAttribute::IfName(interface.name.clone());
-        let mtu = LinkAttribute::Mtu(interface.mtu);
-        self.set_link(index, vec![mac, name, mtu], false)?;
+    fn set_up(&self, interface: &Interface, link: &Link) -> io::Result<()> {
+        let index = link.index;
+        let mut attributes = vec![LinkAttribute::Mtu(interface.mtu)];
+        if link.mac != interface.mac {
+            attributes.push(LinkAttribute::Address(interface.mac.to_vec()));
+        }
+        // One that is up cannot be renamed; it has its name already.
+        if link.name != interface.name {
+            attributes.push(LinkAttribute::IfName(interface.name.clone()));
+        }
+        self.set_link(index, attributes, false)?;
         for address in &interface.addresses {
             let message = address_message(address, index);
             let flags = NLM_F_CREATE | NLM_F_REPLACE;
@@ -288,7 +291,9 @@ mod tests {
     fn links_are_found_by_address_first() {
         let links = [link_with(2, 9, true), link_with(3, 1, true)];
 
-        assert_eq!(assign(&[interface("a", 1), interface("b", 7)], &links), [Some(3), Some(2)]);
+        let assigned = assign(&[interface("a", 1), interface("b", 7)], &links);
+
+        assert_eq!(assigned, [Some(&links[1]), Some(&links[0])]);
     }
 
     #[test]

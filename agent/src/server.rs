@@ -24,11 +24,14 @@ use nix::unistd::Pid;
 use crate::container::cgroup::send_signal;
 use crate::container::{Container, Status, listing, stats};
 use crate::control::Control;
+use crate::devices::Devices;
 use crate::failure::{Context, failed, failed_with};
 use crate::greeting::{Greeting, Progress};
+use crate::growth::Growth;
 use crate::lifecycle::Pending;
+use crate::resolver::Resolver;
 use crate::stdio::{CHUNK_BYTES, Stdio, set_non_blocking};
-use crate::{HOST_CID, init, processors, reaper};
+use crate::{HOST_CID, processors, reaper};
 
 /// Streams that may wait for their hello or their process. The host opens three per process before
 /// it asks for that, and processes are made one by one: this many it may ask for at once.
@@ -87,6 +90,9 @@ pub struct Server {
     greetings: Vec<Greeting>,
     pub(crate) unclaimed: Vec<(StreamHello, OwnedFd)>,
     pub(crate) pending: Option<Pending>,
+    pub(crate) devices: Devices,
+    pub(crate) resolver: Option<Resolver>,
+    pub(crate) growth: Option<Growth>,
     over: bool,
 }
 
@@ -111,6 +117,9 @@ impl Server {
             greetings: Vec::new(),
             unclaimed: Vec::new(),
             pending: None,
+            devices: Devices::default(),
+            resolver: None,
+            growth: None,
             over: false,
         })
     }
@@ -131,6 +140,7 @@ impl Server {
             self.advance_pending()?;
             self.reap();
             self.tell_memory()?;
+            self.tell_queries()?;
             self.processes.iter_mut().for_each(|process| process.stdio.run(&mut scratch));
             self.tell_ends()?;
             self.serve()?;
@@ -156,6 +166,8 @@ impl Server {
         waiting.extend(self.pending.iter().map(|pending| readable(pending.as_fd())));
         let memory = self.containers.values().filter_map(|container| container.memory.as_ref());
         waiting.extend(memory.map(|watch| PollFd::new(watch.as_fd(), PollFlags::POLLPRI)));
+        waiting.extend(self.growth.iter().map(|it| PollFd::new(it.as_fd(), PollFlags::POLLPRI)));
+        waiting.extend(self.resolver.iter().flat_map(Resolver::fds).map(readable));
         waiting.extend(self.processes.iter().flat_map(|process| process.stdio.interests()));
         match poll(&mut waiting, self.timeout()) {
             Ok(_) | Err(Errno::EINTR) => Ok(()),
@@ -204,7 +216,15 @@ impl Server {
 
     fn answer(&mut self, request: Request) -> Answer {
         let done = match request {
-            Request::ConfigureSandbox(sandbox) => init::configure(&sandbox),
+            Request::ConfigureSandbox(sandbox) => self.configure(&sandbox),
+            Request::MemoryAdded { more } => self.memory_added(more),
+            Request::ChangeNetwork(change) => self.change_network(&change),
+            Request::NameAnswer { number, answer } => {
+                if let Some(resolver) = &mut self.resolver {
+                    resolver.answer(number, answer.as_deref());
+                }
+                Ok(())
+            }
             Request::CreateContainer(container) => return self.create(&container),
             Request::StartContainer { container } => return self.start(&container),
             Request::Exec { container, name, process } => {
@@ -392,6 +412,9 @@ impl Server {
     }
 
     fn tell_memory(&mut self) -> Result<(), FrameError> {
+        if self.growth.as_mut().is_some_and(Growth::is_short) {
+            self.tell(Event::MemoryShort)?;
+        }
         let killed = self
             .containers
             .iter_mut()

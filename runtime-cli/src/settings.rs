@@ -77,9 +77,10 @@ pub struct Settings {
     pub kernel: PathBuf,
     /// Guest initrd, with the agent as `/init`.
     pub initrd: PathBuf,
-    /// Virtual processors of a guest.
-    pub vcpus: u8,
-    /// Memory of a guest without a memory limit, in MiB.
+    /// Virtual processors of a guest; without it as many as the host has, up to 8, or fewer where the
+    /// container's limits allow no more.
+    pub vcpus: Option<u8>,
+    /// Memory that a guest without a memory limit starts with, in MiB.
     pub memory_mib: u32,
     /// How long a guest may take until its agent answers, in seconds.
     pub boot_timeout_s: u32,
@@ -92,7 +93,7 @@ impl Default for Settings {
         Self {
             kernel: "/var/lib/coracle/guest/kernel".into(),
             initrd: "/var/lib/coracle/guest/initrd".into(),
-            vcpus: 1,
+            vcpus: None,
             memory_mib: 256,
             boot_timeout_s: 60,
             debug_console: false,
@@ -133,7 +134,7 @@ impl Settings {
     ) -> Result<Self, Error> {
         for (name, value) in annotations {
             match name.as_str() {
-                VCPUS_ANNOTATION => self.vcpus = number(name, value)?,
+                VCPUS_ANNOTATION => self.vcpus = Some(number(name, value)?),
                 MEMORY_ANNOTATION => self.memory_mib = number(name, value)?,
                 other if other.starts_with(ANNOTATION_PREFIX) => {
                     return Err(Error::UnknownAnnotation(other.into()));
@@ -149,8 +150,8 @@ impl Settings {
         let range = |name: &str, value: &dyn ToString, rule| {
             Err(Error::Range { name: format!("{prefix}{name}"), value: value.to_string(), rule })
         };
-        if !(1..=MAX_VCPUS).contains(&self.vcpus) {
-            return range("vcpus", &self.vcpus, "1 to 64");
+        if let Some(vcpus) = self.vcpus.filter(|vcpus| !(1..=MAX_VCPUS).contains(vcpus)) {
+            return range("vcpus", &vcpus, "1 to 64");
         }
         if self.memory_mib < MIN_MEMORY_MIB {
             return range("memory_mib", &self.memory_mib, "at least 64");
@@ -191,7 +192,7 @@ mod tests {
 
         let settings = Settings::read(&path).unwrap().unwrap();
 
-        assert_eq!(settings, Settings { vcpus: 2, ..Settings::default() });
+        assert_eq!(settings, Settings { vcpus: Some(2), ..Settings::default() });
     }
 
     #[test]
@@ -209,7 +210,7 @@ mod tests {
 
     #[test]
     fn annotations_override_the_size_of_the_guest() {
-        assert_eq!(annotated(VCPUS_ANNOTATION, "3").unwrap().vcpus, 3);
+        assert_eq!(annotated(VCPUS_ANNOTATION, "3").unwrap().vcpus, Some(3));
         assert_eq!(annotated(MEMORY_ANNOTATION, "512").unwrap().memory_mib, 512);
     }
 

@@ -8,13 +8,15 @@
 
 pub mod frame;
 pub mod message;
+pub mod network;
 pub mod stats;
 
 pub use message::*;
+pub use network::*;
 pub use stats::*;
 
 /// Version of this protocol; the agent sends it in [`Event::Ready`] and the host refuses others.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 /// Host port (vsock CID 2) the agent connects to when it is ready.
 pub const CONTROL_PORT: u32 = 1024;
@@ -30,3 +32,7 @@ pub const SHARE_PATH: &str = "/run/coracle/share";
 
 /// Name of a container's first process in messages; `exec`ed ones have names of their own.
 pub const INIT_PROCESS: &str = "";
+
+/// Where engines have their name server for containers on networks of the user's, at port 53. It is in
+/// the host's side of the container's network; the guest's loopback is another one.
+pub const RESOLVER: std::net::Ipv4Addr = std::net::Ipv4Addr::new(127, 0, 0, 11);

@@ -3,6 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::network::{Network, NetworkChange};
 use crate::stats::{ProcessInfo, Stats};
 
 /// What the host asks; the agent answers each with one [`Message::Response`], in order.
@@ -72,6 +73,21 @@ pub enum Request {
     SetProcessors {
         /// How many, at least 1.
         online: u8,
+    },
+    /// Changes the network of the guest, as the host's side of it has changed.
+    ChangeNetwork(Box<NetworkChange>),
+    /// Answers [`Event::NameQuery`].
+    NameAnswer {
+        /// Its number there.
+        number: u32,
+        /// A DNS message (RFC 1035, section 4), or nothing if nobody answered the query.
+        answer: Option<Vec<u8>>,
+    },
+    /// Says that the host has added to the guest's memory what [`Event::MemoryShort`] asked for, as far
+    /// as the guest takes it.
+    MemoryAdded {
+        /// Whether there may be more.
+        more: bool,
     },
     /// Lists the processes of a container. Answered with [`Response::Processes`].
     Processes {
@@ -151,6 +167,19 @@ pub enum Event {
         /// How it ended.
         status: ExitStatus,
     },
+    /// A process asked the engine's name server, [`RESOLVER`](crate::RESOLVER), for something.
+    /// Answered, if at all, with [`Request::NameAnswer`].
+    NameQuery {
+        /// Which query; counted up.
+        number: u32,
+        /// Whether it came over TCP, so that the answer may be long.
+        stream: bool,
+        /// A DNS message (RFC 1035, section 4), without the length that precedes it in TCP.
+        query: Vec<u8>,
+    },
+    /// The containers will soon need more memory than the guest has. Told once, until
+    /// [`Request::MemoryAdded`]; and only if [`Sandbox::grows`].
+    MemoryShort,
     /// The kernel killed a process of this container because its memory limit was reached.
     OutOfMemory {
         /// Container id.
@@ -217,62 +246,10 @@ pub struct Sandbox {
     pub hostname: Option<String>,
     /// Whether to mount the virtio-fs share [`SHARE_TAG`](crate::SHARE_TAG).
     pub share: bool,
-    /// Interfaces to set up; loopback is always brought up and is not listed.
-    pub interfaces: Vec<Interface>,
-    /// Routes to add once all interfaces are up, in order.
-    pub routes: Vec<Route>,
-    /// Neighbour entries to add, that is, permanent ARP and NDP entries of the host's namespace.
-    pub neighbours: Vec<Neighbour>,
-}
-
-/// A network interface of the guest.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Interface {
-    /// Hardware address by which the agent finds the virtio-net device.
-    pub mac: [u8; 6],
-    /// Name to give it, such as `eth0`.
-    pub name: String,
-    /// MTU in bytes.
-    pub mtu: u32,
-    /// Addresses with their prefix lengths.
-    pub addresses: Vec<Address>,
-}
-
-/// An interface address.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Address {
-    /// The address.
-    pub ip: std::net::IpAddr,
-    /// Prefix length in bits.
-    pub prefix: u8,
-}
-
-/// A route.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Route {
-    /// Destination; `None` is the default route of the address family of `gateway` or `source`.
-    pub destination: Option<Address>,
-    /// Next hop.
-    pub gateway: Option<std::net::IpAddr>,
-    /// Preferred source address.
-    pub source: Option<std::net::IpAddr>,
-    /// Name of the interface, as in [`Interface::name`].
-    pub interface: String,
-    /// Whether the destination is on the link (scope link).
-    pub on_link: bool,
-    /// Metric, or 0 for the kernel's default.
-    pub metric: u32,
-}
-
-/// A permanent neighbour entry.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Neighbour {
-    /// Address of the neighbour.
-    pub ip: std::net::IpAddr,
-    /// Its hardware address.
-    pub mac: [u8; 6],
-    /// Name of the interface.
-    pub interface: String,
+    /// Whether the host can add memory, and wants to be told when that is needed.
+    pub grows: bool,
+    /// Its network.
+    pub network: Network,
 }
 
 /// A container, as the agent creates it (OCI runtime specification, config.md and config-linux.md,

@@ -45,6 +45,11 @@ pub fn prepare(root: &Path) -> io::Result<()> {
     }
 }
 
+/// The cgroup that all containers are below, in the hierarchy at `root`.
+pub fn of_all(root: &Path) -> PathBuf {
+    root.join(FOLDER)
+}
+
 fn delegate(folder: &Path) -> io::Result<()> {
     let controllers = fs::read_to_string(folder.join("cgroup.controllers"))?;
     for controller in controllers.split_whitespace() {
@@ -218,12 +223,12 @@ pub fn value(text: &str, key: &str) -> Option<u64> {
 }
 
 /// Writes without creating: in a cgroup only the kernel makes files.
-fn write(path: &Path, value: &str) -> io::Result<()> {
+pub fn write(path: &Path, value: &str) -> io::Result<()> {
     OpenOptions::new().write(true).open(path)?.write_all(value.as_bytes())
 }
 
 /// Reads from the start, whatever was read before.
-fn read(file: &File) -> io::Result<String> {
+pub fn read(file: &File) -> io::Result<String> {
     let mut bytes = vec![0; MAX_FILE_BYTES];
     let mut filled = 0;
     while filled < bytes.len() {
@@ -235,7 +240,8 @@ fn read(file: &File) -> io::Result<String> {
     Ok(String::from_utf8_lossy(&bytes[..filled]).into_owned())
 }
 
-fn open_folder(path: &Path) -> io::Result<OwnedFd> {
+/// A descriptor of a cgroup.
+pub fn open_folder(path: &Path) -> io::Result<OwnedFd> {
     let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
     Ok(open(path, flags, Mode::empty())?)
 }

@@ -50,6 +50,8 @@ pub(super) enum Asker {
     Freeze(u64, bool),
     /// The client that changes the machine, and still has these cgroup files to be written.
     Update(u64, Vec<(String, String)>),
+    /// The network of the guest, which changes.
+    Network,
     /// The client that starts a process of this name.
     Exec(u64, String),
 }

@@ -87,6 +87,23 @@ impl Client {
         }
     }
 
+    /// What the guest's kernel and agent printed last, at most 8 KiB.
+    pub fn console(&self) -> Result<String, Error> {
+        self.text(&Request::Console)
+    }
+
+    /// What the machine costs, in the Prometheus text format.
+    pub fn metrics(&self) -> Result<String, Error> {
+        self.text(&Request::Metrics)
+    }
+
+    fn text(&self, request: &Request) -> Result<String, Error> {
+        match self.ask(request, Some(ANSWER_TIMEOUT))? {
+            Answer::Text(text) => Ok(text),
+            _ => Err(Error::Unexpected),
+        }
+    }
+
     /// Starts a process with `fds` as its stdio; [`Self::exit`] tells how it ends.
     pub(super) fn exec(&self, request: &Request, fds: &[BorrowedFd<'_>]) -> Result<(), Error> {
         control::send(&self.stream, request, fds).map_err(Error::Talk)?;

@@ -57,6 +57,10 @@ pub(super) enum Request {
     Processes,
     /// Read its counters.
     Stats,
+    /// Repeat what the guest's kernel printed last.
+    Console,
+    /// Tell what the machine costs.
+    Metrics,
 }
 
 /// What the sandbox process answers.
@@ -70,6 +74,8 @@ pub(super) enum Answer {
     Stats(Box<Stats>),
     /// What the machine can have.
     Room(Room),
+    /// What was asked for, as people read it.
+    Text(String),
     /// Not done.
     Failed(Failed),
     /// The process started over this connection has ended.

@@ -30,9 +30,13 @@ const CONSOLE_FILE: &str = "console.log";
 
 const MIB: u64 = 1 << 20;
 
-/// Most virtual processors that a guest is told of, unless it starts with more: it keeps memory for
-/// each.
+/// Most virtual processors that a guest is told of, unless the settings or the container's limits say
+/// more: it keeps memory for each.
 const MOST_LATER_VCPUS: u8 = 8;
+
+/// Places for networks that are connected while the container runs. The guest's kernel looks at each of
+/// them when it boots.
+const SPARE_SLOTS: u8 = 4;
 
 /// Linux takes memory in pieces of this size, in MiB.
 const PLUG_MIB: u32 = 128;
@@ -46,7 +50,7 @@ pub(super) struct Size {
 
 impl Size {
     /// Room for what `resources` allow the container, and for the guest around it. Without limits
-    /// it is what the settings say.
+    /// it is what the settings say, and else the host's processors.
     pub(super) fn of(settings: &Settings, resources: &LinuxResources, host: Size) -> Self {
         let memory_mib = match memory_limit(resources) {
             Some(limit) => u32::try_from(limit.div_ceil(MIB))
@@ -56,9 +60,12 @@ impl Size {
                 .max(MIN_MEMORY_MIB),
             None => settings.memory_mib,
         };
-        let vcpus = cpu_limit(resources)
-            .map_or(settings.vcpus, |cpus| cpus.min(host.vcpus).max(settings.vcpus))
-            .min(MAX_VCPUS);
+        let usual = host.vcpus.min(MOST_LATER_VCPUS);
+        let vcpus = cpu_limit(resources).map_or_else(
+            || settings.vcpus.unwrap_or(usual),
+            |cpus| cpus.min(host.vcpus).max(settings.vcpus.unwrap_or(1)),
+        );
+        let vcpus = vcpus.clamp(1, MAX_VCPUS);
         Self { vcpus, memory_mib }
     }
 
@@ -87,7 +94,9 @@ pub struct Room {
     /// Most processors.
     most_vcpus: u8,
     /// How much memory can be added.
-    pluggable_mib: u32,
+    pub(super) pluggable_mib: u32,
+    /// Whether it is added whenever the container needs it: nothing limits that.
+    pub(super) grows: bool,
 }
 
 /// What a virtual machine shall be changed to.
@@ -104,7 +113,7 @@ pub struct Change {
 #[error(
     "a memory limit of {limit_mib} MiB is more than the virtual machine can have: it can grow from \
      {size_mib} MiB by {pluggable_mib} MiB, and needs {GUEST_OVERHEAD_MIB} MiB beside the limit \
-     (one that is created with a memory limit can grow up to the host's memory)"
+     (one can grow up to the host's memory)"
 )]
 pub struct TooLarge {
     limit_mib: u64,
@@ -113,20 +122,26 @@ pub struct TooLarge {
 }
 
 impl Room {
-    /// The machine for a container that `resources` are set for, on a host of size `host`. Only one
-    /// with a memory limit can get more memory: it costs all others nothing to be unable to.
+    /// The machine for a container that `resources` are set for, on a host of size `host`, all of whose
+    /// memory it can get.
     pub(super) fn of(settings: &Settings, resources: &LinuxResources, host: Size) -> Self {
         let size = Size::of(settings, resources, host);
-        let more_mib = match memory_limit(resources) {
-            Some(_) => host.memory_mib.min(MAX_MEMORY_MIB).saturating_sub(size.memory_mib),
-            None => 0,
-        };
+        let more_mib = host.memory_mib.min(MAX_MEMORY_MIB).saturating_sub(size.memory_mib);
+        let pluggable_mib = more_mib / PLUG_MIB * PLUG_MIB;
         Room {
             size,
-            least_vcpus: settings.vcpus,
+            least_vcpus: settings.vcpus.unwrap_or(1),
             most_vcpus: size.vcpus.max(host.vcpus.min(MOST_LATER_VCPUS)).min(MAX_VCPUS),
-            pluggable_mib: more_mib / PLUG_MIB * PLUG_MIB,
+            pluggable_mib,
+            grows: pluggable_mib != 0 && memory_limit(resources).is_none(),
         }
+    }
+
+    /// What shall be added to a machine that grows and has got `plugged_mib` so far: as much as it has.
+    pub(super) fn more(&self, plugged_mib: u32) -> u32 {
+        let total_mib = self.size.memory_mib.saturating_add(plugged_mib);
+        let wanted_mib = total_mib.saturating_add(plugged_mib).next_multiple_of(PLUG_MIB);
+        wanted_mib.min(self.pluggable_mib)
     }
 
     /// What `resources` change of the machine.
@@ -151,10 +166,11 @@ impl Room {
     }
 
     /// What of `resources` changes on the host: memory only if the machine grows. What it gives back
-    /// it gives back in its own time, and is never squeezed out of.
+    /// it gives back in its own time, and is never squeezed out of; nor is one that had no limit, which
+    /// may have grown to any size.
     pub(super) fn host_update(&self, resources: &LinuxResources, change: Change) -> LinuxResources {
         let mut host = host_changes(resources);
-        let grown = change.plugged_mib.filter(|mib| *mib != 0);
+        let grown = change.plugged_mib.filter(|mib| *mib != 0 && !self.grows);
         if let (Some(memory), Some(limit), Some(plugged_mib)) =
             (resources.memory(), memory_limit(resources), grown)
         {
@@ -171,9 +187,27 @@ fn memory_limit(resources: &LinuxResources) -> Option<u64> {
     u64::try_from(limit).ok().filter(|limit| *limit > 0)
 }
 
-/// How many processors the container's quota can keep busy, rounded up.
+/// How many processors the container can keep busy: those it may run on, and its quota rounded up.
 fn cpu_limit(resources: &LinuxResources) -> Option<u8> {
     let cpu = resources.cpu().as_ref()?;
+    let set = cpu.cpus().as_deref().and_then(count_of_set);
+    [set, cpu_quota(cpu)].into_iter().flatten().min()
+}
+
+/// How many processors a list such as `0-2,5` has (cpuset(7), List format).
+fn count_of_set(list: &str) -> Option<u8> {
+    let range = |text: &str| {
+        let (first, last) = text.split_once('-').unwrap_or((text, text));
+        let (first, last) = (first.trim().parse::<u32>().ok()?, last.trim().parse::<u32>().ok()?);
+        Some(last.checked_sub(first)?.saturating_add(1))
+    };
+    let counts: Option<Vec<u32>> = list.split(',').map(range).collect();
+    let count = counts?.into_iter().fold(0, u32::saturating_add);
+    Some(u8::try_from(count).unwrap_or(u8::MAX))
+}
+
+/// How many processors the quota can keep busy, rounded up.
+fn cpu_quota(cpu: &LinuxCpu) -> Option<u8> {
     let quota = u64::try_from(cpu.quota()?).ok().filter(|quota| *quota > 0)?;
     // The kernel's default period is 100 ms (Documentation/scheduler/sched-bwc.rst).
     let period = cpu.period().filter(|period| *period > 0).unwrap_or(100_000);
@@ -268,7 +302,7 @@ pub(super) fn config(
         vsock: Some(VsockConfig { cid: GUEST_CID, socket: None }),
         rng: true,
         balloon: Some(BalloonConfig { free_page_reporting: true, ..BalloonConfig::default() }),
-        spare_slots: 0,
+        spare_slots: SPARE_SLOTS,
         seccomp: true,
         user: None,
     }
@@ -285,10 +319,23 @@ mod tests {
     }
 
     #[test]
-    fn without_limits_the_settings_decide() {
-        let size = Size::of(&Settings::default(), &resources("{}"), HOST);
+    fn without_limits_the_settings_decide_and_then_the_host() {
+        let settings = Settings { vcpus: Some(3), memory_mib: 512, ..Settings::default() };
 
-        assert_eq!(size, Size { vcpus: 1, memory_mib: 256 });
+        let of = |settings| Size::of(settings, &resources("{}"), HOST);
+
+        assert_eq!(of(&settings), Size { vcpus: 3, memory_mib: 512 });
+        assert_eq!(of(&Settings::default()), Size { vcpus: HOST.vcpus, memory_mib: 256 });
+    }
+
+    #[test]
+    fn a_set_of_processors_bounds_those_of_the_guest() {
+        let vcpus = |text| Size::of(&Settings::default(), &resources(text), HOST).vcpus;
+
+        assert_eq!(vcpus(r#"{"cpu":{"cpus":"1"}}"#), 1);
+        assert_eq!(vcpus(r#"{"cpu":{"cpus":"0-1,3"}}"#), 3);
+        assert_eq!(vcpus(r#"{"cpu":{"cpus":"0-1,3","quota":200000,"period":100000}}"#), 2);
+        assert_eq!(vcpus(r#"{"cpu":{"cpus":"nonsense"}}"#), HOST.vcpus);
     }
 
     #[test]
@@ -375,8 +422,8 @@ mod tests {
     }
 
     #[test]
-    fn a_machine_with_a_memory_limit_can_grow_to_what_the_host_has() {
-        assert_eq!(room("{}").pluggable_mib, 0);
+    fn a_machine_can_grow_to_what_the_host_has() {
+        assert_eq!(room("{}").pluggable_mib, 8192 - 256);
         // 64 MiB beside the limit, and whole pieces of 128 MiB.
         assert_eq!(room(r#"{"memory":{"limit":201326592}}"#).pluggable_mib, 8192 - 256);
         assert_eq!(room(r#"{"memory":{"limit":202375168}}"#).pluggable_mib, 8192 - 256 - 128);
@@ -399,13 +446,25 @@ mod tests {
 
     #[test]
     fn a_machine_that_cannot_grow_says_so() {
-        let fixed = room("{}");
+        let small = Size { memory_mib: 256, ..HOST };
+        let fixed = Room::of(&Settings::default(), &resources("{}"), small);
         let change = |limit: &str| fixed.change(&resources(limit));
 
         assert_eq!(change(r#"{"memory":{"limit":1048576}}"#).unwrap(), Change::default());
         let error = change(r#"{"memory":{"limit":1073741824}}"#).unwrap_err().to_string();
         assert!(error.contains("1024 MiB is more than"), "{error}");
         assert!(error.contains("grow from 256 MiB by 0 MiB"), "{error}");
+    }
+
+    #[test]
+    fn a_machine_without_memory_limit_doubles_until_it_has_the_host_s() {
+        let growing = room("{}");
+
+        assert!(growing.grows);
+        assert_eq!(growing.more(0), 256);
+        assert_eq!(growing.more(256), 768);
+        assert_eq!(growing.more(5000), 8192 - 256);
+        assert!(!room(r#"{"memory":{"limit":201326592}}"#).grows);
     }
 
     #[test]
@@ -434,5 +493,14 @@ mod tests {
 
         assert_eq!(host(320), Some(i64::from(256 + 128 + VMM_OVERHEAD_MIB) << 20));
         assert_eq!(host(100), None);
+    }
+
+    #[test]
+    fn the_host_never_limits_a_machine_that_had_no_limit() {
+        let unlimited = room("{}");
+        let change = Change { plugged_mib: Some(128), ..Change::default() };
+        let limited = resources(r#"{"memory":{"limit":335544320}}"#);
+
+        assert_eq!(unlimited.host_update(&limited, change).memory(), &None);
     }
 }

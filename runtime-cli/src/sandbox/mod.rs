@@ -18,6 +18,7 @@ mod control;
 mod error;
 mod exec;
 mod folder;
+mod growth;
 mod hooks;
 mod launch;
 mod machine;
@@ -27,7 +28,10 @@ mod network;
 mod pidfd;
 mod probe;
 mod process;
+mod requests;
 mod resize;
+mod resolver;
+mod rewire;
 mod serve;
 mod share;
 mod signals;
@@ -160,6 +164,9 @@ pub fn end(state: &State) -> Result<(), Error> {
 /// it still runs, and its cgroup. Then runs the poststop hooks.
 pub fn destroy(dir: &ContainerDir, state: &State) -> Result<(), Error> {
     end(state)?;
+    if let Some(path) = &state.netns {
+        network::tidy(path);
+    }
     if let Some(path) = &state.cgroup_path {
         let name = cgroup::Name { path: path.clone(), systemd: state.systemd_cgroup };
         cgroup::remove(&name, &state.id)?;

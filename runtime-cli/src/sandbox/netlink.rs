@@ -1,6 +1,7 @@
 //! Questions to the kernel's routing netlink, one at a time (rtnetlink(7)).
 
 use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
 use netlink_packet_core::{
     NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload,
@@ -9,7 +10,12 @@ use netlink_packet_route::RouteNetlinkMessage;
 use netlink_sys::protocols::NETLINK_ROUTE;
 use netlink_sys::{Socket, SocketAddr};
 
+/// `RTMGRP_LINK`, `RTMGRP_IPV4_IFADDR`, `RTMGRP_IPV4_ROUTE`, `RTMGRP_IPV6_IFADDR` and
+/// `RTMGRP_IPV6_ROUTE` (linux/rtnetlink.h).
+const WATCHED_GROUPS: u32 = 0x1 | 0x10 | 0x40 | 0x100 | 0x400;
+
 /// A netlink socket of the network namespace it was opened in.
+#[derive(Debug)]
 pub(super) struct Netlink(Socket);
 
 impl Netlink {
@@ -19,6 +25,22 @@ impl Netlink {
         socket.bind_auto()?;
         socket.connect(&SocketAddr::new(0, 0))?;
         Ok(Self(socket))
+    }
+
+    /// A socket that becomes readable whenever interfaces, addresses or routes of this thread's network
+    /// namespace change.
+    pub(super) fn watch() -> io::Result<Self> {
+        let mut socket = Socket::new(NETLINK_ROUTE)?;
+        socket.bind(&SocketAddr::new(0, WATCHED_GROUPS))?;
+        socket.set_non_blocking(true)?;
+        Ok(Self(socket))
+    }
+
+    /// Forgets what [`Self::watch`] was told: that something was is enough.
+    pub(super) fn drain(&self) {
+        // Too much to be told is told as an error.
+        let is_more = |error: io::Error| error.raw_os_error() == Some(libc::ENOBUFS);
+        while self.0.recv_from_full().map_or_else(is_more, |_| true) {}
     }
 
     /// Everything the kernel has of a kind.
@@ -65,5 +87,12 @@ impl Netlink {
                 }
             }
         }
+    }
+}
+
+impl AsFd for Netlink {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        // SAFETY: the socket is open for as long as `self` lives.
+        unsafe { BorrowedFd::borrow_raw(self.0.as_raw_fd()) }
     }
 }

@@ -5,10 +5,12 @@
 //! namespace's own network stack sees it. The guest takes over hardware address, addresses and
 //! routes; those in the namespace stay for engines to look at, but nothing answers there.
 
+use std::fs::File;
 use std::io;
 use std::net::IpAddr;
+use std::path::Path;
 
-use agent_protocol::{Address, Interface, Neighbour, Route};
+use agent_protocol::{Address, Interface, Neighbour, Network as GuestNetwork, Route};
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
 use netlink_packet_route::RouteNetlinkMessage as Message;
 use netlink_packet_route::address::{AddressAttribute, AddressMessage};
@@ -26,6 +28,7 @@ use netlink_packet_route::tc::{
     TcActionType, TcAttribute, TcFilterMatchAll, TcFilterMatchAllOption, TcHandle, TcMessage,
     TcMirror, TcMirrorActionType, TcOption,
 };
+use nix::sched::{CloneFlags, setns};
 use vmm::NetConfig;
 
 use super::netlink::Netlink;
@@ -69,61 +72,80 @@ pub enum Error {
 }
 
 /// What the guest takes over.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub(super) struct Network {
-    links: Vec<Link>,
-    pub(super) interfaces: Vec<Interface>,
-    pub(super) routes: Vec<Route>,
-    pub(super) neighbours: Vec<Neighbour>,
+    pub(super) links: Vec<Link>,
+    /// As the agent is told.
+    pub(super) guest: GuestNetwork,
 }
 
 /// An interface of the namespace and the tap beside it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Link {
-    index: u32,
-    name: String,
+pub(super) struct Link {
+    pub(super) index: u32,
+    pub(super) name: String,
     mac: [u8; 6],
     mtu: u32,
-    tap: String,
+    up: bool,
+    pub(super) tap: String,
 }
 
 impl Network {
     /// Reads what the engine set up in this thread's network namespace.
     pub(super) fn read() -> Result<Self, Error> {
+        Self::read_with(|links| name_taps(links, &[], &[]))
+    }
+
+    /// Reads what there is now: the links of `former` keep their taps, and new ones get a tap of
+    /// `spare`, or else one that is not there. New ones that are not up are not ready.
+    pub(super) fn read_after(former: &Self, spare: &[String]) -> Result<Self, Error> {
+        Self::read_with(|links| {
+            links.retain(|link| link.up || former.link(link.index).is_some());
+            name_taps(links, &former.links, spare);
+        })
+    }
+
+    fn read_with(name: impl FnOnce(&mut Vec<Link>)) -> Result<Self, Error> {
         let read = |what| move |source| Error::Read { what, source };
         let netlink = Netlink::open().map_err(read("links"))?;
         let dump = |what, question| netlink.dump(question).map_err(read(what));
-        let links = links(&dump("links", Message::GetLink(LinkMessage::default()))?);
+        let mut links = links(&dump("links", Message::GetLink(LinkMessage::default()))?);
+        name(&mut links);
         let addresses = dump("addresses", Message::GetAddress(AddressMessage::default()))?;
         let routes = dump("routes", Message::GetRoute(RouteMessage::default()))?;
         let neighbours = dump("neighbours", Message::GetNeighbour(NeighbourMessage::default()))?;
-        Ok(Self {
+        let guest = GuestNetwork {
             interfaces: links.iter().map(|link| interface(link, &addresses)).collect(),
             routes: sorted_routes(&routes, &links),
             neighbours: neighbours.iter().filter_map(|entry| neighbour(entry, &links)).collect(),
-            links,
-        })
+            resolver: false,
+        };
+        Ok(Self { links, guest })
+    }
+
+    /// The link of this number.
+    pub(super) fn link(&self, index: u32) -> Option<&Link> {
+        self.links.iter().find(|link| link.index == index)
+    }
+
+    /// Leaves out what belongs to the links that are not `kept`.
+    pub(super) fn retain(&mut self, kept: impl Fn(&Link) -> bool) {
+        self.links.retain(kept);
+        let links = &self.links;
+        let is_there = |name: &str| links.iter().any(|link| link.name == name);
+        self.guest.interfaces.retain(|interface| is_there(&interface.name));
+        self.guest.routes.retain(|route| is_there(&route.interface));
+        self.guest.neighbours.retain(|neighbour| is_there(&neighbour.interface));
     }
 
     /// The guest's network devices.
     pub(super) fn devices(&self) -> Vec<NetConfig> {
-        let config = |link: &Link| NetConfig {
-            create: true,
-            ..NetConfig::new(link.tap.as_str(), mac_text(link.mac))
-        };
-        self.links.iter().map(config).collect()
+        self.links.iter().map(Link::device).collect()
     }
 
     /// Joins every interface with its tap, which exists by now.
     pub(super) fn join(&self) -> Result<(), Error> {
-        for link in &self.links {
-            join(link).map_err(|source| Error::Join {
-                interface: link.name.clone(),
-                tap: link.tap.clone(),
-                source,
-            })?;
-        }
-        Ok(())
+        self.links.iter().try_for_each(Link::join)
     }
 
     /// Takes back what [`Self::join`] did to interfaces that outlive the sandbox; the taps, and
@@ -134,6 +156,67 @@ impl Network {
             // The interface may have gone with its other end, as a veth does.
             let _ = netlink.change(Message::DelQueueDiscipline(ingress(link.index)), 0);
         }
+    }
+}
+
+/// Takes back what a sandbox that was killed has left in the network namespace at `path`, unless
+/// another one is there: its interfaces would still send all they get to a tap that is gone.
+pub(super) fn tidy(path: &Path) {
+    let path = path.to_owned();
+    let tidied = std::thread::spawn(move || {
+        // Engines remove the namespace when they are done with it.
+        let Ok(namespace) = File::open(path) else { return };
+        if setns(&namespace, CloneFlags::CLONE_NEWNET).is_ok() && !has_taps() {
+            Network::read().unwrap_or_default().part();
+        }
+    });
+    // A thread that only asks the kernel does not panic.
+    let _ = tidied.join();
+}
+
+/// Whether a machine is connected to this thread's network namespace; if that cannot be told, too.
+fn has_taps() -> bool {
+    let links =
+        Netlink::open().and_then(|netlink| netlink.dump(Message::GetLink(LinkMessage::default())));
+    let is_tap = |message: &Message| {
+        let Message::NewLink(link) = message else { return false };
+        link.attributes.iter().any(|attribute| {
+            let LinkAttribute::LinkInfo(info) = attribute else { return false };
+            info.iter().any(|part| matches!(part, LinkInfo::Kind(InfoKind::Tun)))
+        })
+    };
+    links.map_or(true, |links| links.iter().any(is_tap))
+}
+
+impl Link {
+    /// The guest's device for it.
+    pub(super) fn device(&self) -> NetConfig {
+        NetConfig { create: true, ..NetConfig::new(self.tap.as_str(), mac_text(self.mac)) }
+    }
+
+    /// Joins it with its tap, which exists by now.
+    pub(super) fn join(&self) -> Result<(), Error> {
+        join(self).map_err(|source| Error::Join {
+            interface: self.name.clone(),
+            tap: self.tap.clone(),
+            source,
+        })
+    }
+}
+
+/// Names the taps beside `links`.
+fn name_taps(links: &mut [Link], former: &[Link], spare: &[String]) {
+    let mut spare = spare.iter();
+    let mut taken: Vec<String> = former.iter().map(|link| link.tap.clone()).collect();
+    for link in links {
+        if let Some(same) = former.iter().find(|same| same.index == link.index) {
+            link.tap.clone_from(&same.tap);
+            continue;
+        }
+        let fresh = || (0_u32..).map(|number| format!("tap{number}"));
+        let mut free = spare.next().cloned().into_iter().chain(fresh());
+        link.tap = free.find(|tap| !taken.contains(tap)).expect("there is always one more");
+        taken.push(link.tap.clone());
     }
 }
 
@@ -219,9 +302,6 @@ fn redirection(from: u32, to: u32) -> TcMessage {
 fn links(messages: &[Message]) -> Vec<Link> {
     let mut links: Vec<Link> = messages.iter().filter_map(link).collect();
     links.sort_by_key(|link| link.index);
-    for (number, link) in links.iter_mut().enumerate() {
-        link.tap = format!("tap{number}");
-    }
     links
 }
 
@@ -232,8 +312,14 @@ fn link(message: &Message) -> Option<Link> {
     {
         return None;
     }
-    let mut link =
-        Link { index: header.index, name: String::new(), mac: [0; 6], mtu: 0, tap: String::new() };
+    let mut link = Link {
+        index: header.index,
+        name: String::new(),
+        mac: [0; 6],
+        mtu: 0,
+        up: header.flags.contains(LinkFlags::Up),
+        tap: String::new(),
+    };
     for attribute in &message.attributes {
         match attribute {
             LinkAttribute::IfName(name) => link.name.clone_from(name),

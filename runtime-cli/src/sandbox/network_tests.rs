@@ -42,8 +42,8 @@ fn the_guest_gets_what_the_engine_set_up() {
         let mut network = Network::read().unwrap();
 
         // Which end of a veth pair an engine leaves in the namespace: here both are.
-        network.interfaces.retain(|interface| interface.name == "eth0");
-        let eth0 = &network.interfaces[0];
+        network.retain(|link| link.name == "eth0");
+        let eth0 = &network.guest.interfaces[0];
         assert_eq!(eth0.mac, [2, 0x42, 0xac, 0x11, 0, 2]);
         assert_eq!(eth0.mtu, 1400);
         let addresses = [
@@ -51,12 +51,12 @@ fn the_guest_gets_what_the_engine_set_up() {
             Address { ip: "2001:db8::2".parse().unwrap(), prefix: 64 },
         ];
         assert_eq!(eth0.addresses, addresses);
-        assert_eq!(network.routes.len(), 2, "{:?}", network.routes);
-        assert_eq!(network.routes[0].metric, 5);
-        assert!(network.routes[0].on_link);
-        assert_eq!(network.routes[1].destination, None);
-        assert_eq!(network.routes[1].gateway, Some("172.17.0.1".parse().unwrap()));
-        assert_eq!(network.neighbours.len(), 1);
+        assert_eq!(network.guest.routes.len(), 2, "{:?}", network.guest.routes);
+        assert_eq!(network.guest.routes[0].metric, 5);
+        assert!(network.guest.routes[0].on_link);
+        assert_eq!(network.guest.routes[1].destination, None);
+        assert_eq!(network.guest.routes[1].gateway, Some("172.17.0.1".parse().unwrap()));
+        assert_eq!(network.guest.neighbours.len(), 1);
     });
 }
 
@@ -123,6 +123,46 @@ fn answers_a_peer(address: &str) -> bool {
     other.kill().unwrap();
     other.wait().unwrap();
     status.success()
+}
+
+#[test]
+#[ignore = "needs root"]
+fn what_a_killed_sandbox_left_is_taken_back_and_what_a_running_one_needs_is_not() {
+    in_new_namespace(|| {
+        shell(SET_UP);
+        shell("ip tuntap add tap0 mode tap; ip tuntap add tap1 mode tap");
+        let network = Network::read().unwrap();
+        network.join().unwrap();
+        let path = format!("/proc/{}/task/{}/ns/net", std::process::id(), nix::unistd::gettid());
+
+        tidy(Path::new(&path));
+        assert!(shell("tc qdisc show dev eth0").contains("ingress"));
+
+        shell("ip link del tap0; ip link del tap1");
+        tidy(Path::new(&path));
+        assert!(!shell("tc qdisc show dev eth0").contains("ingress"));
+    });
+}
+
+#[test]
+#[ignore = "needs root"]
+fn a_link_that_comes_later_gets_a_tap_and_the_others_keep_theirs() {
+    in_new_namespace(|| {
+        shell("ip link add eth0 type veth peer name eth1");
+        let former = Network::read().unwrap();
+        shell("ip link add eth2 type veth peer name eth3; ip link set eth2 up");
+
+        let network = Network::read_after(&former, &["tap7".to_owned()]).unwrap();
+
+        // `eth3` is not up.
+        let taps: Vec<_> =
+            network.links.iter().map(|link| (&link.name[..], &link.tap[..])).collect();
+        let named = |name: &str| taps.iter().find(|(other, _)| *other == name).map(|(_, tap)| *tap);
+        let before = |name: &str| former.links.iter().find(|link| link.name == name).unwrap();
+        assert_eq!(named("eth0"), Some(&before("eth0").tap[..]));
+        assert_eq!(named("eth1"), Some(&before("eth1").tap[..]));
+        assert_eq!((named("eth2"), named("eth3")), (Some("tap7"), None));
+    });
 }
 
 #[test]

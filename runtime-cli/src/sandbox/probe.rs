@@ -33,7 +33,7 @@ pub enum Error {
 
 /// Boots the guest of `settings` without a container; what there is to say about it.
 pub fn boot(settings: &Settings) -> Result<String, Error> {
-    let size = Size { vcpus: settings.vcpus, memory_mib: settings.memory_mib };
+    let size = Size { vcpus: settings.vcpus.unwrap_or(1), memory_mib: settings.memory_mib };
     let room = Room::of(settings, &LinuxResources::default(), size);
     let quiet = Settings { debug_console: false, ..settings.clone() };
     let mut config = machine::config(&quiet, &room, Path::new("/"), Vec::new(), Path::new("/"));

@@ -22,6 +22,7 @@ use super::launch::Starter;
 use super::machine::{self, Room, Size};
 use super::namespaces::{self, HostNamespaces, Netns};
 use super::network::{self, Network};
+use super::rewire::Wiring;
 use super::serve::{Parts, Serving};
 use super::share::{self, ShareTree};
 use super::signals::Signals;
@@ -161,9 +162,7 @@ fn run(mut starter: Starter, order: &Order, dir: &ContainerDir) -> i32 {
         return 1;
     }
     vmm::give_back_startup_memory();
-    let code = Serving::new(dir, parts).run();
-    outliving.network.part();
-    code.into()
+    Serving::new(dir, parts).run().into()
 }
 
 /// Creates the container, from the top down as it is told in the design.
@@ -194,8 +193,9 @@ fn create(
     outliving.hooks = Some(keep_poststop(&bundle, dir, &state, &host)?);
     run_hooks(&bundle, &state, &host)?;
 
-    outliving.network = Network::read()?;
-    let network = &outliving.network;
+    let wiring = Wiring::read(&bundle)?;
+    let network = &wiring.network;
+    outliving.network = network.clone();
     let mut tree = ShareTree::new(&folder::share(dir), &bundle.rootfs)?;
     let container = container(&bundle, dir, &state, &stdio, &mut tree)?;
     tree.seal()?;
@@ -205,27 +205,30 @@ fn create(
     let (vm, mut agent) = listen(vm).map_err(Error::Connect)?;
     let vm = start(vm)?;
 
-    let guest = Sandbox {
-        hostname: bundle.spec.hostname().clone(),
-        share: true,
-        interfaces: network.interfaces.clone(),
-        routes: network.routes.clone(),
-        neighbours: network.neighbours.clone(),
-    };
     let timeout_s = settings.boot_timeout_s;
     let mut boot = Boot { vm: &vm, agent: &mut agent, caller, signals: &mut signals, timeout_s };
     log::info!("guest is up: {}", boot.ready()?);
-    boot.ask("set up the guest", &Request::ConfigureSandbox(guest))?;
+    boot.ask("set up the guest", &Request::ConfigureSandbox(guest(&bundle, &room, network)))?;
     let (init, console) = connect_stdio(&vm, &order.id, stdio)?;
     boot.ask("create the container in the guest", &Request::CreateContainer(container))?;
 
     let listener = control::listen(dir).map_err(Error::Listen)?;
     let poststart = hook_list(&bundle, Hooks::poststart);
     let mut parts =
-        Parts { vm, room, agent, listener, signals, console, init, state, host, poststart };
+        Parts { vm, room, agent, listener, signals, console, init, state, host, poststart, wiring };
     parts.state.status = Status::Created;
     dir.save(&parts.state)?;
     Ok(parts)
+}
+
+/// What the agent is told about its guest.
+fn guest(bundle: &Bundle, room: &Room, network: &Network) -> Sandbox {
+    Sandbox {
+        hostname: bundle.spec.hostname().clone(),
+        share: true,
+        grows: room.grows,
+        network: network.guest.clone(),
+    }
 }
 
 /// Starts the guest, whose memory nobody shall find in a core dump. The hooks of `create` inherited

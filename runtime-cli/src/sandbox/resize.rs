@@ -10,6 +10,9 @@ use crate::logging::chain;
 impl Serving<'_> {
     /// Changes the machine as far as the host does it, and has the agent do the rest.
     pub(super) fn update(&mut self, peer: u64, change: Change, files: Vec<(String, String)>) {
+        if change.plugged_mib.is_some() {
+            self.grow_no_more();
+        }
         if let Err(message) = self.grow(change) {
             return self.refuse(peer, &message);
         }

@@ -1,14 +1,12 @@
 //! The life of a container after `create`: requests in, signals in, and the end.
 
 use std::collections::BTreeMap;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use agent_protocol::{
-    Event, ExitStatus, Failed, INIT_PROCESS, Process, Request as Order, Response,
-};
+use agent_protocol::{Event, ExitStatus, Failed, INIT_PROCESS, Request as Order, Response};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use oci_spec::runtime::Hook;
@@ -17,12 +15,15 @@ use vmm::VmHandle;
 use super::agent::{self, Agent, Asker, Said};
 use super::boot;
 use super::console::Console;
-use super::control::{Answer, Peer, Request};
+use super::control::{Answer, Peer};
+use super::growth::Growing;
 use super::hooks;
 use super::machine::Room;
 use super::namespaces::HostNamespaces;
+use super::resolver::Resolver;
+use super::rewire::{Rewiring, Wiring};
 use super::signals::Signals;
-use super::streams::{Outputs, Owner, Running};
+use super::streams::Running;
 use crate::logging::chain;
 use crate::state::{ContainerDir, State, Status};
 
@@ -53,6 +54,7 @@ pub(super) struct Parts {
     pub(super) state: State,
     pub(super) host: Rc<HostNamespaces>,
     pub(super) poststart: Vec<Hook>,
+    pub(super) wiring: Wiring,
 }
 
 /// A container between `create` and its end.
@@ -60,9 +62,9 @@ pub(super) struct Serving<'a> {
     dir: &'a ContainerDir,
     pub(super) parts: Parts,
     pub(super) container: String,
-    peers: BTreeMap<u64, Peer>,
+    pub(super) peers: BTreeMap<u64, Peer>,
     next_peer: u64,
-    execs: BTreeMap<String, Running>,
+    pub(super) execs: BTreeMap<String, Running>,
     // When the guest is stopped because it did not kill the first process, or lost its agent.
     kill_deadline: Option<Instant>,
     agent_deadline: Option<Instant>,
@@ -70,6 +72,9 @@ pub(super) struct Serving<'a> {
     code: Option<u8>,
     out_of_memory_told: bool,
     program_started: bool,
+    pub(super) growing: Option<Growing>,
+    pub(super) rewiring: Rewiring,
+    pub(super) resolver: Resolver,
 }
 
 /// What an event came from.
@@ -80,6 +85,8 @@ enum Source {
     Listener,
     Peer(u64),
     Output,
+    Network,
+    Resolver,
 }
 
 impl<'a> Serving<'a> {
@@ -96,6 +103,9 @@ impl<'a> Serving<'a> {
             code: None,
             out_of_memory_told: false,
             program_started: false,
+            growing: None,
+            rewiring: Rewiring::default(),
+            resolver: Resolver::default(),
         }
     }
 
@@ -134,6 +144,8 @@ impl<'a> Serving<'a> {
         if self.peers.len() < MAX_PEERS {
             watch(Source::Listener, self.parts.listener.as_fd(), PollFlags::POLLIN);
         }
+        watch(Source::Network, self.parts.wiring.watch.as_fd(), PollFlags::POLLIN);
+        self.resolver.fds().for_each(|fd| watch(Source::Resolver, fd, PollFlags::POLLIN));
         for (number, peer) in &self.peers {
             watch(Source::Peer(*number), peer.as_fd(), PollFlags::POLLIN);
         }
@@ -155,7 +167,13 @@ impl<'a> Serving<'a> {
 
     fn timeout(&self) -> PollTimeout {
         let exec_deadline = |process: &Running| Some(process.exit?.1 + EXEC_OUTPUT_TIMEOUT);
-        let deadlines = [self.kill_deadline, self.agent_deadline];
+        let deadlines = [
+            self.kill_deadline,
+            self.agent_deadline,
+            self.growing.as_ref().map(|growing| growing.look_at),
+            self.rewiring.look_at,
+            self.resolver.deadline(),
+        ];
         let next = self
             .execs
             .values()
@@ -194,7 +212,9 @@ impl<'a> Serving<'a> {
                 Err(error) => log::warn!("control connection refused: {error}"),
             },
             Source::Peer(number) => self.serve_peer(*number),
-            Source::Output => {}
+            Source::Network => self.network_moved(),
+            // Answers are looked for whenever something happened.
+            Source::Output | Source::Resolver => {}
         }
     }
 
@@ -227,6 +247,8 @@ impl<'a> Serving<'a> {
                     log::warn!("a process of the container ran into its memory limit: killed");
                 }
             }
+            Event::NameQuery { number, stream, query } => self.resolve(number, stream, &query),
+            Event::MemoryShort => self.memory_short(),
             Event::Ready { .. } => {}
         }
     }
@@ -241,6 +263,12 @@ impl<'a> Serving<'a> {
         let done = matches!(answer, Answer::Done);
         match asker {
             Asker::Nobody => {}
+            Asker::Network => {
+                if let Answer::Failed(failed) = answer {
+                    log::warn!("change the guest's network: {failed}");
+                }
+                self.rewired();
+            }
             Asker::Peer(peer) => self.answer(peer, &answer),
             Asker::Start(peer) => self.started(peer, &answer),
             Asker::Freeze(peer, frozen) => {
@@ -288,86 +316,7 @@ impl<'a> Serving<'a> {
         self.answer(peer, answer);
     }
 
-    fn serve_peer(&mut self, number: u64) {
-        let Some(peer) = self.peers.get_mut(&number) else { return };
-        let mut open = peer.receive().unwrap_or(false);
-        while let Some(peer) = self.peers.get_mut(&number) {
-            match peer.request() {
-                Ok(Some((request, fds))) => self.obey(number, request, fds),
-                Ok(None) => break,
-                Err(_) => {
-                    open = false;
-                    break;
-                }
-            }
-        }
-        if !open {
-            self.leave(number);
-        }
-    }
-
-    /// Forgets a client. A process that was started for it ends with it: its carrier was killed.
-    fn leave(&mut self, number: u64) {
-        self.peers.remove(&number);
-        let orphans: Vec<String> = self
-            .execs
-            .iter()
-            .filter(|(_, process)| process.peer == Some(number) && process.exit.is_none())
-            .map(|(name, _)| name.clone())
-            .collect();
-        for process in orphans {
-            self.signal(Asker::Nobody, process, libc::SIGKILL, false);
-        }
-    }
-
-    fn obey(&mut self, peer: u64, request: Request, fds: Vec<OwnedFd>) {
-        let container = self.container.clone();
-        let order = match request {
-            Request::Start if self.parts.state.status == Status::Created => {
-                return self.ask(&Order::StartContainer { container }, Asker::Start(peer));
-            }
-            Request::Start => return self.refuse(peer, "cannot start a container that has run"),
-            Request::Signal { process, signal, all } => {
-                if signal == libc::SIGKILL && process == INIT_PROCESS {
-                    self.kill();
-                }
-                return self.signal(Asker::Peer(peer), process, signal, all);
-            }
-            Request::Exec { name, process } => return self.exec(peer, name, process, fds),
-            Request::Pause => {
-                return self.ask(&Order::Pause { container }, Asker::Freeze(peer, true));
-            }
-            Request::Resume => {
-                return self.ask(&Order::Resume { container }, Asker::Freeze(peer, false));
-            }
-            Request::Resize { process, size } => Order::Resize { container, process, size },
-            Request::Update { change, files } => return self.update(peer, change, files),
-            Request::Room => return self.answer(peer, &Answer::Room(self.parts.room)),
-            Request::Processes => Order::Processes { container },
-            Request::Stats => Order::Stats { container },
-        };
-        self.ask(&order, Asker::Peer(peer));
-    }
-
-    fn exec(&mut self, peer: u64, name: String, mut process: Box<Process>, fds: Vec<OwnedFd>) {
-        if name == INIT_PROCESS || self.execs.contains_key(&name) {
-            return self.refuse(peer, "a process of that name exists");
-        }
-        let owner = Owner { container: &self.container, process: &name };
-        let Some(host) = self.parts.vm.vsock() else { return };
-        let connected = Outputs::connect_passed(host, owner, &mut process, fds);
-        match connected {
-            Ok(outputs) => {
-                self.execs.insert(name.clone(), Running::new(outputs, Some(peer)));
-                let container = self.container.clone();
-                let order = Order::Exec { container, name: name.clone(), process };
-                self.ask(&order, Asker::Exec(peer, name));
-            }
-            Err(error) => self.refuse(peer, &format!("connect stdio: {error}")),
-        }
-    }
-
-    fn signal(&mut self, asker: Asker, process: String, signal: i32, all: bool) {
+    pub(super) fn signal(&mut self, asker: Asker, process: String, signal: i32, all: bool) {
         let container = self.container.clone();
         self.ask(&Order::Signal { container, process, signal, all }, asker);
     }
@@ -390,7 +339,7 @@ impl<'a> Serving<'a> {
     }
 
     /// Gives the guest a while to kill the first process.
-    fn kill(&mut self) {
+    pub(super) fn kill(&mut self) {
         if self.parts.init.exit.is_some() {
             return self.finish();
         }
@@ -433,6 +382,11 @@ impl<'a> Serving<'a> {
         }
         if self.parts.init.exit.is_some() && self.parts.init.outputs.delivered() {
             self.finish();
+        }
+        self.pass_answers();
+        self.look_at_memory();
+        if self.rewiring.look_at.is_some_and(|at| now >= at) {
+            self.rewire();
         }
         let passed = |deadline: Option<Instant>| deadline.is_some_and(|deadline| now >= deadline);
         if self.code.is_none() && passed(self.kill_deadline) {
@@ -485,6 +439,7 @@ impl<'a> Serving<'a> {
             self.exec_ended(&name);
         }
         self.parts.vm.stop();
+        self.parts.wiring.network.part();
     }
 
     fn save(&mut self, status: Status) {
