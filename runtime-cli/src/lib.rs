@@ -4,6 +4,7 @@
 pub mod bundle;
 pub mod check;
 pub mod features;
+pub mod install;
 pub mod logging;
 pub mod sandbox;
 pub mod settings;

@@ -51,6 +51,8 @@ struct Cli {
 enum Verb {
     /// Check whether this host can run virtual machines
     Check(commands::check::Args),
+    /// Print what a container's guest kernel printed last
+    Console(commands::IdArgs),
     /// Create a container
     Create(commands::create::Args),
     /// Delete what a container holds
@@ -61,10 +63,14 @@ enum Verb {
     Exec(Box<commands::exec::Args>),
     /// Show what this runtime implements
     Features,
+    /// Make an engine know this runtime
+    Install(commands::install::Args),
     /// Send a signal to a container's first process
     Kill(commands::kill::Args),
     /// List the containers of a root
     List(commands::list::Args),
+    /// Print what a container's machine costs, in the Prometheus text format
+    Metrics(commands::IdArgs),
     /// Suspend all processes inside a container
     Pause(commands::IdArgs),
     /// Display the processes inside a container
@@ -79,6 +85,8 @@ enum Verb {
     Start(commands::IdArgs),
     /// Print the state of a container
     State(commands::IdArgs),
+    /// Make an engine forget this runtime, and put its configuration back
+    Uninstall(commands::install::Args),
     /// Change the limits of a container
     Update(Box<commands::update::Args>),
     /// The process that holds a container's virtual machine
@@ -90,7 +98,8 @@ enum Verb {
 }
 
 fn main() -> ExitCode {
-    let cli = match Cli::try_parse() {
+    let words = commands::arguments::with_two_dashes(Cli::command, std::env::args_os().collect());
+    let cli = match Cli::try_parse_from(words) {
         Ok(cli) => cli,
         Err(error) => {
             // Neither way of failing to print help or a usage error leaves anything to do.
@@ -170,13 +179,16 @@ fn dispatch(globals: &commands::Globals, verb: Verb) -> Result<u8, commands::Fai
     let done = |result: anyhow::Result<()>| result.map(|()| 0).map_err(Into::into);
     match verb {
         Verb::Check(args) => commands::check::run(&args).map_err(Into::into),
+        Verb::Console(args) => done(commands::console::run(globals, &args)),
         Verb::Create(args) => done(commands::create::run(globals, &args)),
         Verb::Delete(args) => done(commands::delete::run(globals, &args)),
         Verb::Events(args) => done(commands::events::run(globals, &args)),
         Verb::Exec(args) => commands::exec::run(globals, &args),
         Verb::Features => done(commands::features::run()),
+        Verb::Install(args) => done(commands::install::install(&args)),
         Verb::Kill(args) => done(commands::kill::run(globals, &args)),
         Verb::List(args) => done(commands::list::run(globals, &args)),
+        Verb::Metrics(args) => done(commands::metrics::run(globals, &args)),
         Verb::Pause(args) => done(commands::pause::run(globals, &args)),
         Verb::Ps(args) => done(commands::ps::run(globals, &args)),
         Verb::Resume(args) => done(commands::resume::run(globals, &args)),
@@ -184,6 +196,7 @@ fn dispatch(globals: &commands::Globals, verb: Verb) -> Result<u8, commands::Fai
         Verb::Spec(args) => done(commands::spec::run(&args)),
         Verb::Start(args) => done(commands::start::run(globals, &args)),
         Verb::State(args) => done(commands::state::run(globals, &args)),
+        Verb::Uninstall(args) => done(commands::install::uninstall(&args)),
         Verb::Update(args) => done(commands::update::run(globals, &args)),
         Verb::SandboxProcess(_) | Verb::ExecProcess(_) => {
             unreachable!("run() gives these to the sandbox")

@@ -1,13 +1,17 @@
 //! The verbs, one file each, and what several of them need.
 
+pub mod arguments;
 pub mod check;
+pub mod console;
 pub mod create;
 pub mod delete;
 pub mod events;
 pub mod exec;
 pub mod features;
+pub mod install;
 pub mod kill;
 pub mod list;
+pub mod metrics;
 pub mod pause;
 pub mod ps;
 pub mod resume;
