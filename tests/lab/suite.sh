@@ -9,7 +9,7 @@ cd "$(dirname "$0")/../.."
 built=$(mktemp)
 trap 'rm -f "$built"' EXIT
 cargo test --workspace --no-run 2> "$built" || { cat "$built" >&2; exit 1; }
-cargo test --package tests --test guest --no-run 2>> "$built" || { cat "$built" >&2; exit 1; }
+cargo test --package tests --test guest --test compare --no-run 2>> "$built" || { cat "$built" >&2; exit 1; }
 mapfile -t executables < <(sed -n 's/.*Executable .*(\(.*\))$/\1/p' "$built" | sort -u)
 
 script="failed=0; export CORACLE_TEST_KERNEL=/var/lib/coracle/guest/kernel"
@@ -22,6 +22,8 @@ for executable in "${executables[@]}"; do
   environment=
   case "$executable" in
     */guest-*) arguments="--test-threads=1" ;;
+    # Says how long each case took, as a filter is for one of the tests alone.
+    */compare-*) arguments="--test-threads=1 --nocapture" ;;
     # The checklist itself runs in the guests.
     */share-*) environment="TMPDIR=/tmp/shared" arguments="--test-threads=1 --ignored --skip checklist::" ;;
     # These need no KVM but the network or a plain machine: `make unit` runs them.

@@ -5,7 +5,7 @@ use std::io::Write;
 use std::process::{Command, Stdio};
 
 /// How a command ended and what it printed.
-#[derive(Debug)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Outcome {
     /// Exit code, or 128 plus the signal's number.
     pub code: i32,

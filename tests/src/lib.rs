@@ -6,6 +6,8 @@ mod command;
 mod container;
 mod leftovers;
 
+pub mod comparison;
+
 pub use bundle::{Bundle, RESULT_TIMEOUT, rootfs};
 pub use command::{Outcome, coracle, docker, run, shell};
 pub use container::Container;

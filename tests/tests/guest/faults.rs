@@ -1,0 +1,206 @@
+//! What is killed, full or gone at the wrong moment: engines end with the right state, everything can be
+//! removed, and nothing is left.
+
+use std::fs;
+use std::process::{Child, Command, Stdio};
+use std::thread::sleep;
+use std::time::Duration;
+
+use tests::{Bundle, Container, coracle, docker, shell};
+
+use crate::{assert_nothing_left, eventually};
+
+/// A detached container of Docker's, removed by force, which has to work whatever was done to it.
+struct Victim(String);
+
+impl Victim {
+    fn start(args: &[&str]) -> Self {
+        Victim(docker(&[&["run", "-d", "--runtime", "coracle"], args].concat()).text().to_owned())
+    }
+
+    fn inspect(&self, format: &str) -> String {
+        docker(&["inspect", "--format", format, &self.0]).text().to_owned()
+    }
+
+    fn pid(&self) -> String {
+        self.inspect("{{.State.Pid}}")
+    }
+
+    fn wait_for(&self, status: &str) {
+        eventually(status, || (self.inspect("{{.State.Status}}") == status).then_some(()));
+    }
+
+    fn remove(self) {
+        let removed = docker(&["rm", "-f", &self.0]);
+        assert_eq!(removed.code, 0, "{removed:?}");
+        assert_eq!(docker(&["inspect", &self.0]).code, 1);
+    }
+}
+
+#[test]
+fn a_killed_sandbox_process_is_a_killed_container() {
+    let victim = Victim::start(&["busybox", "sleep", "1000"]);
+
+    shell(&format!("kill -9 {}", victim.pid()));
+    victim.wait_for("exited");
+
+    assert_eq!(victim.inspect("{{.State.ExitCode}}"), "137");
+    victim.remove();
+    assert_nothing_left();
+}
+
+#[test]
+fn a_killed_sandbox_process_leaves_a_namespace_of_the_engine_s_as_it_was() {
+    shell("ip netns add faults; ip -n faults link add eth0 type veth peer name eth1");
+    shell("ip -n faults addr add 10.99.0.2/24 dev eth0; ip -n faults link set eth0 up");
+    let bundle = Bundle::new(&["sleep", "1000"]);
+    bundle.edit(|config| {
+        let namespaces = config["linux"]["namespaces"].as_array_mut().expect("a list");
+        namespaces.retain(|namespace| namespace["type"] != "network");
+        namespaces.push(serde_json::json!({ "type": "network", "path": "/run/netns/faults" }));
+    });
+    let container = Container::running_bundle("coracle-test-netns", bundle);
+    let joined = shell("ip netns exec faults tc qdisc show dev eth0 ingress");
+
+    shell(&format!("kill -9 {}", container.pid()));
+    drop(container);
+
+    let parted = shell("ip netns exec faults tc qdisc show dev eth0 ingress; ip netns del faults");
+    assert!(joined.stdout.contains("ingress"), "{joined:?}");
+    assert_eq!(parted.stdout, "", "{parted:?}");
+    assert_nothing_left();
+}
+
+#[test]
+fn a_killed_shim_takes_the_container_with_it() {
+    let victim = Victim::start(&["busybox", "sleep", "1000"]);
+    let shim = shell(&format!("awk '/^PPid/{{print $2}}' /proc/{}/status", victim.pid()));
+
+    shell(&format!("kill -9 {}", shim.text()));
+    victim.wait_for("exited");
+
+    victim.remove();
+    assert_nothing_left();
+}
+
+/// Docker as the lab starts it, ended without warning and started again.
+fn restart_dockerd() -> Child {
+    shell(
+        "kill -9 $(cat /run/docker.pid); while [ -d /proc/$(cat /run/docker.pid) ]; do sleep 0.1; done; rm -f /run/docker.pid",
+    );
+    let args = ["--config-file", "/run/lab/daemon.json", "--live-restore", "--containerd"];
+    let dockerd = Command::new("dockerd")
+        .args(args)
+        .arg("/run/containerd/containerd.sock")
+        .stdout(Stdio::null())
+        .stderr(fs::File::create("/run/lab/dockerd-again.log").expect("the lab's folder is there"))
+        .spawn()
+        .expect("dockerd is installed");
+    eventually("docker", || (docker(&["version"]).code == 0).then_some(()));
+    dockerd
+}
+
+#[test]
+fn containers_survive_a_killed_dockerd_with_live_restore() {
+    // Its parent is the lab, which does not wait for it: it stays, and serves the tests after this one.
+    let _first = restart_dockerd();
+    let victim =
+        Victim::start(&["busybox", "sh", "-c", "trap 'exit 7' TERM; while :; do sleep 0.1; done"]);
+    let pid = victim.pid();
+
+    let _second = restart_dockerd();
+
+    assert_eq!((victim.pid(), victim.inspect("{{.State.Status}}")), (pid, "running".to_owned()));
+    assert_eq!(docker(&["exec", &victim.0, "echo", "alive"]).text(), "alive");
+    docker(&["stop", &victim.0]);
+    assert_eq!(victim.inspect("{{.State.ExitCode}}"), "7");
+    victim.remove();
+    assert_nothing_left();
+}
+
+#[test]
+fn a_create_that_is_killed_on_its_way_leaves_nothing() {
+    for delay_ms in [20, 100, 400, 1500] {
+        let bundle = Bundle::new(&["sleep", "1000"]);
+        let mut create = Command::new("coracle")
+            .args(["create", "--bundle"])
+            .arg(bundle.path())
+            .arg("coracle-test-killed")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("coracle is installed");
+
+        sleep(Duration::from_millis(delay_ms));
+        // It may be done already.
+        let _ = create.kill();
+        create.wait().expect("a child can be waited for");
+
+        let deleted = coracle(&["delete", "--force", "coracle-test-killed"]);
+        assert_eq!(deleted.code, 0, "after {delay_ms} ms: {deleted:?}");
+        assert_nothing_left();
+    }
+}
+
+#[test]
+fn a_container_outlives_its_bundle() {
+    let bundle = Bundle::new(&["sleep", "1000"]);
+    let path = bundle.path().to_owned();
+    let container = Container::running_bundle("coracle-test-bundle", bundle);
+
+    fs::rename(&path, path.with_extension("gone")).expect("the bundle can be moved away");
+    let exec = coracle(&["exec", "coracle-test-bundle", "echo", "alive"]);
+    let killed = coracle(&["kill", "coracle-test-bundle", "KILL"]);
+    fs::rename(path.with_extension("gone"), &path).expect("and back");
+    drop(container);
+
+    assert_eq!((exec.text(), killed.code), ("alive", 0));
+    assert_nothing_left();
+}
+
+#[test]
+fn a_volume_whose_folder_is_removed_is_empty_and_hurts_nobody() {
+    shell("mkdir -p /tmp/faults/volume; echo x > /tmp/faults/volume/file");
+    let victim = Victim::start(&["-v", "/tmp/faults/volume:/volume", "busybox", "sleep", "1000"]);
+    assert_eq!(docker(&["exec", &victim.0, "cat", "/volume/file"]).text(), "x");
+
+    fs::remove_dir_all("/tmp/faults").expect("the folder is there");
+    let listing = docker(&[
+        "exec",
+        &victim.0,
+        "sh",
+        "-c",
+        "ls /volume | wc -l; echo y > /volume/new; echo $?",
+    ]);
+
+    assert_eq!(listing.text().lines().next(), Some("0"), "{listing:?}");
+    assert_eq!(docker(&["exec", &victim.0, "echo", "alive"]).text(), "alive");
+    victim.remove();
+    assert_nothing_left();
+}
+
+#[test]
+fn a_full_disk_is_said_and_leaves_nothing() {
+    shell(
+        "mkdir -p /tmp/full && mount -t tmpfs -o size=64k full /tmp/full && head -c 100000 /dev/zero > /tmp/full/filler",
+    );
+    let bundle = Bundle::new(&["true"]);
+    let bundle_path = bundle.path().display().to_string();
+
+    let created = coracle(&[
+        "--root",
+        "/tmp/full/root",
+        "create",
+        "--bundle",
+        &bundle_path,
+        "coracle-test-full",
+    ]);
+    let rest =
+        shell("rm /tmp/full/filler; ls -A /tmp/full/root/coracle-test-full; umount /tmp/full");
+
+    assert_eq!(created.code, 1, "{created:?}");
+    assert!(created.stderr.contains("No space left on device"), "{created:?}");
+    assert!(rest.stderr.contains("No such file"), "{rest:?}");
+    assert_nothing_left();
+}
