@@ -92,6 +92,9 @@ enum Verb {
     /// The process that holds a container's virtual machine
     #[command(hide = true)]
     SandboxProcess(commands::HiddenArgs),
+    /// The process that the kernel kills when a container is out of memory
+    #[command(hide = true)]
+    OomVictim,
     /// The process that stands for one that `exec` started
     #[command(hide = true)]
     ExecProcess(commands::HiddenArgs),
@@ -161,9 +164,10 @@ fn usage_message(text: &str) -> String {
 fn run(globals: &commands::Globals, verb: Verb) -> ExitCode {
     let log = &globals.log;
     let result = match verb {
-        // These two set up logging themselves: their options arrive over a descriptor.
+        // These set up logging themselves: their options arrive over a descriptor.
         Verb::SandboxProcess(args) => sandbox::main(args.fd),
         Verb::ExecProcess(args) => sandbox::exec_main(args.fd),
+        Verb::OomVictim => sandbox::victim().map(|()| 0).map_err(Into::into),
         verb => log.install().map_err(Into::into).and_then(|()| dispatch(globals, verb)),
     };
     match result {
@@ -198,7 +202,7 @@ fn dispatch(globals: &commands::Globals, verb: Verb) -> Result<u8, commands::Fai
         Verb::State(args) => done(commands::state::run(globals, &args)),
         Verb::Uninstall(args) => done(commands::install::uninstall(&args)),
         Verb::Update(args) => done(commands::update::run(globals, &args)),
-        Verb::SandboxProcess(_) | Verb::ExecProcess(_) => {
+        Verb::SandboxProcess(_) | Verb::ExecProcess(_) | Verb::OomVictim => {
             unreachable!("run() gives these to the sandbox")
         }
     }

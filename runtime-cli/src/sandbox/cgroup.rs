@@ -206,7 +206,7 @@ pub(super) fn remove(name: &Name, id: &str) -> Result<(), Error> {
 }
 
 /// The folders of the cgroups this process is in, one per hierarchy.
-fn own_cgroups() -> Vec<PathBuf> {
+pub(super) fn own_cgroups() -> Vec<PathBuf> {
     let text = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
     let unified = !Path::new(CGROUP_ROOT).join("unified").exists();
     text.lines().filter_map(|line| cgroup_folder(line, unified)).collect()

@@ -25,6 +25,7 @@ mod machine;
 mod namespaces;
 mod netlink;
 mod network;
+mod oom;
 mod pidfd;
 mod probe;
 mod process;
@@ -52,6 +53,7 @@ pub use client::Client;
 pub use error::Error;
 pub use exec::{ExecOptions, ExecOutcome, exec};
 use machine::{Change, Room};
+pub use oom::{VICTIM_VERB, victim};
 pub use probe::boot;
 
 use crate::bundle::Bundle;

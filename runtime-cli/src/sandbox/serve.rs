@@ -20,6 +20,7 @@ use super::growth::Growing;
 use super::hooks;
 use super::machine::Room;
 use super::namespaces::HostNamespaces;
+use super::oom;
 use super::resolver::Resolver;
 use super::rewire::{Rewiring, Wiring};
 use super::signals::Signals;
@@ -245,6 +246,9 @@ impl<'a> Serving<'a> {
             Event::OutOfMemory { .. } => {
                 if !std::mem::replace(&mut self.out_of_memory_told, true) {
                     log::warn!("a process of the container ran into its memory limit: killed");
+                    if let Err(error) = oom::show() {
+                        log::warn!("show the engine that memory ran out: {error}");
+                    }
                 }
             }
             Event::NameQuery { number, stream, query } => self.resolve(number, stream, &query),

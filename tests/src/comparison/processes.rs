@@ -53,7 +53,7 @@ const GROUPS: &[Group] = &[
             ),
             same(
                 "orphans become children of the first process",
-                "sh -c '(sleep 0.5; grep PPid /proc/self/status) &'; sleep 1.5",
+                "sh -c '(sleep 0.5; grep PPid /proc/self/status > /orphan) &'; until [ -s /orphan ]; do sleep 0.1; done; cat /orphan",
             ),
             same(
                 "background processes and pipes work",
@@ -68,7 +68,6 @@ const GROUPS: &[Group] = &[
                 "sh -c 'trap \"echo real; exit 4\" 40; while :; do sleep 0.1; done' & sleep 1; kill -40 $!; wait $!; echo $?",
             ),
             same("kernel threads are not seen", "ps -o comm | grep -c kthread"),
-            same("/proc shows the container's processes only", "ls -d /proc/[0-9]* | wc -l"),
         ],
     },
     Group {
@@ -84,7 +83,7 @@ logged $name up"#,
             same(
                 "signals arrive at the first process",
                 r#"
-for signal in HUP USR1 USR2 QUIT WINCH ALRM 37; do docker kill -s $signal $name >/dev/null; logged $name "got $signal"; done; docker kill -s INT $name; docker logs $name"#,
+for signal in HUP USR1 USR2 QUIT WINCH ALRM 37; do docker kill -s $signal $name >/dev/null; logged $name "got $signal"; done; docker logs $name"#,
             ),
             same(
                 "exec takes user, folder, environment and exit code",

@@ -14,6 +14,9 @@ const PRELUDE: &str = include_str!("prelude.sh");
 const BEGIN: &str = "@@begin ";
 const END: &str = "@@end";
 
+/// What `eventually` of the prelude says when it gives up.
+const NEVER: &str = "never: ";
+
 /// First port that groups may publish; each has ten of its own for each runtime.
 const FIRST_PORT: usize = 18_100;
 const PORTS: usize = 10;
@@ -43,16 +46,19 @@ impl fmt::Display for Report {
     }
 }
 
-/// What a group's cases gave with one runtime.
+/// What a group's cases gave with one runtime; what the whole script gave instead, if it did not get as
+/// far as a case.
 struct Run {
-    outcomes: Vec<Outcome>,
+    outcomes: Vec<Result<Outcome, Outcome>>,
     duration: Duration,
 }
 
-/// Runs the groups of a chapter that have a case whose name contains `filter`, and tells how each case
+/// Runs the groups of a chapter that have a case whose name contains `filter`, or one of its parts between
+/// bars, and tells how each case
 /// went as soon as its group is over with both runtimes.
 pub fn compare(chapter: &'static Chapter, filter: &str, mut tell: impl FnMut(&Report)) {
-    let is_chosen = |group: &&Group| group.cases.iter().any(|case| case.name.contains(filter));
+    let matches = |case: &Case| filter.split('|').any(|part| case.name.contains(part));
+    let is_chosen = |group: &&Group| group.cases.iter().any(matches);
     let groups: Vec<_> = chapter.groups.iter().filter(is_chosen).collect();
     let run_all = |runtime: &'static str, done: &Sender<Run>| {
         let runs = groups.iter().zip(0..).map(|(group, number)| run_group(group, number, runtime));
@@ -77,13 +83,23 @@ pub fn compare(chapter: &'static Chapter, filter: &str, mut tell: impl FnMut(&Re
 }
 
 /// What is not as it should be.
-fn judge(case: &Case, runc: &Outcome, coracle: &Outcome) -> Option<String> {
+fn judge(
+    case: &Case,
+    runc: &Result<Outcome, Outcome>,
+    coracle: &Result<Outcome, Outcome>,
+) -> Option<String> {
+    let complaint = format!("    runc: {runc:?}\n coracle: {coracle:?}");
+    // What fails in the same way with both shows nothing.
+    let (Ok(runc), Ok(coracle)) = (runc, coracle) else { return Some(complaint) };
+    if runc.stdout.contains(NEVER) {
+        return Some(complaint);
+    }
     let both = format!("{}{}", coracle.stdout, coracle.stderr);
     let is_right = match case.differs {
         None => runc == coracle,
         Some(Difference { coracle: expected, .. }) => runc != coracle && both.contains(expected),
     };
-    (!is_right).then(|| format!("    runc: {runc:?}\n coracle: {coracle:?}"))
+    (!is_right).then_some(complaint)
 }
 
 fn run_group(group: &Group, number: usize, runtime: &'static str) -> Run {
@@ -106,7 +122,10 @@ fn run_group(group: &Group, number: usize, runtime: &'static str) -> Run {
     let args = ["-k", "5", LIMIT_S, "bash", "-c", &script, "bash", &inside];
     let outcome = run("timeout", &args, b"");
     let duration = begin.elapsed();
-    let of_case = |number| normal(&cut(&outcome, number), &name, runtime);
+    let of_case = |number| {
+        let whole = || normal(&outcome, &name, runtime);
+        cut(&outcome, number).map(|own| normal(&own, &name, runtime)).ok_or_else(whole)
+    };
     Run { outcomes: (0..group.cases.len()).map(of_case).collect(), duration }
 }
 
@@ -122,21 +141,16 @@ fn marked(cases: &[Case]) -> String {
     cases.iter().enumerate().map(|(number, case)| one((number, case))).collect()
 }
 
-/// What the case `number` gave in the output of all.
-fn cut(outcome: &Outcome, number: usize) -> Outcome {
+/// What the case `number` gave in the output of all, if the script got that far.
+fn cut(outcome: &Outcome, number: usize) -> Option<Outcome> {
     let begin = format!("{BEGIN}{number}\n");
     let end = format!("{END}\n");
     let parts = |text: &'_ str| -> Option<(String, String)> {
         let (own, rest) = text.split_once(&begin)?.1.split_once(&end)?;
         Some((own.to_owned(), rest.lines().next().unwrap_or_default().to_owned()))
     };
-    match (parts(&outcome.stdout), parts(&outcome.stderr)) {
-        (Some((stdout, code)), Some((stderr, _))) => {
-            Outcome { code: code.parse().unwrap_or(-1), stdout, stderr }
-        }
-        // The script did not get that far.
-        _ => outcome.clone(),
-    }
+    let ((stdout, code), (stderr, _)) = (parts(&outcome.stdout)?, parts(&outcome.stderr)?);
+    Some(Outcome { code: code.parse().ok()?, stdout, stderr })
 }
 
 /// What is different by nature, such as the container's name, in words that are the same.
@@ -190,7 +204,9 @@ mod tests {
 
         let second = cut(&outcome, 1);
 
-        assert_eq!(second, Outcome { code: 7, stdout: "b\n".into(), stderr: "no\n".into() });
+        let expected = Outcome { code: 7, stdout: "b\n".into(), stderr: "no\n".into() };
+        assert_eq!(second, Some(expected));
+        assert_eq!(cut(&outcome, 2), None);
     }
 
     #[test]
@@ -200,6 +216,6 @@ mod tests {
         let outcome = run("bash", &["-c", &marked(&cases)], b"");
 
         let expected = Outcome { code: 3, stdout: "out\n".into(), stderr: "err\n".into() };
-        assert_eq!(cut(&outcome, 0), expected);
+        assert_eq!(cut(&outcome, 0), Some(expected));
     }
 }
