@@ -15,6 +15,7 @@ mod cgroup;
 mod client;
 mod console;
 mod control;
+mod disks;
 mod error;
 mod exec;
 mod folder;

@@ -28,7 +28,7 @@ use super::share::{self, ShareTree};
 use super::signals::Signals;
 use super::stdio::{self, Stdio};
 use super::streams::{Outputs, Owner, Running};
-use super::{CreateOptions, control, folder, hooks};
+use super::{CreateOptions, control, disks, folder, hooks};
 use crate::bundle::{self, Bundle};
 use crate::logging::{self, chain};
 use crate::settings;
@@ -75,6 +75,8 @@ enum Error {
     Network(#[from] network::Error),
     #[error(transparent)]
     Share(#[from] share::Error),
+    #[error(transparent)]
+    Disk(#[from] disks::Error),
     #[error("set up the virtual machine (`coracle check` says what is missing and what to do)")]
     Vm(#[from] vmm::Error),
     #[error("forbid core dumps")]
@@ -197,9 +199,10 @@ fn create(
     let network = &wiring.network;
     outliving.network = network.clone();
     let mut tree = ShareTree::new(&folder::share(dir), &bundle.rootfs)?;
-    let container = container(&bundle, dir, &state, &stdio, &mut tree)?;
+    let mut container = container(&bundle, dir, &state, &stdio, &mut tree)?;
     tree.seal()?;
-    let config = machine::config(&settings, &room, tree.path(), network.devices(), dir.path());
+    let mut config = machine::config(&settings, &room, tree.path(), network.devices(), dir.path());
+    config.disks = disks::of(&mut container.devices, &resources)?;
     let vm = Vmm::new(config)?;
     network.join()?;
     let (vm, mut agent) = listen(vm).map_err(Error::Connect)?;

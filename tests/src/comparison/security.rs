@@ -119,6 +119,13 @@ echo '{"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [{"names": ["mkdir", "mkdi
 run --rm --security-opt seccomp=$folder/profile.json --userns host --device /dev/null:/dev/mine --device /dev/zero:/dev/nought:r --sysctl net.ipv4.ip_local_port_range='2000 2100' --sysctl kernel.msgmax=9000 busybox sh -c '
   mkdir /x; echo $?; ln -s a b; echo $?; tr -s " " < /proc/self/uid_map; ls -l /dev/mine | cut -c 1; echo x > /dev/mine; head -c 3 /dev/nought | wc -c; cat /proc/sys/net/ipv4/ip_local_port_range /proc/sys/kernel/msgmax'"#,
             ),
+            same(
+                "a block device is read and written",
+                r#"
+truncate -s 16M $folder/disk; echo disk | dd of=$folder/disk conv=notrunc 2>/dev/null; dev=$(losetup -f --show $folder/disk)
+run --rm --device $dev:/dev/xvda --device /dev/net/tun --device /dev/fuse --cap-add NET_ADMIN busybox sh -c 'ls -l /dev/xvda /dev/net/tun /dev/fuse | cut -c 1; head -c 5 /dev/xvda; blockdev --getsize64 /dev/xvda; echo back | dd of=/dev/xvda seek=1 2>/dev/null; sync; ip tuntap add t0 mode tap; ls /sys/class/net | grep t0; exec 3<>/dev/fuse; echo $?'
+sync; dd if=$dev bs=1 skip=512 count=4 2>/dev/null; losetup -d $dev"#,
+            ),
             same("an unknown user is refused", "run --rm --name $name --user nosuch busybox true"),
         ],
     },
