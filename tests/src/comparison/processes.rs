@@ -127,6 +127,13 @@ for signal in HUP USR1 USR2 QUIT WINCH ALRM 37; do docker kill -s $signal $name 
 eventually sh -c "docker inspect --format '{{.State.Health.Status}}' $name | grep -q '^healthy'"; docker exec $name rm /healthy
 eventually sh -c "docker inspect --format '{{.State.Health.Status}}' $name | grep -q unhealthy"; field $name '{{.State.Health.Status}}'"#,
             ),
+            same(
+                "docker cp works both ways",
+                r#"
+mkdir -p $folder/in/sub; echo payload > $folder/in/sub/f; chmod 600 $folder/in/sub/f
+docker cp -q $folder/in $name:/copied; docker exec $name sh -c 'cat /copied/sub/f; stat -c %a /copied/sub/f; echo changed > /copied/sub/f'
+docker cp -q $name:/copied/sub/f - | tar -xO; docker cp -q $name:/nosuch -"#,
+            ),
             differs(
                 "`docker top` lists the processes",
                 "docker top $name -o pid,comm | awk 'NR==2{print $2}'",
