@@ -19,6 +19,7 @@ use crate::error::Error;
 use crate::event_loop::EventLoop;
 use crate::handle::VmHandle;
 use crate::jail::Jail;
+use crate::last_holder::LastHolder;
 use crate::memory::{GuestRam, MemoryError, SavedMemory, Store};
 use crate::metrics::{Metrics, Record, now_ns};
 use crate::peripherals::{self, Ends};
@@ -195,6 +196,7 @@ impl Vmm {
     pub fn start(self) -> Result<VmHandle, Error> {
         let Placed { buses, kept, vmm_loop, io_loop, spares, socket_files, dax, .. } = self.placed;
         let has_spares = !spares.is_empty();
+        let last_holder = LastHolder::of(&self.vm);
         let names = self.record.activities.iter().map(|(name, _)| name.clone()).collect();
         let shared = Shared {
             memory: self.ram.memory().clone(),
@@ -218,6 +220,7 @@ impl Vmm {
             kvm: self.kvm,
             vm: self.vm,
             ram: self.ram,
+            _last_holder: last_holder,
         };
         for (kind, subscribers) in [(Kind::Vmm, vmm_loop), (Kind::Io, io_loop)] {
             if !subscribers.is_empty() || has_spares {

@@ -17,6 +17,7 @@ use crate::console::ConsoleLog;
 use crate::control::{Control, Exit};
 use crate::error::Error;
 use crate::event_loop::EventLoop;
+use crate::last_holder::LastHolder;
 use crate::memory::GuestRam;
 use crate::metrics::{DeviceCounts, Metrics, Record};
 use crate::peripherals::{self, Ends};
@@ -44,6 +45,8 @@ pub struct VmHandle {
     /// Closed after the vCPU threads are gone, and before guest RAM goes.
     pub(crate) vm: VmFd,
     pub(crate) ram: GuestRam,
+    /// Closed last.
+    pub(crate) _last_holder: LastHolder,
 }
 
 impl VmHandle {

@@ -26,6 +26,7 @@ mod footprint;
 mod handle;
 mod jail;
 mod json;
+mod last_holder;
 mod memory;
 mod metrics;
 mod peripherals;
