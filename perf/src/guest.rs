@@ -228,8 +228,13 @@ fn initrd(script: &str, programs: &[&str]) -> Result<NamedTempFile> {
     let init = tree.path().join("init");
     fs::write(&init, format!("{PROLOGUE}{script}\necho {END}\nsleep 1000\n"))?;
     fs::set_permissions(&init, fs::Permissions::from_mode(0o755))?;
+    pack(tree.path())
+}
+
+/// An initrd of all that is in `tree`.
+pub fn pack(tree: &Path) -> Result<NamedTempFile> {
     let script = "find . | cpio -o -H newc --quiet";
-    let packed = Command::new("sh").args(["-c", script]).current_dir(tree.path()).output()?;
+    let packed = Command::new("sh").args(["-c", script]).current_dir(tree).output()?;
     if !packed.status.success() {
         bail!("cpio failed: {}", String::from_utf8_lossy(&packed.stderr));
     }

@@ -1,7 +1,8 @@
 //! Other VMMs: each boots Debian's kernel with an initrd whose init says one line on the console.
 
-use std::fs;
+use std::fs::{self, Permissions};
 use std::io::{BufRead, BufReader, Write};
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Instant;
@@ -10,6 +11,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::json;
 use tempfile::NamedTempFile;
 
+use crate::guest::pack;
 use crate::peer::{Kind, Peer};
 
 /// What the peer's init says.
@@ -101,13 +103,8 @@ pub fn marker_initrd() -> Result<NamedTempFile> {
         "#!/bin/busybox sh\n/bin/busybox mount -t devtmpfs dev /dev\n\
          echo {MARKER} > /dev/console\nexec /bin/busybox sleep 1000\n"
     );
-    fs::write(tree.path().join("init"), init)?;
-    let script = "chmod 755 init && find . | cpio -o -H newc --quiet";
-    let packed = Command::new("sh").args(["-c", script]).current_dir(tree.path()).output()?;
-    if !packed.status.success() {
-        bail!("cpio failed: {}", String::from_utf8_lossy(&packed.stderr));
-    }
-    let mut file = NamedTempFile::new()?;
-    file.write_all(&packed.stdout)?;
-    Ok(file)
+    let path = tree.path().join("init");
+    fs::write(&path, init)?;
+    fs::set_permissions(&path, Permissions::from_mode(0o755))?;
+    pack(tree.path())
 }

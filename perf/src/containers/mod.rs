@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use nix::sys::signal::{Signal, kill};
@@ -24,6 +24,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::peer::Peer;
+use crate::samples::Samples;
 
 pub use density::measure as density;
 pub use docker::measure as docker;
@@ -143,6 +144,37 @@ pub fn succeed(command: &mut Command) -> Result<()> {
         bail!("{command:?}: {status}");
     }
     Ok(())
+}
+
+/// How long `command` takes, which must succeed, in milliseconds.
+pub fn time_ms(command: &mut Command) -> Result<f64> {
+    let started = Instant::now();
+    succeed(command)?;
+    Ok(started.elapsed().as_secs_f64() * 1e3)
+}
+
+/// How long a container of `bundle` takes from the command to its end, in milliseconds.
+pub fn run_once(runtime: &Runtime, bundle: &Bundle) -> Result<f64> {
+    time_ms(&mut bundle.run(runtime, &[], &fresh_id()))
+}
+
+/// What `ours` and `theirs` give, in milliseconds, each in turn, `runs` times after a round that warms
+/// caches and is not counted.
+pub fn in_turn(
+    what: &str,
+    runs: u32,
+    ours: impl Fn() -> Result<f64>,
+    theirs: impl Fn() -> Result<f64>,
+) -> Result<[Samples; 2]> {
+    let mut samples: [Samples; 2] = Default::default();
+    for run in 0..=runs {
+        let pair = [ours()?, theirs()?];
+        eprintln!("{what}: run {run} of {runs}: {pair:.1?} ms");
+        if run > 0 {
+            samples.iter_mut().zip(pair).for_each(|(side, value)| side.add(value));
+        }
+    }
+    Ok(samples)
 }
 
 /// A container that runs in the background; dropping it ends it.

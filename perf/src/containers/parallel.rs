@@ -1,11 +1,10 @@
 //! Many containers that are started at once.
 
 use std::thread;
-use std::time::Instant;
 
 use anyhow::{Result, anyhow};
 
-use super::{Bundle, Runtime, fresh_id, succeed};
+use super::{Bundle, Runtime, run_once};
 use crate::Options;
 use crate::report::Report;
 use crate::samples::Samples;
@@ -36,11 +35,7 @@ pub fn measure(report: &mut Report, options: &Options) -> Result<()> {
 
 fn start_together(runtime: &Runtime, bundle: &Bundle, count: usize) -> Result<Vec<f64>> {
     thread::scope(|scope| {
-        let one = || {
-            let started = Instant::now();
-            succeed(&mut bundle.run(runtime, &[], &fresh_id()))?;
-            Ok(started.elapsed().as_secs_f64() * 1e3)
-        };
+        let one = || run_once(runtime, bundle);
         let threads: Vec<_> = (0..count).map(|_| scope.spawn(one)).collect();
         let join = |thread: thread::ScopedJoinHandle<'_, Result<f64>>| {
             thread.join().map_err(|_| anyhow!("a thread panicked"))?
