@@ -56,18 +56,15 @@ struct Version {
 
 impl Tree {
     /// What the guest may spare itself that has just opened `inode` as `handle`.
-    pub(super) fn spared(
-        &self,
-        context: &Context,
-        inode: u64,
-        handle: Option<u64>,
-    ) -> io::Result<OpenOptions> {
+    pub(super) fn spared(&self, context: &Context, inode: u64, handle: Option<u64>) -> OpenOptions {
         let mut options = self.close_options(inode);
         if self.cache == Cache::Auto {
-            let (attributes, _) = self.files.getattr(context, inode, handle)?;
-            options.set(OpenOptions::KEEP_CACHE, self.opening.is_unchanged(inode, &attributes));
+            let attributes = self.files.getattr(context, inode, handle);
+            let is_unchanged = attributes
+                .is_ok_and(|(attributes, _)| self.opening.is_unchanged(inode, &attributes));
+            options.set(OpenOptions::KEEP_CACHE, is_unchanged);
         }
-        Ok(options)
+        options
     }
 
     /// What the guest may spare itself when it closes `inode`.

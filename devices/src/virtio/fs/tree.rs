@@ -260,7 +260,7 @@ impl FileSystem for Tree {
             return Ok((Some(handle), OpenOptions::empty(), None));
         }
         let (handle, options, passthrough) = self.files.open(context, inode, flags, fuse_flags)?;
-        Ok((handle, options | self.spared(context, inode, handle)?, passthrough))
+        Ok((handle, options | self.spared(context, inode, handle), passthrough))
     }
 
     fn create(
