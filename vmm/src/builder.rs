@@ -137,10 +137,10 @@ impl Vmm {
         record.machine_ns = now_ns();
 
         let console = peripherals::open_console(&config.console)?;
-        let mut placement =
-            Placement::new(&vm, ram.device_memory(), &map.device_window, &Host::device_gsis())
-                .map_err(|source| Error::Place { name: "(any)".to_owned(), source })?
-                .with_dax_at(windows);
+        let (window, gsis) = (&map.device_window, &Host::device_gsis());
+        let mut placement = Placement::new(&vm, &posted, ram.device_memory(), window, gsis)
+            .map_err(|source| Error::Place { name: "(any)".to_owned(), source })?
+            .with_dax_at(windows);
         let control = Control::new(config.vcpus)
             .map_err(|source| Error::Start { what: "the machine's control", source })?;
         let jail = build_jail(config)?;

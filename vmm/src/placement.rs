@@ -24,7 +24,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::dax::Windows;
 use crate::event_loop::BoxedSubscriber;
-use crate::posted::post_writes;
+use crate::posted::PostedWrites;
 use crate::seccomp::Kind;
 use crate::state::Devices;
 use crate::vcpu::Buses;
@@ -97,6 +97,7 @@ pub struct Wired {
 /// The machine while devices are being put into it.
 pub struct Placement<'a> {
     vm: &'a VmFd,
+    posted: &'a PostedWrites,
     memory: &'a GuestMemoryMmap,
     windows: AddressAllocator,
     lines: IdAllocator,
@@ -139,12 +140,14 @@ impl<'a> Placement<'a> {
     /// `gsis`.
     pub fn new(
         vm: &'a VmFd,
+        posted: &'a PostedWrites,
         memory: &'a GuestMemoryMmap,
         windows: &Range<u64>,
         gsis: &Range<u32>,
     ) -> Result<Self, PlacementError> {
         Ok(Placement {
             vm,
+            posted,
             memory,
             windows: AddressAllocator::new(windows.start, windows.end - windows.start)
                 .map_err(PlacementError::Full)?,
@@ -216,7 +219,8 @@ impl<'a> Placement<'a> {
             .map_err(PlacementError::Full)?;
         let gsi = self.lines.allocate_id().map_err(PlacementError::Full)?;
         let place = MmioDevice { base: GuestAddress(window.start()), size: MMIO_WINDOW, gsi };
-        post_writes(self.vm, &place)
+        self.posted
+            .expect_at(self.vm, &place)
             .map_err(|source| PlacementError::Connect { what: "registers", source })?;
         self.placed.push(place);
         Ok(place)

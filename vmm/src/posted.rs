@@ -41,17 +41,6 @@ unsafe impl Send for Ring {}
 // SAFETY: as above.
 unsafe impl Sync for Ring {}
 
-/// Has KVM note what the guest writes to those registers of a virtio device at `place` that can wait.
-pub fn post_writes(vm: &VmFd, place: &MmioDevice) -> Result<(), kvm_ioctls::Error> {
-    if vm.check_extension(Cap::CoalescedMmio) {
-        for registers in POSTED_REGISTERS {
-            let start = IoEventAddress::Mmio(place.base.0 + u64::from(registers.start));
-            vm.register_coalesced_mmio(start, registers.end - registers.start)?;
-        }
-    }
-    Ok(())
-}
-
 impl PostedWrites {
     /// Those of `vm`; all its vCPUs share what `vcpu`, one of them, shows.
     pub fn open(vm: &VmFd, vcpu: &VcpuFd) -> io::Result<Self> {
@@ -59,6 +48,17 @@ impl PostedWrites {
         let pages = usize::try_from(vm.check_extension_int(Cap::CoalescedMmio)).unwrap_or(0);
         let ring = (pages != 0).then(|| Ring::map(vcpu, pages)).transpose()?;
         Ok(PostedWrites { ring })
+    }
+
+    /// Has KVM note what the guest writes to those registers of a virtio device at `place` that can wait.
+    pub fn expect_at(&self, vm: &VmFd, place: &MmioDevice) -> Result<(), kvm_ioctls::Error> {
+        if self.ring.is_none() {
+            return Ok(());
+        }
+        POSTED_REGISTERS.iter().try_for_each(|registers| {
+            let start = IoEventAddress::Mmio(place.base.0 + u64::from(registers.start));
+            vm.register_coalesced_mmio(start, registers.end - registers.start)
+        })
     }
 
     /// Carries out all writes that were noted, in their order.
