@@ -9,10 +9,8 @@ use std::mem::size_of;
 use std::net::Ipv4Addr;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
+use agent_protocol::DOMAIN_PORT;
 use nix::errno::Errno;
-
-/// The port of name servers.
-const DOMAIN_PORT: u16 = 53;
 
 // linux/bpf.h: commands, the type of the programs, where they are attached and how.
 const BPF_PROG_LOAD: libc::c_long = 5;

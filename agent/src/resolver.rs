@@ -6,13 +6,10 @@ use std::io::{self, ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsFd, BorrowedFd};
 
-use agent_protocol::{Event, Failed, RESOLVER};
+use agent_protocol::{DOMAIN_PORT, Event, Failed, RESOLVER};
 
 use crate::failure::Context;
 use crate::redirection;
-
-/// The port of name servers, for kernels that cannot redirect.
-const DOMAIN_PORT: u16 = 53;
 
 /// Queries that wait for an answer, and TCP connections that wait for a query. The oldest gives way:
 /// whoever asks so much has long asked again.

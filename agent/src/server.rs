@@ -99,7 +99,8 @@ pub struct Server {
 
 impl Server {
     /// Serves the host behind `control`, with stdio streams from `listener` and containers below
-    /// the cgroup v2 hierarchy at `cgroups`; the agent began at `started_us` of the guest's uptime. From here on SIGCHLD is blocked.
+    /// the cgroup v2 hierarchy at `cgroups`; the agent began at `started_us` of the guest's uptime. From
+    /// here on SIGCHLD is blocked.
     pub fn new(
         control: OwnedFd,
         listener: OwnedFd,

@@ -2,10 +2,9 @@
 
 use std::fs;
 use std::io::{self, ErrorKind};
-use std::time::Duration;
 
-use nix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
+use vmm::now_ns;
 
 use crate::state::ContainerDir;
 
@@ -90,12 +89,6 @@ impl Phases {
         let heading = format!("{:<26}{:>10}{:>10}\n", "PHASE", "START MS", "TOOK MS");
         std::iter::once(heading).chain(lines).collect()
     }
-}
-
-/// Nanoseconds of CLOCK_MONOTONIC.
-pub fn now_ns() -> u64 {
-    let now = clock_gettime(ClockId::CLOCK_MONOTONIC).map(Duration::from).unwrap_or_default();
-    u64::try_from(now.as_nanos()).unwrap_or(u64::MAX)
 }
 
 fn milliseconds(ns: u64) -> String {

@@ -33,6 +33,9 @@ pub const SHARE_PATH: &str = "/run/coracle/share";
 /// Name of a container's first process in messages; `exec`ed ones have names of their own.
 pub const INIT_PROCESS: &str = "";
 
-/// Where engines have their name server for containers on networks of the user's, at port 53. It is in
-/// the host's side of the container's network; the guest's loopback is another one.
+/// Where engines have their name server for containers on networks of the user's, at [`DOMAIN_PORT`]. It
+/// is in the host's side of the container's network; the guest's loopback is another one.
 pub const RESOLVER: std::net::Ipv4Addr = std::net::Ipv4Addr::new(127, 0, 0, 11);
+
+/// The port of name servers (RFC 1035, section 4.2).
+pub const DOMAIN_PORT: u16 = 53;

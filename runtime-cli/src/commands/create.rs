@@ -4,10 +4,10 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 use coracle::bundle::{self, Bundle};
-use coracle::phases::now_ns;
 use coracle::sandbox::{self, CreateOptions};
 use coracle::settings::Settings;
 use coracle::state::{ContainerDir, ContainerId};
+use vmm::now_ns;
 
 use super::Globals;
 

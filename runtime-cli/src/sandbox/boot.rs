@@ -7,11 +7,11 @@ use std::time::{Duration, Instant};
 use agent_protocol::{Event, Failed, Request, Response, VERSION};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use vmm::{Exit, VmHandle};
+use vmm::{Exit, VmHandle, now_ns};
 
 use super::agent::{self, Agent, Asker, Said};
 use super::signals::Signals;
-use crate::phases::{Phases, now_ns};
+use crate::phases::Phases;
 
 /// Why the guest did not get as far as a created container.
 #[derive(Debug, thiserror::Error)]

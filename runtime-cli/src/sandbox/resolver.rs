@@ -8,12 +8,9 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use agent_protocol::RESOLVER;
+use agent_protocol::{DOMAIN_PORT, RESOLVER};
 
 use crate::bundle::Bundle;
-
-/// The port of name servers.
-const DOMAIN_PORT: u16 = 53;
 
 /// Where programs look which name server to ask.
 const RESOLV_CONF: &str = "/etc/resolv.conf";
@@ -94,10 +91,14 @@ impl Resolver {
 
     /// The answers that are there, and nothing for queries that nobody answers.
     pub(super) fn answers(&mut self) -> Vec<(u32, Option<Vec<u8>>)> {
+        if self.queries.is_empty() {
+            return Vec::new();
+        }
         let now = Instant::now();
+        let mut bytes = vec![0; MAX_MESSAGE_BYTES];
         let mut answers = Vec::new();
         self.queries.retain_mut(|query| {
-            let answer = match query.socket.receive() {
+            let answer = match query.socket.receive(&mut bytes) {
                 Ok(None) if now < query.deadline => return true,
                 Ok(answer) => answer,
                 Err(_) => None,
@@ -130,20 +131,19 @@ impl Transport {
         Ok(Self::Datagram(socket))
     }
 
-    /// The answer, once it is there.
-    fn receive(&mut self) -> io::Result<Option<Vec<u8>>> {
-        let mut bytes = vec![0; MAX_MESSAGE_BYTES];
+    /// The answer, once it is there; `bytes` has room for the largest.
+    fn receive(&mut self, bytes: &mut [u8]) -> io::Result<Option<Vec<u8>>> {
         let waiting = |error: io::Error| match error.kind() {
             ErrorKind::WouldBlock | ErrorKind::Interrupted => Ok(None),
             _ => Err(error),
         };
         match self {
-            Self::Datagram(socket) => match socket.recv(&mut bytes) {
+            Self::Datagram(socket) => match socket.recv(bytes) {
                 Ok(count) => Ok(Some(bytes[..count].to_vec())),
                 Err(error) => waiting(error),
             },
             Self::Stream(stream, received) => {
-                match stream.read(&mut bytes) {
+                match stream.read(bytes) {
                     Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
                     Ok(count) => received.extend_from_slice(&bytes[..count]),
                     Err(error) => return waiting(error),

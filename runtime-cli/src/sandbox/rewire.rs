@@ -35,10 +35,15 @@ impl Wiring {
         // Before reading, so as not to miss what changes afterwards.
         let watch = Netlink::watch();
         let watch = watch.map_err(|source| network::Error::Read { what: "changes", source })?;
-        let mut network = Network::read()?;
-        let resolv_conf = resolver::resolv_conf(bundle);
-        network.guest.resolver = resolv_conf.as_deref().is_some_and(resolver::is_named_in);
-        Ok(Self { network, watch, resolv_conf })
+        let network = Network::read()?;
+        let mut wiring = Self { network, watch, resolv_conf: resolver::resolv_conf(bundle) };
+        wiring.network.guest.resolver = wiring.asks_engine();
+        Ok(wiring)
+    }
+
+    /// Whether the container goes by the engine's name server.
+    fn asks_engine(&self) -> bool {
+        self.resolv_conf.as_deref().is_some_and(resolver::is_named_in)
     }
 }
 
@@ -96,8 +101,8 @@ impl Serving<'_> {
         }
         network.retain(|link| !self.rewiring.refused.contains(&link.index));
         // Engines rewrite the file when the container gets its first network of the user's.
-        let asked = self.parts.wiring.resolv_conf.as_deref().is_some_and(resolver::is_named_in);
-        network.guest.resolver = asked || self.parts.wiring.network.guest.resolver;
+        let asks = self.parts.wiring.asks_engine();
+        network.guest.resolver = asks || self.parts.wiring.network.guest.resolver;
         let is_same = self.parts.wiring.network.guest == network.guest;
         self.parts.wiring.network = network;
         if !is_same || change != NetworkChange::default() {
