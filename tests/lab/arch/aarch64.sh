@@ -12,6 +12,8 @@ qemu_data=(qemu)
 machine=(-M "virt,virtualization=on,gic-version=${LAB_GIC:-3}")
 processor=(-cpu neoverse-n1)
 processor_icount=(-cpu neoverse-n1)
+processors=2
+cmdline_several=
 cmdline=
 console=ttyAMA0
 kvm_module= # built in
