@@ -5,7 +5,8 @@
 # stale for ever ("accel/tcg: Always lock pages before translation"). Linux patches its scheduler
 # whenever the first VM of a machine starts and the last one ends, so the lab hung once in a hundred
 # times. Debian 12 has 7.2; its backports have a newer one. That is unpacked into the cache and never
-# installed: the machine's own apt settings and packages stay as they are.
+# installed: the machine's own apt settings and packages stay as they are. What is still wrong with it
+# is mended in the cache's copy (`mend_emulator` of arch/).
 # Usage: emulator.sh ARCHITECTURE FOLDER
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -24,20 +25,27 @@ is_recent() {
   [ "$major" -gt 8 ] || { [ "$major" = 8 ] && [ "$minor" -ge 1 ]; }
 }
 
+# A copy of the machine's own, with its data where they are.
+copy() {
+  mkdir -p "$folder/root/usr/bin"
+  cp "$(command -v "$qemu")" "$folder/root/usr/bin/"
+  ln -sfn /usr/share "$folder/root/usr/share"
+}
+
 fetch() {
   local suite own; suite=$(debian_codename)-backports; own=$(dpkg --print-architecture)
   echo "lab: fetching QEMU from $suite" >&2
   # Their libraries are those of the release's own QEMU, which is installed.
   unpack_debian "$folder" "$suite" "${qemu_packages[@]/%/:$own}" || exit 2
   "$folder/root/usr/bin/$qemu" --version >/dev/null || fail "the fetched QEMU does not start"
-  touch "$folder/.complete"
 }
 
 command -v "$qemu" >/dev/null || fail "no $qemu: run 'make setup'"
-if is_recent; then
-  echo "$qemu"
-  exit
+if [ ! -e "$folder/.mended" ]; then
+  rm -rf "$folder"
+  if is_recent; then copy; else fetch; fi
+  mend_emulator "$folder/root/usr/bin/$qemu"
+  touch "$folder/.mended"
 fi
-[ -e "$folder/.complete" ] || fetch
 echo "$folder/root/usr/bin/$qemu"
 for directory in "${qemu_data[@]}"; do printf '%s\n' -L "$folder/root/usr/share/$directory"; done

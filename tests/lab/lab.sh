@@ -124,10 +124,8 @@ run_emulated() {
     done
   } > "$dir/environment"
 
-  local cpu=(-accel tcg,thread=multi "${processor[@]}" -smp "$processors")
-  if [ "$icount" = 1 ]; then
-    cpu=(-accel tcg -icount shift=0,sleep=off "${processor_icount[@]}" -smp 1) cmdline_several=
-  fi
+  local cpu=(-accel tcg,thread=multi "${processor[@]}" -smp 2)
+  [ "$icount" = 1 ] && cpu=(-accel tcg -icount shift=0,sleep=off "${processor_icount[@]}" -smp 1)
   local serial=(-serial "file:$dir/console") stdout=(-chardev "file,id=out,path=$dir/output") append=quiet
   [ "${LAB_CONSOLE:-0}" = 1 ] && { serial=(-serial file:/dev/stderr); append=; }
   local input=/dev/null
@@ -136,7 +134,7 @@ run_emulated() {
   local status=0
   timeout --foreground "${LAB_TIMEOUT:-3600}" "${emulator[@]}" "${machine[@]}" "${cpu[@]}" \
     -m "${LAB_MEMORY_MIB:-8192}" -kernel "$cache/vmlinuz" -initrd "$cache/lab.initrd" \
-    -append "console=$console panic=-1 $cmdline $cmdline_several $append" -nodefaults -no-user-config -display none -monitor none -no-reboot \
+    -append "console=$console panic=-1 $cmdline $append" -nodefaults -no-user-config -display none -monitor none -no-reboot \
     -fsdev local,id=host,path=/,security_model=none,readonly=on,multidevs=remap \
     -device virtio-9p-pci,fsdev=host,mount_tag=host \
     -fsdev "local,id=job,path=$dir,security_model=none" \

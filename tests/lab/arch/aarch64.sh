@@ -7,13 +7,12 @@ qemu_package=qemu-system-arm
 # What a QEMU that is unpacked and not installed is made of, and where its firmware is.
 qemu_packages=(qemu-system-arm qemu-system-common qemu-system-data)
 qemu_data=(qemu)
+mend_emulator() { :; }
 # LAB_GIC=2 is a machine whose KVM has no newer interrupt controller to offer. The processor is not
 # `max`, which is twice as slow.
 machine=(-M "virt,virtualization=on,gic-version=${LAB_GIC:-3}")
 processor=(-cpu neoverse-n1)
 processor_icount=(-cpu neoverse-n1)
-processors=2
-cmdline_several=
 cmdline=
 console=ttyAMA0
 kvm_module= # built in
