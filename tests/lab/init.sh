@@ -1,7 +1,24 @@
 #!/bin/busybox sh
 # PID 1 of the emulated lab: puts the root file system, the host's own or one from its cache, under an
-# overlay and hands over to inside.sh; what the lab writes is gone when it ends.
+# overlay, moves there and runs inside.sh; what the lab writes is gone when it ends.
 b=/bin/busybox
+if [ "${1:-}" = moved ]; then
+  out=/dev/null
+  for name in /sys/class/virtio-ports/*/name; do
+    [ "$($b cat "$name")" = lab.out ] && out=/dev/$($b basename "$($b dirname "$name")")
+  done
+  export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root TERM="${TERM:-linux}"
+  if [ -s /lab/command ]; then
+    /bin/bash "$LAB_REPO/tests/lab/inside.sh" "$($b cat /lab/command)" < /dev/null > "$out" 2>&1
+  else
+    /usr/bin/setsid -c /bin/bash "$LAB_REPO/tests/lab/inside.sh" \
+      < "/dev/$LAB_TERMINAL" > "/dev/$LAB_TERMINAL" 2>&1
+  fi
+  echo $? > /lab/status
+  $b sync
+  echo o > /proc/sysrq-trigger
+  exec $b sleep 60
+fi
 $b mkdir -p /proc /sys /dev /root /host /rw /job
 $b mount -t proc proc /proc
 $b mount -t sysfs sys /sys
@@ -34,23 +51,8 @@ done
 $b mount -t cgroup2 cgroup /root/sys/fs/cgroup
 $b mkdir -p /root/lib/modules
 $b mount --bind "/host$CORACLE_CACHE/lab/kernel/lib/modules" /root/lib/modules
-out=/dev/null
-# The kernel loads modules on demand by /sbin/modprobe of its first root, which is this one.
-$b mkdir -p /sbin
-printf '#!/bin/busybox sh\nexec /bin/busybox chroot /root /sbin/modprobe "$@"\n' > /sbin/modprobe
-$b chmod 755 /sbin/modprobe
-for name in /root/sys/class/virtio-ports/*/name; do
-  [ "$($b cat "$name")" = lab.out ] && out=/dev/$($b basename "$($b dirname "$name")")
-done
-export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root TERM="${TERM:-linux}"
-if [ -s /root/lab/command ]; then
-  $b chroot /root /bin/bash "$LAB_REPO/tests/lab/inside.sh" "$($b cat /root/lab/command)" \
-    < /root/dev/null > "/root$out" 2>&1
-else
-  $b chroot /root /usr/bin/setsid -c /bin/bash "$LAB_REPO/tests/lab/inside.sh" \
-    < "/root/dev/$LAB_TERMINAL" > "/root/dev/$LAB_TERMINAL" 2>&1
-fi
-echo $? > /root/lab/status
-$b sync
-echo o > /root/proc/sysrq-trigger
-$b sleep 60
+# Who enters a container's mount namespace gets what is on top of its first root, so this must be the
+# lab's root as anywhere else; and the kernel looks for modprobe where PID 1 is.
+cd /root || exit
+$b mount --move . /
+exec $b chroot . /bin/busybox sh "$LAB_REPO/tests/lab/init.sh" moved
