@@ -3,6 +3,9 @@
 use std::io;
 
 use caps::{CapSet, Capability};
+use fuse_backend_rs::api::filesystem::Context;
+
+use super::tree::Tree;
 
 /// The thread makes files in the name of somebody else until this is dropped.
 ///
@@ -12,6 +15,20 @@ use caps::{CapSet, Capability};
 pub(super) struct Credentials {
     former_uid: libc::uid_t,
     former_gid: libc::gid_t,
+}
+
+impl Tree {
+    /// Makes something new in the name of the guest's process.
+    pub fn make<T>(
+        &self,
+        context: &Context,
+        make: impl FnOnce(&Context) -> io::Result<T>,
+    ) -> io::Result<T> {
+        self.writable()?;
+        let _credentials = Credentials::assume(context.uid, context.gid)?;
+        // The library changes the identity as well, unless it is told that it is root's already.
+        make(&Context { uid: 0, gid: 0, pid: context.pid })
+    }
 }
 
 impl Credentials {

@@ -5,6 +5,7 @@ mod book;
 mod credentials;
 mod extension;
 mod ledger;
+mod listing;
 mod opening;
 mod saved;
 mod server;

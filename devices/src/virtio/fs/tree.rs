@@ -16,7 +16,7 @@ use fuse_backend_rs::passthrough::PassthroughFs;
 use fuse_backend_rs::transport::FsCacheReqHandler;
 
 use super::access::{Access, is_read_only};
-use super::credentials::Credentials;
+use super::listing::{Listings, Take};
 use super::opening::Opening;
 use super::server::{Cache, Options};
 use super::unnamed::{self, Unnamed};
@@ -35,6 +35,9 @@ const WANTED: FsOptions = FsOptions::ASYNC_READ
     .union(FsOptions::MAX_PAGES)
     .union(FsOptions::PARALLEL_DIROPS);
 
+/// Least that is read of a directory at once, in bytes: the longest name has room in it.
+const LISTING_BYTES: u32 = 1 << 10;
+
 /// What needs a DAX window.
 const OF_WINDOW: FsOptions = FsOptions::PERFILE_DAX;
 
@@ -50,6 +53,7 @@ pub(super) struct Tree {
     pub(super) opening: Opening,
     /// Files that the library does not know.
     pub unnamed: Unnamed,
+    listings: Listings,
 }
 
 impl Tree {
@@ -59,24 +63,13 @@ impl Tree {
         let access = if *read_only { Access::ReadOnly } else { Access::ReadWrite };
         let (cache, window) = (*cache, window.clone());
         let (opening, unnamed) = (Opening::default(), Unnamed::default());
-        Tree { files, access, cache, window, opening, unnamed }
+        let listings = Listings::default();
+        Tree { files, access, cache, window, opening, unnamed, listings }
     }
 
     /// EROFS unless the guest may change something.
     pub fn writable(&self) -> io::Result<()> {
         self.access.check()
-    }
-
-    /// Makes something new in the name of the guest's process.
-    pub fn make<T>(
-        &self,
-        context: &Context,
-        make: impl FnOnce(&Context) -> io::Result<T>,
-    ) -> io::Result<T> {
-        self.writable()?;
-        let _credentials = Credentials::assume(context.uid, context.gid)?;
-        // The library changes the identity as well, unless it is told that it is root's already.
-        make(&Context { uid: 0, gid: 0, pid: context.pid })
     }
 }
 
@@ -95,6 +88,7 @@ impl FileSystem for Tree {
         }
         self.unnamed.clear();
         self.opening.clear();
+        self.listings.clear();
         self.files.destroy();
     }
 
@@ -440,7 +434,8 @@ impl FileSystem for Tree {
         offset: u64,
         add: &mut dyn FnMut(DirEntry) -> io::Result<usize>,
     ) -> io::Result<()> {
-        self.files.readdir(context, inode, handle, size, offset, add)
+        let read = |from, take: Take| self.files.readdir(context, inode, handle, size, from, take);
+        self.listings.list(handle, offset, read, |entry, _| add(entry))
     }
 
     fn readdirplus(
@@ -452,7 +447,21 @@ impl FileSystem for Tree {
         offset: u64,
         add: &mut dyn FnMut(DirEntry, Entry) -> io::Result<usize>,
     ) -> io::Result<()> {
-        self.files.readdirplus(context, inode, handle, size, offset, add)
+        // An entry takes about four times the room in the answer than it takes here.
+        let read = |from, take: Take| {
+            self.files.readdir(context, inode, handle, (size / 4).max(LISTING_BYTES), from, take)
+        };
+        self.listings.list(handle, offset, read, |mut name, text| {
+            let entry = self.lookup(context, inode, text)?;
+            let node = entry.inode;
+            name.ino = entry.attr.st_ino;
+            let added = add(name, entry)?;
+            // Where it does not fit any more, the guest has not heard of it.
+            if added == 0 {
+                self.forget(context, node, 1);
+            }
+            Ok(added)
+        })
     }
 
     fn fsyncdir(
@@ -466,6 +475,7 @@ impl FileSystem for Tree {
     }
 
     fn releasedir(&self, context: &Context, inode: u64, flags: u32, handle: u64) -> io::Result<()> {
+        self.listings.close(handle);
         self.files.releasedir(context, inode, flags, handle)
     }
 
