@@ -335,6 +335,8 @@ pub struct Device {
     pub uid: u32,
     /// Group.
     pub gid: u32,
+    /// The serial number of the guest's disk that it stands for, whose numbers it gets then.
+    pub disk: Option<String>,
 }
 
 /// A container's cgroup in the guest (cgroup v2).

@@ -15,6 +15,7 @@ mod cgroup;
 mod client;
 mod console;
 mod control;
+mod disks;
 mod error;
 mod exec;
 mod folder;
@@ -141,12 +142,21 @@ fn created(dir: &ContainerDir, bundle: &Bundle, options: &CreateOptions) -> Resu
 
 /// Body of the hidden verb [`SANDBOX_VERB`].
 pub fn main(fd: RawFd) -> ! {
+    take_name();
     std::process::exit(process::main(fd))
 }
 
 /// Body of the hidden verb [`EXEC_VERB`].
 pub fn exec_main(fd: RawFd) -> ! {
+    take_name();
     std::process::exit(exec::main(fd))
+}
+
+/// What `ps` and `docker top` show: a process that was started from `/proc/self/exe` is called `exe`.
+fn take_name() {
+    if let Err(error) = nix::sys::prctl::set_name(c"coracle") {
+        log::debug!("name the process: {error}");
+    }
 }
 
 /// Kills the sandbox process of a container, if it still runs, and waits until it is gone.

@@ -28,7 +28,7 @@ use super::share::{self, ShareTree};
 use super::signals::Signals;
 use super::stdio::{self, Stdio};
 use super::streams::{Outputs, Owner, Running};
-use super::{CreateOptions, control, folder, hooks};
+use super::{CreateOptions, control, disks, folder, hooks};
 use crate::bundle::{self, Bundle};
 use crate::logging::{self, chain};
 use crate::phases::Phases;
@@ -76,6 +76,8 @@ enum Error {
     Network(#[from] network::Error),
     #[error(transparent)]
     Share(#[from] share::Error),
+    #[error(transparent)]
+    Disk(#[from] disks::Error),
     #[error("set up the virtual machine (`coracle check` says what is missing and what to do)")]
     Vm(#[from] vmm::Error),
     #[error("forbid core dumps")]
@@ -110,6 +112,13 @@ struct Poststop {
 }
 
 impl Outliving {
+    /// Reads the network that the sandbox will be connected to.
+    fn wire(&mut self, bundle: &Bundle) -> Result<Wiring, network::Error> {
+        let wiring = Wiring::read(bundle)?;
+        self.network = wiring.network.clone();
+        Ok(wiring)
+    }
+
     /// Takes everything back, the state folder last: with it goes the container's name. Then, as
     /// after every other end (runtime.md, Lifecycle), the poststop hooks run.
     fn take_back(self, dir: &ContainerDir) {
@@ -200,12 +209,12 @@ fn create(
     outliving.hooks = Some(keep_poststop(&bundle, dir, &state, &host)?);
     run_hooks(&bundle, &state, &host)?;
     phases.end("run the hooks");
-    let wiring = Wiring::read(&bundle)?;
+    let wiring = outliving.wire(&bundle)?;
     let network = &wiring.network;
-    outliving.network = network.clone();
-    let (container, tree) = share(&bundle, dir, &state, &stdio)?;
+    let (mut container, tree) = share(&bundle, dir, &state, &stdio)?;
     phases.end("share the files");
-    let config = machine::config(&settings, &room, tree.path(), network.devices(), dir.path());
+    let mut config = machine::config(&settings, &room, tree.path(), network.devices(), dir.path());
+    config.disks = disks::of(&mut container.devices, &resources)?;
     let (vm, mut agent) = start_machine(config, network, &mut phases)?;
     let timeout_s = settings.boot_timeout_s;
     let mut boot = Boot { vm: &vm, agent: &mut agent, caller, signals: &mut signals, timeout_s };

@@ -8,15 +8,17 @@ use super::{Error, text};
 /// Mode of a node whose configuration gives none (runc's default).
 const DEFAULT_MODE: u32 = 0o666;
 
-/// Nodes that work in every guest, because its kernel implements them: memory devices, terminals
-/// and FUSE, as (major, minor or any).
-const GUEST_DEVICES: &[(i64, Option<i64>)] = &[(1, None), (5, None), (10, Some(229)), (136, None)];
+/// Nodes that work in every guest, because its kernel implements them: memory devices, terminals,
+/// tunnels and FUSE, as (major, minor or any).
+const GUEST_DEVICES: &[(i64, Option<i64>)] =
+    &[(1, None), (5, None), (10, Some(200)), (10, Some(229)), (136, None)];
 
 /// The nodes of `linux.devices`.
 ///
 /// All are made, because programs look for the file; but a node in the guest stands for a device
 /// of the guest. Those of the host that the guest does not have cannot be opened, and that is
-/// logged once, as `--privileged` lists hundreds.
+/// logged once, as `--privileged` lists hundreds. Whoever calls this may give the guest disks for block
+/// devices.
 pub fn translate(devices: &[LinuxDevice]) -> Result<Vec<Device>, Error> {
     let foreign: Vec<_> = devices.iter().filter(|device| !is_guest_device(device)).collect();
     if let Some(first) = foreign.first() {
@@ -37,7 +39,9 @@ fn is_guest_device(device: &LinuxDevice) -> bool {
     match device.typ() {
         LinuxDeviceType::P => true,
         LinuxDeviceType::C | LinuxDeviceType::U => GUEST_DEVICES.iter().any(known),
-        LinuxDeviceType::A | LinuxDeviceType::B => false,
+        // Given to the guest as disks, if at all.
+        LinuxDeviceType::B => true,
+        LinuxDeviceType::A => false,
     }
 }
 
@@ -71,6 +75,7 @@ fn device(device: &LinuxDevice) -> Result<Device, Error> {
         uid: device.uid().unwrap_or(0),
         gid: device.gid().unwrap_or(0),
         path,
+        disk: None,
     })
 }
 
@@ -95,6 +100,7 @@ mod tests {
             mode: 0o660,
             uid: 1,
             gid: 2,
+            disk: None,
         };
         assert_eq!(translated(json).unwrap(), [expected]);
     }
