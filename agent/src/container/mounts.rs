@@ -80,13 +80,14 @@ fn bind(root: &Root, entry: &Mount, flags: MsFlags) -> Result<(), Failed> {
 fn file_system(root: &Root, entry: &Mount, flags: MsFlags) -> Result<(), Failed> {
     let step = format!("mount {} ({}) to {}", entry.source, entry.fstype, entry.destination);
     let destination = Path::new(&entry.destination);
+    let was_there = root.find(destination).is_ok();
     let below = root.create(destination, Kind::Directory).context(&step)?;
     let tmpfs = entry.fstype == "tmpfs";
     let fstype = if entry.fstype == "cgroup" { "cgroup2" } else { entry.fstype.as_str() };
     let data = match (fstype, tmpfs) {
         // Options such as the names of version 1 controllers mean nothing to version 2.
         ("cgroup2", _) => String::new(),
-        (_, true) => tmpfs_options(&entry.data, &below).context(&step)?,
+        (_, true) if was_there => tmpfs_options(&entry.data, &below).context(&step)?,
         _ => entry.data.clone(),
     };
     // A read-only tmpfs is first filled: see `finish`.
@@ -102,8 +103,8 @@ fn file_system(root: &Root, entry: &Mount, flags: MsFlags) -> Result<(), Failed>
     Ok(())
 }
 
-/// `data` with the mode of the directory below, if it names none: a tmpfs on `/tmp` has to stay
-/// writable by everybody.
+/// `data` with the mode of the directory below, which the image has, if it names none: a tmpfs on `/tmp`
+/// has to stay writable by everybody.
 fn tmpfs_options(data: &str, below: &OwnedFd) -> nix::Result<String> {
     if data.split(',').any(|option| option.starts_with("mode=")) {
         return Ok(data.to_owned());

@@ -99,7 +99,7 @@ fn exec(globals: &Globals, args: &Args) -> anyhow::Result<u8> {
         detach: args.detach,
         log: globals.log.clone(),
     };
-    match sandbox::exec(&dir, &options)? {
+    match sandbox::exec(&dir, &options).context("unable to start container process")? {
         ExecOutcome::Exited(code) => Ok(u8::try_from(code).unwrap_or(u8::MAX)),
         ExecOutcome::Detached(_) => Ok(0),
     }

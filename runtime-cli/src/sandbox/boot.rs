@@ -68,8 +68,8 @@ pub enum Error {
         /// What was waited for.
         phase: &'static str,
     },
-    /// The agent could not do it.
-    #[error(transparent)]
+    /// The agent could not do it; in runc's words.
+    #[error("unable to start container process: {0}")]
     Refused(#[from] Failed),
     /// `create` was interrupted.
     #[error("interrupted while {phase}")]

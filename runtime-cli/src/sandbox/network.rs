@@ -46,6 +46,12 @@ const ETH_P_ALL: u16 = 3;
 /// Why the network cannot be handed over.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
+    /// Another machine has it.
+    #[error(
+        "the container's network namespace is another container's, whose network stack is in its \
+         virtual machine: put both on one network, where they find each other by name"
+    )]
+    Taken,
     /// The namespace cannot be examined.
     #[error("read the {what} of the container's network namespace")]
     Read {
@@ -94,6 +100,11 @@ impl Network {
     /// Reads what the engine set up in this thread's network namespace.
     pub(super) fn read() -> Result<Self, Error> {
         Self::read_with(|links| name_taps(links, &[], &[]))
+    }
+
+    /// The same for a machine that is to be connected to it.
+    pub(super) fn take() -> Result<Self, Error> {
+        if has_taps() { Err(Error::Taken) } else { Self::read() }
     }
 
     /// Reads what there is now: the links of `former` keep their taps, and new ones get a tap of

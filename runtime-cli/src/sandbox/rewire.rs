@@ -35,7 +35,7 @@ impl Wiring {
         // Before reading, so as not to miss what changes afterwards.
         let watch = Netlink::watch();
         let watch = watch.map_err(|source| network::Error::Read { what: "changes", source })?;
-        let network = Network::read()?;
+        let network = Network::take()?;
         let mut wiring = Self { network, watch, resolv_conf: resolver::resolv_conf(bundle) };
         wiring.network.guest.resolver = wiring.asks_engine();
         Ok(wiring)
