@@ -3,15 +3,26 @@
 //! for users, which `runtime-cli/DIFFERENCES.md` is made from.
 
 mod case;
+mod files;
+mod network;
+mod podman;
 mod processes;
 mod resources;
 mod run;
+mod security;
 
 pub use case::{Case, Chapter, Difference, Group, Place};
 pub use run::{Report, compare};
 
 /// Every case, by the chapters of the documentation.
-pub const CHAPTERS: [&Chapter; 2] = [&processes::CHAPTER, &resources::CHAPTER];
+pub const CHAPTERS: [&Chapter; 6] = [
+    &processes::CHAPTER,
+    &files::CHAPTER,
+    &network::CHAPTER,
+    &resources::CHAPTER,
+    &security::CHAPTER,
+    &podman::CHAPTER,
+];
 
 /// The documentation of what differs on purpose, as Markdown.
 pub fn differences() -> String {

@@ -18,3 +18,20 @@ logged() { eventually sh -c 'docker logs "$1" 2>&1 | grep -q "$2"' - "$1" "$2"; 
 
 # A field of docker inspect.
 field() { docker inspect --format "$2" "$1"; }
+
+# Runs a command with a terminal, as a user at one would. The end of the input may be echoed as ^@, or
+# come too late.
+terminal() { (set -o pipefail; script -qec "$1" /dev/null | sed 's/\^@//g'); }
+
+# The runtime's program, and Podman with it.
+program=$(command -v "$runtime")
+pod() { podman --runtime "$program" "$@"; }
+
+# Docker's image in Podman's storage, as $image; the container's own network and cgroups as Docker has them.
+podman_image() {
+  (
+    flock 9
+    podman images -q | grep -q . || docker save busybox | podman load -q >/dev/null
+  ) 9> /tmp/compare/podman.lock
+  image=$(podman images -q | head -n 1)
+}

@@ -4,6 +4,7 @@
 mod bad_input;
 mod docker;
 mod exec;
+mod faults;
 mod lifecycle;
 mod podman;
 mod stdio;

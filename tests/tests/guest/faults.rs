@@ -1,0 +1,133 @@
+//! What is killed, full or gone at the wrong moment: engines end with the right state, everything can be
+//! removed, and nothing is left.
+
+use std::fs;
+use std::process::{Command, Stdio};
+use std::thread::sleep;
+use std::time::Duration;
+
+use tests::{Bundle, coracle, docker, shell};
+
+use crate::{assert_nothing_left, eventually};
+
+/// A detached container of Docker's, removed by force, which has to work whatever was done to it.
+struct Victim(String);
+
+impl Victim {
+    fn start(args: &[&str]) -> Self {
+        Victim(docker(&[&["run", "-d", "--runtime", "coracle"], args].concat()).text().to_owned())
+    }
+
+    fn inspect(&self, format: &str) -> String {
+        docker(&["inspect", "--format", format, &self.0]).text().to_owned()
+    }
+
+    fn pid(&self) -> String {
+        self.inspect("{{.State.Pid}}")
+    }
+
+    fn wait_for(&self, status: &str) {
+        eventually(status, || (self.inspect("{{.State.Status}}") == status).then_some(()));
+    }
+
+    fn remove(self) {
+        let removed = docker(&["rm", "-f", &self.0]);
+        assert_eq!(removed.code, 0, "{removed:?}");
+        assert_eq!(docker(&["inspect", &self.0]).code, 1);
+    }
+}
+
+#[test]
+fn a_killed_sandbox_process_is_a_killed_container() {
+    let victim = Victim::start(&["busybox", "sleep", "1000"]);
+
+    shell(&format!("kill -9 {}", victim.pid()));
+    victim.wait_for("exited");
+
+    assert_eq!(victim.inspect("{{.State.ExitCode}}"), "137");
+    victim.remove();
+    assert_nothing_left();
+}
+
+#[test]
+fn a_killed_shim_takes_the_container_with_it() {
+    let victim = Victim::start(&["busybox", "sleep", "1000"]);
+    let shim = shell(&format!("awk '/^PPid/{{print $2}}' /proc/{}/status", victim.pid()));
+
+    shell(&format!("kill -9 {}", shim.text()));
+    victim.wait_for("exited");
+
+    victim.remove();
+    assert_nothing_left();
+}
+
+#[test]
+fn a_create_that_is_killed_on_its_way_leaves_nothing() {
+    for delay_ms in [20, 100, 400, 1500] {
+        let bundle = Bundle::new(&["sleep", "1000"]);
+        let mut create = Command::new("coracle")
+            .args(["create", "--bundle"])
+            .arg(bundle.path())
+            .arg("coracle-test-killed")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("coracle is installed");
+
+        sleep(Duration::from_millis(delay_ms));
+        // It may be done already.
+        let _ = create.kill();
+        create.wait().expect("a child can be waited for");
+
+        let deleted = coracle(&["delete", "--force", "coracle-test-killed"]);
+        assert_eq!(deleted.code, 0, "after {delay_ms} ms: {deleted:?}");
+        assert_nothing_left();
+    }
+}
+
+#[test]
+fn a_volume_whose_folder_is_removed_is_empty_and_hurts_nobody() {
+    shell("mkdir -p /tmp/faults/volume; echo x > /tmp/faults/volume/file");
+    let victim = Victim::start(&["-v", "/tmp/faults/volume:/volume", "busybox", "sleep", "1000"]);
+    assert_eq!(docker(&["exec", &victim.0, "cat", "/volume/file"]).text(), "x");
+
+    fs::remove_dir_all("/tmp/faults").expect("the folder is there");
+    let listing = docker(&[
+        "exec",
+        &victim.0,
+        "sh",
+        "-c",
+        "ls /volume | wc -l; echo y > /volume/new; echo $?",
+    ]);
+
+    assert_eq!(listing.text().lines().next(), Some("0"), "{listing:?}");
+    assert_eq!(docker(&["exec", &victim.0, "echo", "alive"]).text(), "alive");
+    victim.remove();
+    assert_nothing_left();
+}
+
+#[test]
+fn a_full_disk_is_said_and_leaves_nothing() {
+    shell(
+        "mkdir -p /tmp/full && mount -t tmpfs -o size=64k full /tmp/full && head -c 100000 /dev/zero > /tmp/full/filler",
+    );
+    let bundle = Bundle::new(&["true"]);
+    let bundle_path = bundle.path().display().to_string();
+
+    let created = coracle(&[
+        "--root",
+        "/tmp/full/root",
+        "create",
+        "--bundle",
+        &bundle_path,
+        "coracle-test-full",
+    ]);
+    let rest =
+        shell("rm /tmp/full/filler; ls -A /tmp/full/root/coracle-test-full; umount /tmp/full");
+
+    assert_eq!(created.code, 1, "{created:?}");
+    assert!(created.stderr.contains("No space left on device"), "{created:?}");
+    assert!(rest.stderr.contains("No such file"), "{rest:?}");
+    assert_nothing_left();
+}
