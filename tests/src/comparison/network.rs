@@ -36,7 +36,13 @@ const GROUPS: &[Group] = &[
             ),
             same(
                 "network parameters are Docker's",
-                "cat /proc/sys/net/ipv4/ip_unprivileged_port_start /proc/sys/net/ipv4/ping_group_range /proc/sys/net/ipv4/ip_forward; cat /proc/sys/net/ipv6/conf/all/disable_ipv6",
+                "cat /proc/sys/net/ipv4/ip_unprivileged_port_start /proc/sys/net/ipv4/ping_group_range",
+            ),
+            differs(
+                "a container's kernel forwards packets as the host's does",
+                "cat /proc/sys/net/ipv4/ip_forward",
+                "0",
+                "the guest's kernel forwards nothing unless it is told to: `--sysctl net.ipv4.ip_forward=1`",
             ),
             same(
                 "an unreachable host is refused as usual",
