@@ -17,20 +17,6 @@ pub(super) struct Credentials {
     former_gid: libc::gid_t,
 }
 
-impl Tree {
-    /// Makes something new in the name of the guest's process.
-    pub fn make<T>(
-        &self,
-        context: &Context,
-        make: impl FnOnce(&Context) -> io::Result<T>,
-    ) -> io::Result<T> {
-        self.writable()?;
-        let _credentials = Credentials::assume(context.uid, context.gid)?;
-        // The library changes the identity as well, unless it is told that it is root's already.
-        make(&Context { uid: 0, gid: 0, pid: context.pid })
-    }
-}
-
 impl Credentials {
     /// Takes on the identity; the thread must be allowed to (CAP_SETUID and CAP_SETGID).
     pub fn assume(uid: libc::uid_t, gid: libc::gid_t) -> io::Result<Self> {
@@ -44,6 +30,20 @@ impl Credentials {
             let _ = caps::raise(None, CapSet::Effective, Capability::CAP_DAC_OVERRIDE);
         }
         Ok(credentials)
+    }
+}
+
+impl Tree {
+    /// Makes something new in the name of the guest's process.
+    pub fn make<T>(
+        &self,
+        context: &Context,
+        make: impl FnOnce(&Context) -> io::Result<T>,
+    ) -> io::Result<T> {
+        self.writable()?;
+        let _credentials = Credentials::assume(context.uid, context.gid)?;
+        // The library changes the identity as well, unless it is told that it is root's already.
+        make(&Context { uid: 0, gid: 0, pid: context.pid })
     }
 }
 

@@ -52,7 +52,7 @@ impl Listings {
         &self,
         handle: u64,
         position: u64,
-        read: impl FnOnce(u64, Take) -> io::Result<()>,
+        read: impl Fn(u64, Take) -> io::Result<()>,
         mut take: impl FnMut(DirEntry, &CStr) -> io::Result<usize>,
     ) -> io::Result<()> {
         let listing = self.lock().remove(&handle);
@@ -61,10 +61,7 @@ impl Listings {
             read: position,
             ahead: VecDeque::new(),
         });
-        if listing.ahead.is_empty() {
-            listing.read_ahead(read)?;
-        }
-        let result = listing.give(&mut take);
+        let result = listing.answer(read, &mut take);
         self.lock().insert(handle, listing);
         result
     }
@@ -85,7 +82,23 @@ impl Listings {
 }
 
 impl Listing {
-    fn read_ahead(&mut self, read: impl FnOnce(u64, Take) -> io::Result<()>) -> io::Result<()> {
+    fn answer(
+        &mut self,
+        read: impl Fn(u64, Take) -> io::Result<()>,
+        mut take: impl FnMut(DirEntry, &CStr) -> io::Result<usize>,
+    ) -> io::Result<()> {
+        loop {
+            if self.ahead.is_empty() {
+                self.read_ahead(&read)?;
+            }
+            // An answer without entries is the end, even where all that was read ahead is gone since.
+            if self.ahead.is_empty() || self.give(&mut take)? || !self.ahead.is_empty() {
+                return Ok(());
+            }
+        }
+    }
+
+    fn read_ahead(&mut self, read: impl Fn(u64, Take) -> io::Result<()>) -> io::Result<()> {
         let ahead = &mut self.ahead;
         read(self.read, &mut |entry| {
             let name = CString::new(entry.name)?;
@@ -97,27 +110,27 @@ impl Listing {
         Ok(())
     }
 
+    /// Says whether any entry was taken.
     fn give(
         &mut self,
         mut take: impl FnMut(DirEntry, &CStr) -> io::Result<usize>,
-    ) -> io::Result<()> {
-        let mut is_first = true;
+    ) -> io::Result<bool> {
+        let mut any = false;
         while let Some(Listed { inode, position, kind, name }) = self.ahead.front() {
             let entry =
                 DirEntry { ino: *inode, offset: *position, type_: *kind, name: name.to_bytes() };
             match take(entry, name) {
                 Ok(0) => break,
-                Ok(_) => {}
+                Ok(_) => any = true,
                 // It is gone since, which is nothing to stop at.
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(error) if is_first => return Err(error),
+                Err(error) if !any => return Err(error),
                 Err(_) => break,
             }
             self.taken = *position;
             self.ahead.pop_front();
-            is_first = false;
         }
-        Ok(())
+        Ok(any)
     }
 }
 
@@ -160,6 +173,24 @@ mod tests {
         let (third, _) = answer(&listings, "f", position, 3);
 
         assert_eq!([first, second, third], ["ab", "cde", "f"]);
+    }
+
+    #[test]
+    fn what_comes_after_entries_that_are_all_gone_is_still_given() {
+        let listings = Listings::default();
+        answer(&listings, "ab", 0, 1);
+        let mut given = String::new();
+        let take = |_: DirEntry, name: &CStr| {
+            if name == c"b" {
+                return Err(io::ErrorKind::NotFound.into());
+            }
+            given += name.to_str().unwrap();
+            Ok(1)
+        };
+
+        listings.list(7, 1, |from, take| read("abc", from, take), take).unwrap();
+
+        assert_eq!(given, "c");
     }
 
     #[test]
