@@ -154,9 +154,8 @@ pub fn exec_main(fd: RawFd) -> ! {
 
 /// What `ps` and `docker top` show: a process that was started from `/proc/self/exe` is called `exe`.
 fn take_name() {
-    if let Err(error) = nix::sys::prctl::set_name(c"coracle") {
-        log::debug!("name the process: {error}");
-    }
+    // There is no log yet, and the kernel takes every name.
+    let _ = nix::sys::prctl::set_name(c"coracle");
 }
 
 /// Kills the sandbox process of a container, if it still runs, and waits until it is gone.

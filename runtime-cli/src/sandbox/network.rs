@@ -99,29 +99,40 @@ pub(super) struct Link {
 impl Network {
     /// Reads what the engine set up in this thread's network namespace.
     pub(super) fn read() -> Result<Self, Error> {
-        Self::read_with(|links| name_taps(links, &[], &[]))
+        Self::read_with(|links, _| {
+            name_taps(links, &[], &[]);
+            Ok(())
+        })
     }
 
     /// The same for a machine that is to be connected to it.
     pub(super) fn take() -> Result<Self, Error> {
-        if has_taps() { Err(Error::Taken) } else { Self::read() }
+        Self::read_with(|links, messages| {
+            name_taps(links, &[], &[]);
+            if messages.iter().any(is_tap) { Err(Error::Taken) } else { Ok(()) }
+        })
     }
 
     /// Reads what there is now: the links of `former` keep their taps, and new ones get a tap of
     /// `spare`, or else one that is not there. New ones that are not up are not ready.
     pub(super) fn read_after(former: &Self, spare: &[String]) -> Result<Self, Error> {
-        Self::read_with(|links| {
+        Self::read_with(|links, _| {
             links.retain(|link| link.up || former.link(link.index).is_some());
             name_taps(links, &former.links, spare);
+            Ok(())
         })
     }
 
-    fn read_with(name: impl FnOnce(&mut Vec<Link>)) -> Result<Self, Error> {
+    /// `name` gives the links their taps, and sees how the kernel describes all that there are.
+    fn read_with(
+        name: impl FnOnce(&mut Vec<Link>, &[Message]) -> Result<(), Error>,
+    ) -> Result<Self, Error> {
         let read = |what| move |source| Error::Read { what, source };
         let netlink = Netlink::open().map_err(read("links"))?;
         let dump = |what, question| netlink.dump(question).map_err(read(what));
-        let mut links = links(&dump("links", Message::GetLink(LinkMessage::default()))?);
-        name(&mut links);
+        let messages = dump("links", Message::GetLink(LinkMessage::default()))?;
+        let mut links = links(&messages);
+        name(&mut links, &messages)?;
         let addresses = dump("addresses", Message::GetAddress(AddressMessage::default()))?;
         let routes = dump("routes", Message::GetRoute(RouteMessage::default()))?;
         let neighbours = dump("neighbours", Message::GetNeighbour(NeighbourMessage::default()))?;
@@ -189,14 +200,15 @@ pub(super) fn tidy(path: &Path) {
 fn has_taps() -> bool {
     let links =
         Netlink::open().and_then(|netlink| netlink.dump(Message::GetLink(LinkMessage::default())));
-    let is_tap = |message: &Message| {
-        let Message::NewLink(link) = message else { return false };
-        link.attributes.iter().any(|attribute| {
-            let LinkAttribute::LinkInfo(info) = attribute else { return false };
-            info.iter().any(|part| matches!(part, LinkInfo::Kind(InfoKind::Tun)))
-        })
-    };
     links.map_or(true, |links| links.iter().any(is_tap))
+}
+
+fn is_tap(message: &Message) -> bool {
+    let Message::NewLink(link) = message else { return false };
+    link.attributes.iter().any(|attribute| {
+        let LinkAttribute::LinkInfo(info) = attribute else { return false };
+        info.iter().any(|part| matches!(part, LinkInfo::Kind(InfoKind::Tun)))
+    })
 }
 
 impl Link {
