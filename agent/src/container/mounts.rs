@@ -80,14 +80,14 @@ fn bind(root: &Root, entry: &Mount, flags: MsFlags) -> Result<(), Failed> {
 fn file_system(root: &Root, entry: &Mount, flags: MsFlags) -> Result<(), Failed> {
     let step = format!("mount {} ({}) to {}", entry.source, entry.fstype, entry.destination);
     let destination = Path::new(&entry.destination);
-    let was_there = root.find(destination).is_ok();
-    let below = root.create(destination, Kind::Directory).context(&step)?;
     let tmpfs = entry.fstype == "tmpfs";
+    let is_of_image = tmpfs && root.find(destination).is_ok();
+    let below = root.create(destination, Kind::Directory).context(&step)?;
     let fstype = if entry.fstype == "cgroup" { "cgroup2" } else { entry.fstype.as_str() };
-    let data = match (fstype, tmpfs) {
+    let data = match fstype {
         // Options such as the names of version 1 controllers mean nothing to version 2.
-        ("cgroup2", _) => String::new(),
-        (_, true) if was_there => tmpfs_options(&entry.data, &below).context(&step)?,
+        "cgroup2" => String::new(),
+        _ if is_of_image => tmpfs_options(&entry.data, &below).context(&step)?,
         _ => entry.data.clone(),
     };
     // A read-only tmpfs is first filled: see `finish`.
