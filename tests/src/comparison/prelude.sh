@@ -27,7 +27,7 @@ terminal() { (set -o pipefail; script -qec "$1" /dev/null | sed 's/\^@//g'); }
 program=$(command -v "$runtime")
 pod() { podman --runtime "$program" "$@"; }
 
-# Docker's image in Podman's storage, as $image; the container's own network and cgroups as Docker has them.
+# Docker's image in Podman's storage, as $image.
 podman_image() {
   (
     flock 9

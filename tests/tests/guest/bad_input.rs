@@ -222,19 +222,6 @@ fn a_sandbox_process_that_is_killed() {
 }
 
 #[test]
-fn a_command_that_is_killed_in_the_middle_of_create() {
-    let bundle = Bundle::new(&["true"]);
-    let path = bundle.path().to_str().unwrap();
-
-    shell(&format!(
-        "coracle create -b {path} t-half < /dev/null > /dev/null 2>&1 & sleep 0.3; kill -9 $!; wait"
-    ));
-    coracle(&["delete", "--force", "t-half"]);
-
-    assert_nothing_left();
-}
-
-#[test]
 fn a_command_that_does_not_exist_or_is_no_program() {
     let bundle = Bundle::new(&["nosuchprogram"]);
     let missing = refused(bundle.path(), "t-bad", &[]);

@@ -1,4 +1,4 @@
-//! What is killed, full or gone at the wrong moment: engines end with the right state, everything can be
+//! What is killed or gone at the wrong moment: engines end with the right state, everything can be
 //! removed, and nothing is left.
 
 use std::fs;
@@ -63,7 +63,7 @@ fn a_killed_shim_takes_the_container_with_it() {
 
 #[test]
 fn a_create_that_is_killed_on_its_way_leaves_nothing() {
-    for delay_ms in [20, 100, 400, 1500] {
+    for delay_ms in [20, 100, 300, 400, 1500] {
         let bundle = Bundle::new(&["sleep", "1000"]);
         let mut create = Command::new("coracle")
             .args(["create", "--bundle"])
@@ -104,30 +104,5 @@ fn a_volume_whose_folder_is_removed_is_empty_and_hurts_nobody() {
     assert_eq!(listing.text().lines().next(), Some("0"), "{listing:?}");
     assert_eq!(docker(&["exec", &victim.0, "echo", "alive"]).text(), "alive");
     victim.remove();
-    assert_nothing_left();
-}
-
-#[test]
-fn a_full_disk_is_said_and_leaves_nothing() {
-    shell(
-        "mkdir -p /tmp/full && mount -t tmpfs -o size=64k full /tmp/full && head -c 100000 /dev/zero > /tmp/full/filler",
-    );
-    let bundle = Bundle::new(&["true"]);
-    let bundle_path = bundle.path().display().to_string();
-
-    let created = coracle(&[
-        "--root",
-        "/tmp/full/root",
-        "create",
-        "--bundle",
-        &bundle_path,
-        "coracle-test-full",
-    ]);
-    let rest =
-        shell("rm /tmp/full/filler; ls -A /tmp/full/root/coracle-test-full; umount /tmp/full");
-
-    assert_eq!(created.code, 1, "{created:?}");
-    assert!(created.stderr.contains("No space left on device"), "{created:?}");
-    assert!(rest.stderr.contains("No such file"), "{rest:?}");
     assert_nothing_left();
 }
