@@ -60,6 +60,11 @@ impl Book {
         }
     }
 
+    /// The flags with which the guest opened `guest`; EBADF if it has no such handle.
+    pub fn flags(&self, guest: u64) -> io::Result<u32> {
+        self.open.get(&guest).map(|open| open.flags).ok_or_else(bad_handle)
+    }
+
     /// The guest is told of the file that the file system calls `own`, once more: its number there.
     pub fn tell(&mut self, own: u64) -> u64 {
         let guest = self.name(own);
@@ -174,6 +179,16 @@ mod tests {
         assert_eq!(book.file(7).unwrap(), 7);
         assert_eq!(book.open(3, OPEN), 3);
         assert_eq!(book.handle(3).unwrap(), 3);
+    }
+
+    #[test]
+    fn what_is_open_has_its_flags_until_it_is_closed() {
+        let mut book = Book::default();
+        book.open(3, Open { flags: 2, ..OPEN });
+
+        assert_eq!(book.flags(3).unwrap(), 2);
+        book.close(3);
+        assert_eq!(errno(book.flags(3)), Some(libc::EBADF));
     }
 
     #[test]

@@ -107,6 +107,7 @@ impl Ledger {
         for open in &state.open {
             let own = self.reopen(open).ok().flatten();
             let &OpenFile { handle, file, flags, is_directory } = open;
+            let flags = flags & !DONE;
             self.book().take_handle(handle, Open { file, flags, is_directory }, own);
         }
         Ok(())

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
@@ -69,16 +70,17 @@ impl Answer {
 }
 
 impl<'m> Guest<'m> {
-    fn mount(memory: &'m GuestMemoryMmap, root: &TempDir, read_only: bool) -> Self {
+    fn mount(memory: &'m GuestMemoryMmap, root: impl AsRef<Path>, read_only: bool) -> Self {
         Guest::mount_with(memory, root, Options { read_only, ..Options::default() })
     }
 
-    fn mount_with(memory: &'m GuestMemoryMmap, root: &TempDir, options: Options) -> Self {
-        let server = Server::with_options(root.path(), options).unwrap();
+    fn mount_with(memory: &'m GuestMemoryMmap, root: impl AsRef<Path>, options: Options) -> Self {
+        let root = root.as_ref();
+        let server = Server::with_options(root, options).unwrap();
         let mut device = Fs::new("root", server).with_window_at(WINDOW).unwrap();
         let driver = Driver::with_queues(memory, 2);
         device.activate(driver.activation()).unwrap();
-        let mut guest = Guest { device, driver, uid: root.path().metadata().unwrap().uid() };
+        let mut guest = Guest { device, driver, uid: root.metadata().unwrap().uid() };
         assert_eq!(guest.init().errno, 0);
         guest
     }
@@ -198,6 +200,20 @@ fn a_file_is_created_written_and_read_back() {
     let flags = (libc::O_RDWR | libc::O_CREAT) as u32;
     assert_eq!(guest.read(node, handle, flags).data, b"hello");
     assert_eq!(fs::read(root.path().join("file")).unwrap(), b"hello");
+}
+
+#[test]
+fn flags_that_the_host_refuses_leave_a_file_open() {
+    let memory = memory();
+    // No kernel has direct I/O there.
+    let mut guest = Guest::mount(&memory, "/proc/sys/kernel", true);
+    let node = guest.lookup("ostype").node();
+    let handle = guest.ask(OPEN, node, &[&[0; 8]]).field(0);
+
+    let first = guest.read(node, handle, libc::O_DIRECT as u32);
+    let second = guest.read(node, handle, 0);
+
+    assert_eq!((&first.data[..], &second.data[..]), (&b"Linux\n"[..], &b"Linux\n"[..]));
 }
 
 #[test]
@@ -679,7 +695,7 @@ fn writes_are_kept_back_if_it_was_chosen() {
 }
 
 /// The same guest with another device on `root`.
-fn handed_over<'m>(mut guest: Guest<'m>, root: &std::path::Path) -> Guest<'m> {
+fn handed_over<'m>(mut guest: Guest<'m>, root: &Path) -> Guest<'m> {
     let mut device = Fs::new("root", Server::open(root, false).unwrap());
     guest.driver.hand_over(0, &mut guest.device, &mut device);
     guest.device = device;
