@@ -116,13 +116,25 @@ pub trait Arch {
 /// The architecture this build runs on.
 #[cfg(target_arch = "x86_64")]
 pub type Host = x86_64::X86_64;
+#[cfg(all(target_arch = "x86_64", feature = "payload"))]
+pub use x86_64::payload;
 
 /// The architecture this build runs on.
 #[cfg(target_arch = "aarch64")]
 pub type Host = aarch64::Aarch64;
+#[cfg(all(target_arch = "aarch64", feature = "payload"))]
+pub use aarch64::payload;
 
 #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 compile_error!(
     "crate `arch` has no KVM backend for this target yet: implement `Arch` in its folder \
      and select it as `Host` in arch/src/lib.rs"
 );
+
+/// An address below 4 GiB as a payload has it in its instructions.
+#[cfg(feature = "payload")]
+const fn short(address: u64) -> u32 {
+    assert!(address <= u32::MAX as u64);
+    let [a, b, c, d, ..] = address.to_le_bytes();
+    u32::from_le_bytes([a, b, c, d])
+}

@@ -1,6 +1,8 @@
 //! The control socket of `coracle-vmm`, from a machine that waits to its exit code.
 
 mod payload;
+#[path = "payload/program.rs"]
+mod program;
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -9,7 +11,8 @@ use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::fcntl::{FcntlArg, fcntl};
-use payload::{HANG, Payload, TRIPLE_FAULT, print, print_for_ever};
+use payload::{END, HANG, Payload, print, print_for_ever};
+use program::end_code;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -25,7 +28,7 @@ struct Program {
 
 impl Program {
     fn start(code: &[Vec<u8>], arguments: &[&str]) -> Self {
-        let payload = Payload::elf(code);
+        let payload = Payload::of(code);
         let folder = TempDir::new().unwrap();
         let child = Command::new(env!("CARGO_BIN_EXE_coracle-vmm"))
             .args(["--memory=32", "--serial", "--kernel"])
@@ -154,12 +157,12 @@ fn a_machine_that_never_ran_can_be_stopped() {
 #[test]
 #[ignore = "needs /dev/kvm"]
 fn a_guest_that_ends_ends_the_program_whoever_listens() {
-    let program = Program::start(&[TRIPLE_FAULT.to_vec()], &["--paused"]);
+    let program = Program::start(&[END.to_vec()], &["--paused"]);
     let _idle = program.connect();
 
     assert_eq!(program.become_state("running"), 204);
 
-    assert_eq!(program.ended().status.code(), Some(4));
+    assert_eq!(program.ended().status.code(), end_code());
 }
 
 #[test]
@@ -198,7 +201,7 @@ fn metrics_come_as_prometheus_text() {
     assert_eq!(status, 200);
     for line in [
         "coracle_exits_total{reason=\"write\"} ",
-        "coracle_accesses_total{address=\"port 0x3f8\"} ",
+        &format!("coracle_accesses_total{{address=\"{}\"}} ", payload::UART),
         "coracle_device_chains_total{device=\"console\"} 0",
     ] {
         assert!(text.contains(line), "{line} is not in {text}");
@@ -271,7 +274,7 @@ fn a_check_names_every_fault_and_needs_no_kvm() {
 
 #[test]
 fn a_check_of_a_right_configuration_says_nothing() {
-    let payload = Payload::elf(&[HANG.to_vec()]);
+    let payload = Payload::of(&[HANG.to_vec()]);
     let output = Command::new(env!("CARGO_BIN_EXE_coracle-vmm"))
         .args(["--check", "--memory=32", "--kernel"])
         .arg(payload.config().boot.kernel)

@@ -1,6 +1,8 @@
 //! What is left to the threads of a running machine, and to whom `coracle-vmm` is of use.
 
 mod payload;
+#[path = "payload/program.rs"]
+mod program;
 
 use std::collections::BTreeMap;
 use std::fs::{self, Permissions};
@@ -10,7 +12,8 @@ use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use payload::{HANG, Payload, TRIPLE_FAULT, print, print_for_ever};
+use payload::{END, HANG, Payload, print, print_for_ever};
+use program::end_code;
 use tempfile::{NamedTempFile, TempDir};
 use vmm::{ConsoleOutput, DiskConfig, ShareConfig, UserConfig, VmConfig, VsockConfig};
 
@@ -33,7 +36,7 @@ struct Machine {
 
 impl Machine {
     fn of(code: &[Vec<u8>]) -> Self {
-        let payload = Payload::elf(code);
+        let payload = Payload::of(code);
         let mut config = payload.config();
         config.console.output = ConsoleOutput::Stdout;
         config.vsock = Some(VsockConfig { cid: 3, socket: None });
@@ -335,7 +338,7 @@ fn a_machine_without_filters_has_none() {
 #[test]
 #[ignore = "needs /dev/kvm and root"]
 fn a_user_who_may_open_kvm_runs_a_machine() {
-    let machine = Machine::of(&[print("hello"), TRIPLE_FAULT.to_vec()]);
+    let machine = Machine::of(&[print("hello"), END.to_vec()]);
     let config = machine.file();
 
     let output = Command::new("unshare")
@@ -348,5 +351,5 @@ fn a_user_who_may_open_kvm_runs_a_machine() {
 
     assert_eq!(output.stdout, b"hello", "{output:?}");
     // The guest's processor gave up, as it should.
-    assert_eq!(output.status.code(), Some(4), "{output:?}");
+    assert_eq!(output.status.code(), end_code(), "{output:?}");
 }

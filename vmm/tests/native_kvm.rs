@@ -6,8 +6,8 @@ mod payload;
 
 use std::time::{Duration, Instant};
 
-use driver::{Driver, map_registers};
-use payload::{HANG, Payload, TRIPLE_FAULT, print};
+use driver::Driver;
+use payload::{END, HANG, Payload, end, print, print_alphabet_for_ever, reach_devices};
 use tempfile::NamedTempFile;
 use vmm::{
     ConsoleOutput, DiskConfig, Error, Exit, MemoryBacking, NetConfig, SavedMemory, ShareConfig,
@@ -31,19 +31,19 @@ fn wait_for_output(vm: &VmHandle, wanted: &str) {
 
 #[test]
 #[ignore = "needs /dev/kvm"]
-fn a_guest_prints_and_ends_by_a_triple_fault() {
-    let payload = Payload::elf(&[print("hello"), TRIPLE_FAULT.to_vec()]);
+fn a_guest_prints_and_ends() {
+    let payload = Payload::of(&[print("hello"), END.to_vec()]);
 
     let vm = start(payload.config());
     wait_for_output(&vm, "hello");
 
-    assert_eq!(vm.wait(), Exit::TripleFault);
+    assert_eq!(vm.wait(), end());
 }
 
 #[test]
 #[ignore = "needs /dev/kvm"]
 fn a_guest_that_computes_for_ever_is_stopped() {
-    let payload = Payload::elf(&[print("up"), HANG.to_vec()]);
+    let payload = Payload::of(&[print("up"), HANG.to_vec()]);
     let vm = start(payload.config());
     wait_for_output(&vm, "up");
 
@@ -55,7 +55,7 @@ fn a_guest_that_computes_for_ever_is_stopped() {
 #[test]
 #[ignore = "needs /dev/kvm"]
 fn a_guest_that_never_started_to_print_is_stopped() {
-    let payload = Payload::elf(&[HANG.to_vec()]);
+    let payload = Payload::of(&[HANG.to_vec()]);
     let vm = start(payload.config());
 
     vm.stop();
@@ -66,7 +66,7 @@ fn a_guest_that_never_started_to_print_is_stopped() {
 #[test]
 #[ignore = "needs /dev/kvm"]
 fn a_paused_guest_does_nothing_until_it_is_resumed() {
-    let payload = Payload::elf(&[payload::print_for_ever(b'x')]);
+    let payload = Payload::of(&[payload::print_for_ever(b'x')]);
     let vm = start(payload.config());
     wait_for_output(&vm, "x");
 
@@ -88,7 +88,7 @@ fn a_paused_guest_does_nothing_until_it_is_resumed() {
 #[test]
 #[ignore = "needs /dev/kvm"]
 fn a_paused_guest_can_be_stopped() {
-    let payload = Payload::elf(&[HANG.to_vec()]);
+    let payload = Payload::of(&[HANG.to_vec()]);
     let vm = start(payload.config());
 
     vm.pause();
@@ -100,7 +100,7 @@ fn a_paused_guest_can_be_stopped() {
 #[test]
 #[ignore = "needs /dev/kvm"]
 fn the_vcpus_of_a_group_stop_together() {
-    let payload = Payload::elf(&[print("up"), HANG.to_vec()]);
+    let payload = Payload::of(&[print("up"), HANG.to_vec()]);
     let mut config = payload.config();
     config.vcpus = 4;
     let vm = start(config);
@@ -116,20 +116,20 @@ fn the_vcpus_of_a_group_stop_together() {
 #[test]
 #[ignore = "needs /dev/kvm"]
 fn exits_are_counted_by_address() {
-    let payload = Payload::elf(&[print("four"), TRIPLE_FAULT.to_vec()]);
+    let payload = Payload::of(&[print("four"), END.to_vec()]);
     let vm = start(payload.config());
     wait_for_output(&vm, "four");
 
     let exits = vm.metrics().exits;
 
-    assert_eq!(exits.by_address["port 0x3f8"], 4);
-    assert_eq!(vm.wait(), Exit::TripleFault);
+    assert_eq!(exits.by_address[payload::UART], 4);
+    assert_eq!(vm.wait(), end());
 }
 
 #[test]
 #[ignore = "needs /dev/kvm"]
 fn a_dropped_vm_leaves_no_thread() {
-    let payload = Payload::elf(&[HANG.to_vec()]);
+    let payload = Payload::of(&[HANG.to_vec()]);
     let mut config = payload.config();
     config.vcpus = 10;
     let vm = start(config);
@@ -159,9 +159,9 @@ fn a_text_file_is_no_kernel() {
 #[test]
 #[ignore = "needs /dev/kvm"]
 fn a_tap_that_does_not_exist_is_an_error_and_hurts_no_other_machine() {
-    let running = Payload::elf(&[HANG.to_vec()]);
+    let running = Payload::of(&[HANG.to_vec()]);
     let vm = start(running.config());
-    let payload = Payload::elf(&[TRIPLE_FAULT.to_vec()]);
+    let payload = Payload::of(&[END.to_vec()]);
     let mut config = payload.config();
     config.nets = vec![NetConfig::new("coracle-none", "02:00:00:00:00:01")];
 
@@ -182,14 +182,14 @@ fn a_guest_that_breaks_every_device_can_reset_and_use_each() {
     let share = tempfile::TempDir::new().unwrap();
     // In the order of their windows: console, entropy, socket, disk, share, network.
     let queues = [1, 0, 1, 0, 1, 1];
-    let mut code = vec![map_registers()];
+    let mut code = vec![reach_devices()];
     for (index, queue) in (0..).zip(queues) {
         let driver = Driver { index, queue };
         code.extend([driver.jump(), print("j"), driver.offer_no_descriptor(), print("d")]);
         code.extend([driver.start_nowhere(), print("n"), driver.kick_and_kick(), print("k")]);
         code.extend([driver.behave(), print("ok ")]);
     }
-    let payload = Payload::elf(&[code.concat(), print("end"), TRIPLE_FAULT.to_vec()]);
+    let payload = Payload::of(&[code.concat(), print("end"), END.to_vec()]);
     let mut config = payload.config();
     config.vsock = Some(VsockConfig { cid: 3, socket: None });
     config.disks = vec![DiskConfig::new("disk", disk.path().into())];
@@ -201,27 +201,8 @@ fn a_guest_that_breaks_every_device_can_reset_and_use_each() {
     wait_for_output(&vm, "end");
 
     assert_eq!(vm.console_tail(), "jdnkok jdnkok jdnkok jdnkok jdnkok jdnkok end");
-    assert_eq!(vm.wait(), Exit::TripleFault);
+    assert_eq!(vm.wait(), end());
 }
-
-/// Writes the lower-case alphabet to the UART again and again.
-const PRINT_ALPHABET: &[u8] = &[
-    0x66,
-    0xba,
-    0xf8,
-    0x03, // mov dx, 0x3f8
-    0xb0,
-    b'a', // start: mov al, 'a'
-    0xee, // next: out dx, al
-    0xfe,
-    0xc0, // inc al
-    0x3c,
-    b'z' + 1, // cmp al, 'z' + 1
-    0x75,
-    0xf9, // jne next
-    0xeb,
-    0xf5, // jmp start
-];
 
 /// What the machines of one guest printed, one after the other.
 fn printed(file: &NamedTempFile) -> String {
@@ -240,7 +221,7 @@ fn kept(payload: &Payload, output: &NamedTempFile) -> VmConfig {
 #[ignore = "needs /dev/kvm"]
 fn a_machine_built_anew_prints_on_where_the_saved_one_stopped() {
     let output = NamedTempFile::new().unwrap();
-    let payload = Payload::elf(&[PRINT_ALPHABET.to_vec()]);
+    let payload = Payload::of(&[print_alphabet_for_ever()]);
     let config = kept(&payload, &output);
     let mut vm = start(config.clone());
     wait_for_output(&vm, "xyz");
@@ -270,7 +251,7 @@ fn a_machine_built_anew_prints_on_where_the_saved_one_stopped() {
 fn a_register_that_was_written_before_the_save_is_written_after_it() {
     let output = NamedTempFile::new().unwrap();
     let console = Driver { index: 0, queue: 1 };
-    let payload = Payload::elf(&[map_registers(), console.select_in_turn()]);
+    let payload = Payload::of(&[reach_devices(), console.select_in_turn()]);
     let config = kept(&payload, &output);
     let mut vm = start(config.clone());
 
@@ -293,24 +274,24 @@ fn a_register_that_was_written_before_the_save_is_written_after_it() {
 #[test]
 #[ignore = "needs /dev/kvm"]
 fn register_writes_that_can_wait_cost_no_exits() {
-    let payload = Payload::elf(&[
-        map_registers(),
+    let payload = Payload::of(&[
+        reach_devices(),
         Driver { index: 0, queue: 1 }.behave(),
         print("end"),
-        TRIPLE_FAULT.to_vec(),
+        END.to_vec(),
     ]);
     let vm = start(payload.config());
     wait_for_output(&vm, "end");
 
     // Each of the five writes of the status, and the three characters.
     assert_eq!(vm.metrics().exits.writes, 5 + 3);
-    assert_eq!(vm.wait(), Exit::TripleFault);
+    assert_eq!(vm.wait(), end());
 }
 
 #[test]
 #[ignore = "needs /dev/kvm"]
 fn only_a_paused_machine_with_its_memory_in_a_file_is_saved() {
-    let payload = Payload::elf(&[HANG.to_vec()]);
+    let payload = Payload::of(&[HANG.to_vec()]);
     let mut config = payload.config();
     let vm = start(config.clone());
     vm.pause();
@@ -329,7 +310,7 @@ fn only_a_paused_machine_with_its_memory_in_a_file_is_saved() {
 #[test]
 #[ignore = "needs /dev/kvm"]
 fn the_state_of_another_machine_is_refused() {
-    let payload = Payload::elf(&[HANG.to_vec()]);
+    let payload = Payload::of(&[HANG.to_vec()]);
     let mut config = payload.config();
     config.memory.backing = MemoryBacking::Memfd;
     let vm = start(config.clone());

@@ -1,6 +1,8 @@
 //! `coracle-vmm` as whoever starts it sees it: what it says, and how it ends.
 
 mod payload;
+#[path = "payload/program.rs"]
+mod program;
 
 use std::fs::OpenOptions;
 use std::io;
@@ -10,7 +12,9 @@ use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use payload::{HANG, Payload, TRIPLE_FAULT, print, print_for_ever};
+use payload::{DEVICES, END, HANG, Payload, print, print_for_ever, reach_devices, store};
+use program::end_code;
+use virtio_bindings::virtio_mmio::VIRTIO_MMIO_STATUS;
 
 /// Generous, because this machine may be busy and its KVM emulated.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -35,15 +39,10 @@ fn start_with_input(payload: &Payload, input: Stdio) -> Child {
 }
 
 /// Code that writes each of `values` to the status register of the first virtio device.
-fn set_status(values: &[u8]) -> Vec<u8> {
-    // `mov eax, 0xc0000083; mov [0xbff8], rax`: maps the first device window at 0x3fe00000, in the
-    // last entry of the page tables a vmlinux starts with.
-    let mut code = vec![0xb8, 0x83, 0, 0, 0xc0, 0x48, 0x89, 0x04, 0x25, 0xf8, 0xbf, 0, 0];
-    for &value in values {
-        // `mov dword [0x3fe00070], value`
-        code.extend([0xc7, 0x04, 0x25, 0x70, 0, 0xe0, 0x3f, value, 0, 0, 0]);
-    }
-    code
+fn set_status(values: &[u32]) -> Vec<u8> {
+    let status = DEVICES + VIRTIO_MMIO_STATUS;
+    let writes = values.iter().map(|&value| store(status, value));
+    reach_devices().into_iter().chain(writes.flatten()).collect()
 }
 
 fn send(program: &Child, signal: i32) {
@@ -79,19 +78,19 @@ fn wait_for_output(program: &Child, bytes: i32) {
 
 #[test]
 #[ignore = "needs /dev/kvm"]
-fn a_triple_fault_has_a_code_of_its_own() {
-    let payload = Payload::elf(&[print("hello"), TRIPLE_FAULT.to_vec()]);
+fn the_way_a_guest_ends_has_a_code_of_its_own() {
+    let payload = Payload::of(&[print("hello"), END.to_vec()]);
 
     let output = start(&payload).wait_with_output().unwrap();
 
-    assert_eq!(output.status.code(), Some(4));
+    assert_eq!(output.status.code(), end_code());
     assert_eq!(output.stdout, b"hello");
 }
 
 #[test]
 #[ignore = "needs /dev/kvm"]
 fn a_driver_that_misbehaves_is_complained_about() {
-    let payload = Payload::elf(&[set_status(&[1, 2]), TRIPLE_FAULT.to_vec()]);
+    let payload = Payload::of(&[set_status(&[1, 2]), END.to_vec()]);
 
     let output = start(&payload).wait_with_output().unwrap();
 
@@ -102,7 +101,7 @@ fn a_driver_that_misbehaves_is_complained_about() {
 #[test]
 #[ignore = "needs /dev/kvm"]
 fn too_few_descriptors_are_an_error_that_says_so() {
-    let payload = Payload::elf(&[TRIPLE_FAULT.to_vec()]);
+    let payload = Payload::of(&[END.to_vec()]);
     let kernel = payload.config().boot.kernel;
     let run = |descriptors: u64| {
         let limit = libc::rlimit { rlim_cur: descriptors, rlim_max: descriptors };
@@ -121,7 +120,7 @@ fn too_few_descriptors_are_an_error_that_says_so() {
     };
 
     // From enough for the program itself to enough for the whole machine.
-    for output in (4..).map(run).take_while(|output| output.status.code() != Some(4)) {
+    for output in (4..).map(run).take_while(|output| output.status.code() != end_code()) {
         let message = String::from_utf8_lossy(&output.stderr);
         assert_eq!(output.status.code(), Some(1), "{message}");
         assert!(message.contains("Too many open files"), "{message}");
@@ -132,7 +131,7 @@ fn too_few_descriptors_are_an_error_that_says_so() {
 #[ignore = "needs /dev/kvm"]
 fn a_signal_ends_the_machine() {
     for signal in [libc::SIGINT, libc::SIGTERM] {
-        let payload = Payload::elf(&[print("up"), HANG.to_vec()]);
+        let payload = Payload::of(&[print("up"), HANG.to_vec()]);
         let program = start(&payload);
         wait_for_output(&program, 2);
 
@@ -145,7 +144,7 @@ fn a_signal_ends_the_machine() {
 #[test]
 #[ignore = "needs /dev/kvm"]
 fn a_signal_ends_a_machine_whose_output_nobody_reads() {
-    let payload = Payload::elf(&[print_for_ever(b'x')]);
+    let payload = Payload::of(&[print_for_ever(b'x')]);
     let program = start(&payload);
     let pipe = program.stdout.as_ref().unwrap().as_raw_fd();
     // SAFETY: the descriptor is open, and no memory is involved.
@@ -160,7 +159,7 @@ fn a_signal_ends_a_machine_whose_output_nobody_reads() {
 #[test]
 #[ignore = "needs /dev/kvm"]
 fn keys_send_signals_while_the_console_takes_none() {
-    let payload = Payload::elf(&[print("up"), HANG.to_vec()]);
+    let payload = Payload::of(&[print("up"), HANG.to_vec()]);
     let terminal = OpenOptions::new().read(true).write(true).open("/dev/ptmx").unwrap();
     let (master, unlocked) = (terminal.as_raw_fd(), 0);
     // SAFETY: the descriptor is open; the first request reads an int, the second takes flags.

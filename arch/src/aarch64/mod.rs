@@ -1,6 +1,8 @@
 //! aarch64: one line per method of [`Arch`](crate::Arch), pointing at the files of this folder.
 
 pub mod layout;
+#[cfg(feature = "payload")]
+pub mod payload;
 pub mod tables;
 
 mod boot;

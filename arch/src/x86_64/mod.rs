@@ -1,6 +1,8 @@
 //! x86_64: one line per method of [`Arch`], pointing at the files of this folder.
 
 pub mod layout;
+#[cfg(feature = "payload")]
+pub mod payload;
 #[cfg(target_arch = "x86_64")]
 pub mod tables;
 
