@@ -30,6 +30,15 @@ const SHOW_TREE: [u32; 3] = [
     0xb900_0041, // str w1, [x2]
 ];
 
+/// Asks the hypervisor where it tells of stolen time, and writes that to the UART.
+const STOLEN_TIME: [u32; 5] = [
+    0x52b8_a000, // mov w0, #0xc5000000
+    0x7280_0420, // movk w0, #0x21
+    0xd400_0002, // hvc #0
+    0xd2a1_6002, // mov x2, #0xb000000
+    0xb900_0040, // str w0, [x2]
+];
+
 /// Counts in w1 and writes the count to the UART, for ever.
 const COUNT: [u32; 5] = [
     0xd2a1_6002, // mov x2, #0xb000000
@@ -121,6 +130,15 @@ fn every_processor_of_a_large_machine_is_set_up() {
     guest.boot(image(&psci(SYSTEM_RESET)));
 
     assert!(matches!(guest.run(), Exit::Reset));
+}
+
+#[test]
+#[ignore = "needs /dev/kvm"]
+fn a_guest_is_told_of_stolen_time() {
+    let mut guest = Guest::new(1);
+    guest.boot(image(&STOLEN_TIME));
+
+    assert_eq!(u64::from(next_write(&mut guest)), layout::STOLEN_TIME.0);
 }
 
 #[test]

@@ -14,17 +14,27 @@ triple=$1-unknown-linux-gnu
 folder=${CORACLE_CACHE:-/var/cache/coracle}/cross-$1
 shift
 
+# Usage: dependency PACKAGE START_OF_NAME
+dependency() {
+  APT_CONFIG=$folder.apt/apt.conf apt-cache depends "$1" | awk -v start="$2" '$1 == "Depends:" && index($2, start) == 1 {print $2; exit}'
+}
+
 fetch() {
-  local own; own=$(dpkg --print-architecture)
+  local own library llvm; own=$(dpkg --print-architecture)
+  # Named after their versions, which are others where the release's updates come from as well.
+  private_apt "$folder.apt" "$(debian_codename)" "$own" || exit 2
+  library=$(dependency libstd-rust-web-dev libstd-rust-web-)
+  llvm=$(dependency "$library" libllvm)
+  rm -r "$folder.apt"
   echo "==> fetching Rust for $debian_architecture" >&2
-  unpack_debian "$folder" "$(debian_codename)" rustc-web:"$own" libstd-rust-web-1.85:"$own" \
-    libllvm19:"$own" libz3-4:"$own" libstd-rust-web-dev:"$own" \
+  unpack_debian "$folder" "$(debian_codename)" rustc-web:"$own" "$library:$own" \
+    "$llvm:$own" libz3-4:"$own" libstd-rust-web-dev:"$own" \
     "libstd-rust-web-dev:$debian_architecture" "libseccomp-dev:$debian_architecture" || exit 2
   # Not in the environment of all that cargo runs, because only this one program is unpacked.
   cat > "$folder/rustc" <<RUSTC
 #!/bin/sh
 root=$folder/root/usr
-export LD_LIBRARY_PATH=\$root/lib/$(uname -m)-linux-gnu:\$root/lib/llvm-19/lib
+export LD_LIBRARY_PATH=\$root/lib/$(uname -m)-linux-gnu:\$root/lib/llvm-${llvm#libllvm}/lib
 exec "\$root/bin/rustc" --sysroot "\$root" "\$@"
 RUSTC
   chmod 755 "$folder/rustc"

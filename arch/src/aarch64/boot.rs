@@ -177,7 +177,7 @@ mod tests {
 
     const RAM: usize = 8 << 20;
     /// What a kernel can occupy of it, in bytes.
-    const ROOM: u64 = RAM as u64 - layout::TREE_ROOM;
+    const ROOM: u64 = RAM as u64 - (layout::KERNEL.0 - layout::RAM.0);
 
     /// An Image of 64 KiB that occupies `size` bytes.
     fn image(size: u64) -> Vec<u8> {

@@ -7,7 +7,7 @@
 //! 0x0b00_0000  16550 UART
 //! 0x0b00_1000  PL031 real-time clock
 //! 0x1000_0000  device windows
-//! 0x4000_0000  RAM: device tree, then the kernel 2 MiB on, initrd at the top
+//! 0x4000_0000  RAM: device tree, stolen time of the vCPUs, then the kernel 2 MiB on, initrd at the top
 //!              from the next GiB on what extends it: mapped files, plugged memory
 //! ```
 
@@ -58,10 +58,17 @@ pub const DEVICES: Range<u64> = 0x1000_0000..0x4000_0000;
 
 /// Start of RAM, and of the device tree in it.
 pub const RAM: GuestAddress = GuestAddress(0x4000_0000);
-/// Room for the device tree: no larger one is allowed (Documentation/arch/arm64/booting.rst).
-pub const TREE_ROOM: u64 = 2 << 20;
+/// What lies before the kernel, in bytes.
+const BEFORE_KERNEL: u64 = 2 << 20;
+/// Room for the device tree, for which Linux allows no more than 2 MiB
+/// (Documentation/arch/arm64/booting.rst).
+pub const TREE_ROOM: u64 = BEFORE_KERNEL - STOLEN_TIME_BYTES;
+/// Where KVM tells how long each vCPU did not run that wanted to (Arm DEN0057A).
+pub const STOLEN_TIME: GuestAddress = GuestAddress(RAM.0 + TREE_ROOM);
+/// Size of all of that, in whole pages of the largest kind.
+pub const STOLEN_TIME_BYTES: u64 = 0x1_0000;
 /// Where the kernel's image goes: 2 MiB aligned, as that text wants it.
-pub const KERNEL: GuestAddress = GuestAddress(RAM.0 + TREE_ROOM);
+pub const KERNEL: GuestAddress = GuestAddress(RAM.0 + BEFORE_KERNEL);
 
 /// Where the last guest-physical address is that nearly every host has: 40 bits.
 pub const ADDRESSES_END: u64 = 1 << 40;
@@ -110,6 +117,12 @@ pub const fn affinity(index: u8) -> u32 {
     (cluster as u32) << 8 | core as u32
 }
 
+/// Where KVM tells how long the vCPU with this affinity did not run.
+pub const fn stolen_time(affinity: u32) -> u64 {
+    let index = affinity >> 8 << 4 | affinity & 0xf;
+    STOLEN_TIME.0 + index as u64 * 64
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -133,6 +146,14 @@ mod tests {
         let end = GIC_REDISTRIBUTORS + u64::from(u8::MAX) * GIC_REDISTRIBUTOR_BYTES;
 
         assert!(end <= UART);
+    }
+
+    #[test]
+    fn the_stolen_time_of_the_largest_machine_has_room() {
+        let places: Vec<_> = (0..=u8::MAX).map(|index| stolen_time(affinity(index))).collect();
+
+        assert!(places.is_sorted_by(|one, next| one + 64 == *next));
+        assert!(places[255] + 64 <= STOLEN_TIME.0 + STOLEN_TIME_BYTES);
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! How the guest learns the machine: a device tree with processors, interrupt controller, timer,
 //! UART and virtio devices.
 
-use vm_fdt::FdtWriter;
+use vm_fdt::{FdtReserveEntry, FdtWriter};
 use vm_memory::GuestMemoryMmap;
 
 use super::layout::{self, GicVersion};
@@ -40,7 +40,9 @@ fn tree(
     memory: &GuestMemoryMmap,
     machine: &Machine<'_>,
 ) -> Result<Vec<u8>, ArchError> {
-    let mut fdt = FdtWriter::new()?;
+    // What KVM writes there must not become anybody else's memory.
+    let stolen = FdtReserveEntry::new(layout::STOLEN_TIME.0, layout::STOLEN_TIME_BYTES)?;
+    let mut fdt = FdtWriter::new_with_mem_reserv(&[stolen])?;
     let root = fdt.begin_node("")?;
     fdt.property_string("compatible", "linux,dummy-virt")?;
     fdt.property_u32("#address-cells", 2)?;
@@ -220,6 +222,20 @@ mod tests {
 
         assert_eq!(tree.text("/intc@8000000/compatible"), "arm,cortex-a15-gic");
         assert_eq!(tree.cells("/intc@8000000/reg")[2..], [0, 0x1000, 0, 0x801_0000, 0, 0x2000]);
+    }
+
+    #[test]
+    fn nobody_else_gets_the_memory_with_the_stolen_time() {
+        let memory = memory();
+        let entry = Entry { address: layout::KERNEL, initrd: None, protocol: Protocol::Linux };
+        let machine = Machine { vcpus: 1, cmdline: "", entry, devices: &[] };
+        let tree = tree(GicVersion::V3, &memory, &machine).unwrap();
+
+        // The first entry of the memory reservation block, to which the header points.
+        let word = |at: usize| u64::from_be_bytes(tree[at..at + 8].try_into().unwrap());
+        let block = usize::try_from(word(16) >> 32).unwrap();
+        assert_eq!(word(block), layout::STOLEN_TIME.0);
+        assert_eq!(word(block + 8), layout::STOLEN_TIME_BYTES);
     }
 
     #[test]

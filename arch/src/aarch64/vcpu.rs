@@ -2,6 +2,7 @@
 #![cfg(target_arch = "aarch64")]
 
 mod state;
+mod stolen;
 
 use std::mem::offset_of;
 
@@ -24,6 +25,7 @@ pub fn reset(vm: &VmFd, vcpu: &VcpuFd, entry: Option<&Entry>) -> Result<(), Arch
     }
     vcpu.vcpu_init(&init).map_err(ArchError::kvm("initialize a vCPU"))?;
     finalize(vcpu, &init)?;
+    stolen::tell(vcpu)?;
     if let Some(entry) = entry {
         // The rest is as Documentation/arch/arm64/booting.rst wants it: KVM resets a vCPU to EL1 with
         // all interrupts masked, the MMU off, and zero in x1 to x3.

@@ -57,6 +57,7 @@ impl State {
             self.registers.iter().partition(|register| register.id == VECTOR_LENGTHS);
         lengths.iter().try_for_each(|register| register.apply(vcpu))?;
         super::finalize(vcpu, &init)?;
+        super::stolen::tell(vcpu)?;
         rest.iter().try_for_each(|register| register.apply(vcpu))?;
         let mut events = kvm_vcpu_events::default();
         if let Some(syndrome) = self.system_error {
