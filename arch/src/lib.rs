@@ -116,14 +116,14 @@ pub trait Arch {
 /// The architecture this build runs on.
 #[cfg(target_arch = "x86_64")]
 pub type Host = x86_64::X86_64;
-#[cfg(all(target_arch = "x86_64", feature = "payload"))]
-pub use x86_64::payload;
+#[cfg(all(target_arch = "x86_64", feature = "testing"))]
+pub use x86_64::{expected, payload};
 
 /// The architecture this build runs on.
 #[cfg(target_arch = "aarch64")]
 pub type Host = aarch64::Aarch64;
-#[cfg(all(target_arch = "aarch64", feature = "payload"))]
-pub use aarch64::payload;
+#[cfg(all(target_arch = "aarch64", feature = "testing"))]
+pub use aarch64::{expected, payload};
 
 #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 compile_error!(
@@ -132,7 +132,7 @@ compile_error!(
 );
 
 /// An address below 4 GiB as a payload has it in its instructions.
-#[cfg(feature = "payload")]
+#[cfg(feature = "testing")]
 const fn short(address: u64) -> u32 {
     assert!(address <= u32::MAX as u64);
     let [a, b, c, d, ..] = address.to_le_bytes();

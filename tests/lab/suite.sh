@@ -44,7 +44,7 @@ for executable in "${executables[@]}"; do
     # These need no KVM but the network or a plain machine: `make unit` runs them.
     image-*|server-*) ;;
     *) [ "$arch" = "$(uname -m)" ] || run "'$executable' ${1:-}"
-       run "'$executable' --test-threads=1 --ignored ${foreign_filter[*]} ${1:-}" ;;
+       run "'$executable' --test-threads=1 --ignored ${1:-}" ;;
   esac
 done
 export LAB_TIMEOUT=${LAB_TIMEOUT:-4500}

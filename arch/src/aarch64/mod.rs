@@ -1,7 +1,9 @@
 //! aarch64: one line per method of [`Arch`](crate::Arch), pointing at the files of this folder.
 
+#[cfg(feature = "testing")]
+pub mod expected;
 pub mod layout;
-#[cfg(feature = "payload")]
+#[cfg(feature = "testing")]
 pub mod payload;
 pub mod tables;
 

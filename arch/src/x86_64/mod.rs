@@ -1,7 +1,9 @@
 //! x86_64: one line per method of [`Arch`], pointing at the files of this folder.
 
+#[cfg(feature = "testing")]
+pub mod expected;
 pub mod layout;
-#[cfg(feature = "payload")]
+#[cfg(feature = "testing")]
 pub mod payload;
 #[cfg(target_arch = "x86_64")]
 pub mod tables;

@@ -20,7 +20,6 @@ has_virtualization() { [ -e /dev/kvm ]; }
 # What compiles for it on machines of another architecture.
 cross_prefix=aarch64-linux-gnu
 cross_packages=(gcc-aarch64-linux-gnu libc6-dev-arm64-cross)
-# Tests that are for other architectures: those of one's own parts, the login on a disk of packages for
-# this machine, and those that look for what only a PC has.
+# Tests that are for other architectures: those of one's own parts, and the login on a disk of packages
+# for this machine.
 foreign_tests=(x86_64 debian)
-foreign_filter=(--skip machine::)

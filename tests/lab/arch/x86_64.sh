@@ -31,4 +31,3 @@ kvm_module=kvm-amd
 has_virtualization() { grep -qwE 'vmx|svm' /proc/cpuinfo; }
 # Tests that are for other architectures.
 foreign_tests=(aarch64)
-foreign_filter=()
