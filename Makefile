@@ -5,11 +5,15 @@ MACHINE  := $(shell uname -m)
 # x86_64 or aarch64. Another one than this machine's is cross-compiled, and runs in a lab of its own.
 ARCH     ?= $(MACHINE)
 FOREIGN  := $(filter-out $(MACHINE),$(ARCH))
+# Those that `make test` looks at as well.
+OTHERS   := $(if $(filter x86_64,$(MACHINE)),aarch64)
 TARGET   := target/$(ARCH)-unknown-linux-gnu
 CACHE    := $(or $(CORACLE_CACHE),/var/cache/coracle)$(FOREIGN:%=/%)
 # Runs on this machine, whatever the images are for.
 IMAGE    := CORACLE_CACHE=$(CACHE) target/$(MACHINE)-unknown-linux-gnu/release/coracle-image
 LAB      := tests/lab/lab.sh
+# The lab whose clock counts instructions, without engines, wherever it runs.
+COUNTING := LAB_ICOUNT=1 LAB_ENGINES=0 LAB_FORCE=emulated
 # distro: Debian's kernel, ready in seconds. tuned: compiled from source, once per machine; it is
 # the default as soon as it is at hand.
 KERNEL   ?= $(if $(wildcard $(CACHE)/guest-tuned/kernel),tuned,distro)
@@ -20,7 +24,7 @@ FUZZ_SECONDS ?= 5
 export LAB_KERNEL = $(KERNEL)
 export LAB_ARCH = $(ARCH)
 
-.PHONY: run test build guest guest-images debian setup lab check unit fuzz guest-tests perf install clean
+.PHONY: run test smoke build guest guest-images debian setup lab check unit fuzz guest-tests perf install clean
 
 ## Builds everything and runs a container through Docker on Coracle. ARCH=aarch64: on an emulated one.
 run: build guest
@@ -33,10 +37,19 @@ ifdef FOREIGN
 test: guest
 	@echo "==> tests in the lab for $(ARCH)"
 	@tests/lab/suite.sh
-	@$(LAB) run 'tests/lab/hello.sh && tests/lab/smoke.sh'
+	@$(MAKE) --no-print-directory smoke
 else
-test: check unit fuzz guest-tests
+test: check unit fuzz guest-tests $(OTHERS:%=smoke-%)
 endif
+
+## The main job in the lab of another architecture: a container is run, entered, reached over its
+## network, and shares files. With Debian's kernel, which need not be compiled.
+smoke-%:
+	@$(MAKE) --no-print-directory smoke ARCH=$* KERNEL=distro
+
+smoke: guest
+	@echo "==> the main job in the lab for $(ARCH)"
+	@$(LAB) run 'tests/lab/hello.sh && tests/lab/smoke.sh'
 
 ## Packages, once per machine.
 setup:
@@ -94,11 +107,15 @@ guest-tests: guest-images debian
 	@LAB_KERNEL=tuned tests/lab/suite.sh
 	@echo "==> the main job, distro kernel"
 	@LAB_KERNEL=distro $(LAB) run tests/lab/hello.sh
+ifneq ($(wildcard perf/baselines/$(MACHINE).json),)
+	@echo "==> what a boot costs, beside what it did cost"
+	@LAB_KERNEL=tuned $(COUNTING) $(LAB) run 'coracle-perf check perf/baselines/$(MACHINE).json'
+endif
 
 ## What Coracle costs beside its peers; one emulated instruction counts as 1 ns. Writes
 ## perf/report.json and the plots beside it.
 perf: guest-images
-	@LAB_ICOUNT=1 LAB_ENGINES=0 LAB_FORCE=emulated LAB_OUTPUT=$(CURDIR)/perf \
+	@$(COUNTING) LAB_OUTPUT=$(CURDIR)/perf \
 		$(LAB) run 'coracle-perf all --output "$$LAB_RESULTS"'
 
 ## Binaries and guest image for this machine's own engines.

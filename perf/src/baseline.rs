@@ -31,7 +31,7 @@ pub fn check(options: &Options, file: &Path, update: bool) -> Result<()> {
         Err(_) if update => Baseline::new(),
         Err(error) => return Err(error).with_context(|| format!("read {file:?}")),
     };
-    let costs = costs::of_boot(options)?;
+    let costs = costs::of_warm_boot(options)?;
     if update {
         let text = serde_json::to_string_pretty(&updated(&known, &costs))? + "\n";
         return fs::write(file, text).with_context(|| format!("write {file:?}"));

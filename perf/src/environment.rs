@@ -39,10 +39,15 @@ impl Environment {
             processors: std::thread::available_parallelism().map_or(1, usize::from),
             memory_mib: memory_kib.unwrap_or(0) / 1024,
             kernel: kernel.trim().to_owned(),
-            counts_instructions: std::env::var("LAB_ICOUNT").is_ok_and(|value| value == "1"),
+            counts_instructions: counts_instructions(),
             versions: programs.iter().filter_map(|program| version(program)).collect(),
         }
     }
+}
+
+/// Whether the clock here counts instructions, one as a nanosecond.
+pub fn counts_instructions() -> bool {
+    std::env::var("LAB_ICOUNT").is_ok_and(|value| value == "1")
 }
 
 /// The value of the first line of `text` that is `key: value`.

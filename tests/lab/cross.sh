@@ -30,21 +30,24 @@ fetch() {
   unpack_debian "$folder" "$(debian_codename)" rustc-web:"$own" "$library:$own" \
     "$llvm:$own" libz3-4:"$own" libstd-rust-web-dev:"$own" \
     "libstd-rust-web-dev:$debian_architecture" "libseccomp-dev:$debian_architecture" || exit 2
-  # Not in the environment of all that cargo runs, because only this one program is unpacked.
-  cat > "$folder/rustc" <<RUSTC
-#!/bin/sh
-root=$folder/root/usr
-export LD_LIBRARY_PATH=\$root/lib/$(uname -m)-linux-gnu:\$root/lib/llvm-${llvm#libllvm}/lib
-exec "\$root/bin/rustc" --sysroot "\$root" "\$@"
-RUSTC
-  chmod 755 "$folder/rustc"
-  "$folder/rustc" --version >/dev/null || { echo "cross: the fetched compiler does not start" >&2; exit 2; }
   touch "$folder/.complete"
 }
 
 mkdir -p "${folder%/*}"
 exec 9>"$folder.lock"; flock 9
 [ -e "$folder/.complete" ] || fetch
+# The libraries are not in the environment of all that cargo runs, because only this one program is
+# unpacked. bash, because sh drops variables with a hyphen in their names, of which cargo has some.
+cat > "$folder/rustc.new" <<RUSTC
+#!/bin/bash
+libraries=("$folder"/root/usr/lib/{$(uname -m)-linux-gnu,llvm-*/lib})
+export LD_LIBRARY_PATH=\$(IFS=:; echo "\${libraries[*]}")
+exec "$folder/root/usr/bin/rustc" --sysroot "$folder/root/usr" "\$@"
+RUSTC
+chmod 755 "$folder/rustc.new"
+# A newer file would be another compiler to cargo.
+cmp -s "$folder/rustc.new" "$folder/rustc" || mv "$folder/rustc.new" "$folder/rustc"
+"$folder/rustc" --version >/dev/null || { echo "cross: the fetched compiler does not start" >&2; exit 2; }
 exec 9>&-
 
 upper=${triple//-/_}

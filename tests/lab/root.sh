@@ -13,9 +13,9 @@ folder=$2
 
 packages=(
   # a shell and its commands
-  base-files bash busybox-static coreutils findutils gawk grep hostname libc-bin mount procps sed tar util-linux
+  base-files bash bsdutils busybox-static coreutils dash findutils gawk grep hostname libc-bin mount procps sed tar util-linux
   # what the lab's start and the tests call
-  e2fsprogs iproute2 iptables kmod
+  cpio e2fsprogs iproute2 iptables kmod
   # the engines
   conmon containerd crun docker.io netavark podman runc uidmap
 )

@@ -26,6 +26,8 @@ mapfile -t executables < <(sed -n 's/.*Executable .*(\(.*\))$/\1/p' "$built" | s
 script="failed=0; export CORACLE_TEST_KERNEL=/var/lib/coracle/guest/kernel"
 script+=" CORACLE_TEST_INITRD=/var/lib/coracle/guest/initrd"
 script+=" CORACLE_TEST_DEBIAN=\$CORACLE_CACHE/debian"
+# As the unit tests find it where they run on the machine itself.
+[ "$arch" = "$(uname -m)" ] || script+="; ulimit -n 65536"
 # What is shared with guests lies on a file system that has everything a container's may have.
 script+="; modprobe -q loop; truncate -s 3G /tmp/shared.img && mkfs.ext4 -q -N 400000 /tmp/shared.img"
 script+=" && mkdir -p /tmp/shared && mount -o loop /tmp/shared.img /tmp/shared || failed=1"
@@ -43,7 +45,10 @@ for executable in "${executables[@]}"; do
        run "'$executable' --test-threads=1 --ignored --skip checklist:: ${1:-}" ;;
     # These need no KVM but the network or a plain machine: `make unit` runs them.
     image-*|server-*) ;;
-    *) [ "$arch" = "$(uname -m)" ] || run "'$executable' ${1:-}"
+    *) if [ "$arch" != "$(uname -m)" ]; then
+         environment="TMPDIR=/tmp/shared"
+         run "'$executable' ${1:-}"
+       fi
        run "'$executable' --test-threads=1 --ignored ${1:-}" ;;
   esac
 done

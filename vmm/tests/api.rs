@@ -416,7 +416,7 @@ fn disks_come_and_go_and_a_wrong_one_changes_nothing() {
     let (status, answer) = program.ask("POST", "/v1/vm/disks", &disk("one").to_string());
     assert_eq!(status, 201, "{answer}");
     let place: Value = serde_json::from_str(&answer).unwrap();
-    assert_eq!(place, json!({"number": 3, "names": ["virtio-mmio.3", "LNRO0005:03"]}));
+    assert_eq!(place, json!({"number": 3, "names": arch::expected::DEVICE_3}));
     assert_eq!(open(), 2);
     assert_refused(&program, post(disk("one")), (400, "id", "disk one is there already"));
     assert_refused(&program, post(disk("boot")), (400, "id", "disk boot is there already"));

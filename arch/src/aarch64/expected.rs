@@ -13,3 +13,6 @@ pub const HIDDEN_FEATURES: &[&str] = &[];
 
 /// How its kernel can be entered.
 pub const PROTOCOLS: &[Protocol] = &[Protocol::Linux];
+
+/// What its virtio device number 3 may be called.
+pub const DEVICE_3: &[&str] = &["10003000.virtio_mmio"];

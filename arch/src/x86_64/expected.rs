@@ -28,3 +28,6 @@ pub const HIDDEN_FEATURES: &[&str] = &[
 
 /// How its kernel can be entered.
 pub const PROTOCOLS: &[Protocol] = &[Protocol::Linux, Protocol::Pvh];
+
+/// What its virtio device number 3 may be called.
+pub const DEVICE_3: &[&str] = &["virtio-mmio.3", "LNRO0005:03"];

@@ -2,7 +2,6 @@
 
 use std::fs::File;
 use std::io::Write;
-use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
@@ -126,9 +125,8 @@ fn what_a_ring_does_not_do_is_done_without_it() {
 
 /// A pipe as a disk: reads of it stay in flight until somebody writes.
 fn pipe_disk() -> (Disk, File) {
-    let (read, write) = std::io::pipe().unwrap();
-    let write = File::from(OwnedFd::from(write));
-    (Disk::endless(File::from(OwnedFd::from(read))), write)
+    let (read, write) = nix::unistd::pipe().unwrap();
+    (Disk::endless(File::from(read)), File::from(write))
 }
 
 #[test]
