@@ -1,9 +1,11 @@
 //! aarch64: one line per method of [`Arch`](crate::Arch), pointing at the files of this folder.
 
 #[cfg(feature = "testing")]
+#[path = "testing/expected.rs"]
 pub mod expected;
 pub mod layout;
 #[cfg(feature = "testing")]
+#[path = "testing/payload.rs"]
 pub mod payload;
 pub mod tables;
 

@@ -1,9 +1,11 @@
 //! x86_64: one line per method of [`Arch`], pointing at the files of this folder.
 
 #[cfg(feature = "testing")]
+#[path = "testing/expected.rs"]
 pub mod expected;
 pub mod layout;
 #[cfg(feature = "testing")]
+#[path = "testing/payload.rs"]
 pub mod payload;
 #[cfg(target_arch = "x86_64")]
 pub mod tables;

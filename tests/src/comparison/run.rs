@@ -1,6 +1,9 @@
 //! Runs cases with both runtimes, side by side, and compares what came out.
 
+use std::collections::HashMap;
 use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{self, Sender};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -20,6 +23,12 @@ const NEVER: &str = "never: ";
 /// First port that groups may publish; each has ten of its own for each runtime.
 const FIRST_PORT: usize = 18_100;
 const PORTS: usize = 10;
+
+const RUNTIMES: [&str; 2] = ["runc", "coracle"];
+
+/// How many groups of a chapter run at the same time with each of them: most of the time of most is spent
+/// waiting.
+const AT_ONCE: usize = 2;
 
 /// How long a group may take, in seconds: one that hangs must not hold up the rest for ever.
 const LIMIT_S: &str = "600";
@@ -49,37 +58,57 @@ impl fmt::Display for Report {
 /// What a group's cases gave with one runtime; what the whole script gave instead, if it did not get as
 /// far as a case.
 struct Run {
+    runtime: &'static str,
     outcomes: Vec<Result<Outcome, Outcome>>,
     duration: Duration,
 }
 
 /// Runs the groups of a chapter that have a case whose name contains `filter`, or one of its parts between
-/// bars, and tells how each case
-/// went as soon as its group is over with both runtimes.
+/// bars, and tells how each case went as soon as its group is over with both runtimes.
 pub fn compare(chapter: &'static Chapter, filter: &str, mut tell: impl FnMut(&Report)) {
     let matches = |case: &Case| filter.split('|').any(|part| case.name.contains(part));
     let is_chosen = |group: &&Group| group.cases.iter().any(matches);
     let groups: Vec<_> = chapter.groups.iter().filter(is_chosen).collect();
-    let run_all = |runtime: &'static str, done: &Sender<Run>| {
-        let runs = groups.iter().zip(0..).map(|(group, number)| run_group(group, number, runtime));
-        // The other end waits for as many as there are.
-        runs.map(|run| done.send(run)).for_each(drop);
-    };
+    let (done, runs) = mpsc::channel();
     thread::scope(|scope| {
-        let [runc, coracle] = ["runc", "coracle"].map(|runtime| {
-            let (done, runs) = mpsc::channel();
-            let run_all = &run_all;
-            scope.spawn(move || run_all(runtime, &done));
-            runs
-        });
-        for (group, (runc, coracle)) in groups.iter().zip(runc.iter().zip(coracle.iter())) {
+        for runtime in RUNTIMES {
+            let next = Arc::new(AtomicUsize::new(0));
+            for _ in 0..AT_ONCE {
+                let (next, done, groups) = (next.clone(), done.clone(), &groups);
+                scope.spawn(move || run_all(groups, &next, runtime, &done));
+            }
+        }
+        // The ends of the threads are the last ones.
+        drop(done);
+        let mut other = HashMap::new();
+        for (number, run) in runs {
+            let Some(earlier) = other.insert(number, run) else { continue };
+            let later = &other[&number];
+            let [runc, coracle] = match later.runtime {
+                "runc" => [later, &earlier],
+                _ => [&earlier, later],
+            };
             let duration = runc.duration.max(coracle.duration);
             let outcomes = runc.outcomes.iter().zip(&coracle.outcomes);
-            for (case, (runc, coracle)) in group.cases.iter().zip(outcomes) {
+            for (case, (runc, coracle)) in groups[number].cases.iter().zip(outcomes) {
                 tell(&Report { name: case.name, duration, complaint: judge(case, runc, coracle) });
             }
         }
     });
+}
+
+/// Runs one of `groups` after the other, beginning with `next`, which others do as well.
+fn run_all(
+    groups: &[&Group],
+    next: &AtomicUsize,
+    runtime: &'static str,
+    done: &Sender<(usize, Run)>,
+) {
+    loop {
+        let number = next.fetch_add(1, Ordering::Relaxed);
+        let Some(group) = groups.get(number) else { return };
+        done.send((number, run_group(group, number, runtime))).expect("somebody listens to all");
+    }
 }
 
 /// What is not as it should be.
@@ -126,7 +155,7 @@ fn run_group(group: &Group, number: usize, runtime: &'static str) -> Run {
         let whole = || normal(&outcome, &name, runtime);
         cut(&outcome, number).map(|own| normal(&own, &name, runtime)).ok_or_else(whole)
     };
-    Run { outcomes: (0..group.cases.len()).map(of_case).collect(), duration }
+    Run { runtime, outcomes: (0..group.cases.len()).map(of_case).collect(), duration }
 }
 
 /// The scripts of `cases`, each in a shell of its own and between marks on both outputs.

@@ -2,9 +2,9 @@
 //! Every piece of code may be put behind every other; none but [`print_alphabet_for_ever`],
 //! [`print_for_ever`], [`for_ever`], [`HANG`] and [`END`] goes anywhere else than to its end.
 
-use super::layout::{COM1_PORT, GAP_START, HIGH_RAM, PAGE_TABLES};
 use crate::machine::Exit;
 use crate::short;
+use crate::x86_64::layout::{COM1_PORT, GAP_START, HIGH_RAM, PAGE_TABLES};
 
 /// Registers of the first device; one page for each.
 pub const DEVICES: u32 = short(GAP_START);
