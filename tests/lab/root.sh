@@ -36,7 +36,8 @@ mmdebstrap --quiet --mode=root --variant=extract --architectures="$debian_archit
   --dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/locale/*' \
   "$codename" "$folder" "$mirror" >&2
 rm -rf "$folder"/var/lib/apt/lists/* "$folder"/var/cache/apt/*
-# By base-passwd and by the alternatives system.
+# By base-files, base-passwd and the alternatives system.
+mkdir -p "$folder/mnt"
 printf 'root:x:0:0:root:/root:/bin/bash\nnobody:x:65534:65534:nobody:/:/usr/sbin/nologin\n' > "$folder/etc/passwd"
 printf 'root:x:0:\ndocker:x:999:\nnogroup:x:65534:\n' > "$folder/etc/group"
 for name in iptables iptables-save iptables-restore ip6tables ip6tables-save ip6tables-restore; do
