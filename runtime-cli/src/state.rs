@@ -418,6 +418,13 @@ impl State {
         self.pid.is_some_and(|pid| process_start_time(pid) == Some(self.pid_start_time))
     }
 
+    /// Whether the sandbox process has not quite ended: it runs, or some of its threads still let go of
+    /// what they held after it was killed.
+    pub fn has_process(&self) -> bool {
+        let same = |(_, start_time)| start_time == self.pid_start_time;
+        self.pid.and_then(process_stat).is_some_and(same)
+    }
+
     /// The state as `runc state` prints it and hooks read it on stdin.
     pub fn to_oci_json(&self) -> String {
         let view = OciState {
@@ -466,16 +473,18 @@ pub fn timestamp() -> String {
 
 /// Start time of a running process in clock ticks since boot; `None` if it is gone or a zombie.
 pub fn process_start_time(pid: i32) -> Option<u64> {
+    process_stat(pid).filter(|(state, _)| !matches!(state, 'Z' | 'X')).map(|(_, time)| time)
+}
+
+/// State and start time of a process (proc(5), /proc/pid/stat).
+fn process_stat(pid: i32) -> Option<(char, u64)> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // The second field, the name in parentheses, may hold spaces and parentheses itself.
     let (_, rest) = stat.rsplit_once(") ")?;
     let mut fields = rest.split(' ');
-    let state = fields.next()?;
-    if matches!(state, "Z" | "X") {
-        return None;
-    }
-    // proc(5): the state is field 3, starttime field 22.
-    fields.nth(22 - 4)?.parse().ok()
+    // The state is field 3, starttime field 22.
+    let state = fields.next()?.chars().next()?;
+    Some((state, fields.nth(22 - 4)?.parse().ok()?))
 }
 
 #[cfg(test)]

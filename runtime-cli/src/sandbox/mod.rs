@@ -160,13 +160,13 @@ fn take_name() {
 
 /// Kills the sandbox process of a container, if it still runs, and waits until it is gone.
 pub fn end(state: &State) -> Result<(), Error> {
-    let Some(pid) = state.pid.filter(|_| state.is_alive()) else { return Ok(()) };
+    let Some(pid) = state.pid.filter(|_| state.has_process()) else { return Ok(()) };
     let process = match Pidfd::open(pid) {
         Err(error) if error.raw_os_error() == Some(libc::ESRCH) => return Ok(()),
         other => other.map_err(Error::Wait)?,
     };
     // It may have ended, and its pid be another's, since it was looked at.
-    if !state.is_alive() {
+    if !state.has_process() {
         return Ok(());
     }
     process.kill().map_err(Error::Wait)?;

@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 use std::thread::sleep;
 use std::time::Duration;
 
-use tests::{Bundle, coracle, docker, shell};
+use tests::{Bundle, Container, coracle, docker, shell};
 
 use crate::{assert_nothing_left, eventually};
 
@@ -46,6 +46,44 @@ fn a_killed_sandbox_process_is_a_killed_container() {
 
     assert_eq!(victim.inspect("{{.State.ExitCode}}"), "137");
     victim.remove();
+    assert_nothing_left();
+}
+
+#[test]
+fn a_killed_sandbox_process_leaves_a_namespace_of_the_engine_s_as_it_was() {
+    shell("ip netns add faults; ip -n faults link add eth0 type veth peer name eth1");
+    shell("ip -n faults addr add 10.99.0.2/24 dev eth0; ip -n faults link set eth0 up");
+    let bundle = Bundle::new(&["sleep", "1000"]);
+    bundle.edit(|config| {
+        let namespaces = config["linux"]["namespaces"].as_array_mut().expect("a list");
+        namespaces.retain(|namespace| namespace["type"] != "network");
+        namespaces.push(serde_json::json!({ "type": "network", "path": "/run/netns/faults" }));
+    });
+    let container = Container::running_bundle("coracle-test-netns", bundle);
+    let joined = shell("ip netns exec faults tc qdisc show dev eth0 ingress");
+
+    shell(&format!("kill -9 {}", container.pid()));
+    drop(container);
+
+    let parted = shell("ip netns exec faults tc qdisc show dev eth0 ingress; ip netns del faults");
+    assert!(joined.stdout.contains("ingress"), "{joined:?}");
+    assert_eq!(parted.stdout, "", "{parted:?}");
+    assert_nothing_left();
+}
+
+#[test]
+fn a_container_outlives_its_bundle() {
+    let bundle = Bundle::new(&["sleep", "1000"]);
+    let path = bundle.path().to_owned();
+    let container = Container::running_bundle("coracle-test-bundle", bundle);
+
+    fs::rename(&path, path.with_extension("gone")).expect("the bundle can be moved away");
+    let exec = coracle(&["exec", "coracle-test-bundle", "echo", "alive"]);
+    let killed = coracle(&["kill", "coracle-test-bundle", "KILL"]);
+    fs::rename(path.with_extension("gone"), &path).expect("and back");
+    drop(container);
+
+    assert_eq!((exec.text(), killed.code), ("alive", 0), "{exec:?} {killed:?}");
     assert_nothing_left();
 }
 
