@@ -17,7 +17,7 @@ const PATIENCE: Duration = Duration::from_secs(100);
 /// A shell in the driver's folder, with a list of the places that have no device bound.
 const BIND: &str = "
 cd /sys/bus/platform/drivers/virtio-mmio
-names() { ls /sys/bus/platform/devices | grep -E 'virtio-mmio|LNRO0005' | sort -V; }
+names() { ls /sys/bus/platform/devices | grep -E 'virtio.mmio|LNRO0005' | sort -V; }
 spare() { for name in $(names); do [ -e $name ] || echo $name; done; }
 ";
 
