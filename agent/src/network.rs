@@ -54,8 +54,15 @@ pub fn configure(network: &Network) -> Result<(), Failed> {
     }
     let netlink = Netlink::open().context("open a netlink socket")?;
     let links = netlink.links().context("list interfaces")?;
+    let assigned = assign(&network.interfaces, &links);
+    for link in in_the_way(&network.interfaces, &assigned, &links) {
+        let name = LinkAttribute::IfName(format!("spare{}", link.index));
+        netlink
+            .set_link(link.index, vec![name], false)
+            .context(format_args!("free the name {}", link.name))?;
+    }
     let mut indexes = Vec::new();
-    for (interface, link) in network.interfaces.iter().zip(assign(&network.interfaces, &links)) {
+    for (interface, link) in network.interfaces.iter().zip(assigned) {
         let link = link.ok_or_else(|| {
             failed(format!("interface {}: the guest has no device for it", interface.name))
         })?;
@@ -89,6 +96,21 @@ fn assign<'a>(interfaces: &[Interface], links: &'a [Link]) -> Vec<Option<&'a Lin
     let listed = |link: &&Link| interfaces.iter().any(|interface| link.mac == interface.mac);
     let mut spare = links.iter().filter(|link| link.virtio && !listed(link));
     interfaces.iter().map(|interface| by_mac(interface.mac).or_else(|| spare.next())).collect()
+}
+
+/// Links with a name that is another one's: those that are to swap theirs, each of which has to let go
+/// of it before.
+fn in_the_way<'a>(
+    interfaces: &[Interface],
+    assigned: &[Option<&Link>],
+    links: &'a [Link],
+) -> Vec<&'a Link> {
+    let is_in_the_way = |link: &&Link| {
+        interfaces.iter().zip(assigned).any(|(interface, other)| {
+            interface.name == link.name && other.is_some_and(|other| other.index != link.index)
+        })
+    };
+    links.iter().filter(is_in_the_way).collect()
 }
 
 impl Netlink {
@@ -301,6 +323,16 @@ mod tests {
         let links = [link_with(2, 9, false)];
 
         assert_eq!(assign(&[interface("a", 1)], &links), [None]);
+    }
+
+    #[test]
+    fn who_has_a_name_that_another_one_is_to_have_lets_go_of_it() {
+        let links = [link_with(0, 1, true), link_with(1, 2, true), link_with(2, 3, true)];
+        let swapped = [interface("eth1", 1), interface("eth0", 2), interface("eth2", 3)];
+
+        let found = in_the_way(&swapped, &assign(&swapped, &links), &links);
+
+        assert_eq!(found, [&links[0], &links[1]]);
     }
 
     #[test]

@@ -51,6 +51,7 @@ fn a_killed_sandbox_process_is_a_killed_container() {
 
 #[test]
 fn a_killed_sandbox_process_leaves_a_namespace_of_the_engine_s_as_it_was() {
+    // The other end is the first one of the kernel's list, and not by its name.
     shell("ip netns add faults; ip -n faults link add eth0 type veth peer name eth1");
     shell("ip -n faults addr add 10.99.0.2/24 dev eth0; ip -n faults link set eth0 up");
     let bundle = Bundle::new(&["sleep", "1000"]);
@@ -72,18 +73,20 @@ fn a_killed_sandbox_process_leaves_a_namespace_of_the_engine_s_as_it_was() {
 }
 
 #[test]
-fn a_container_outlives_its_bundle() {
+fn a_container_whose_bundle_is_gone_is_killed_and_deleted() {
     let bundle = Bundle::new(&["sleep", "1000"]);
     let path = bundle.path().to_owned();
     let container = Container::running_bundle("coracle-test-bundle", bundle);
 
     fs::rename(&path, path.with_extension("gone")).expect("the bundle can be moved away");
-    let exec = coracle(&["exec", "coracle-test-bundle", "echo", "alive"]);
+    let state = coracle(&["state", "coracle-test-bundle"]);
     let killed = coracle(&["kill", "coracle-test-bundle", "KILL"]);
+    let deleted = coracle(&["delete", "--force", "coracle-test-bundle"]);
     fs::rename(path.with_extension("gone"), &path).expect("and back");
     drop(container);
 
-    assert_eq!((exec.text(), killed.code), ("alive", 0), "{exec:?} {killed:?}");
+    assert!(state.text().contains("\"running\""), "{state:?}");
+    assert_eq!((killed.code, deleted.code), (0, 0), "{killed:?} {deleted:?}");
     assert_nothing_left();
 }
 
