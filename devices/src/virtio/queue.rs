@@ -6,7 +6,7 @@ use std::sync::atomic::{Ordering, fence};
 
 use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryError, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::activity::Activity;
@@ -174,6 +174,13 @@ impl VirtQueue {
         let mut left = BUDGET;
         let mut used = 0;
         let VirtQueue { queue, memory, .. } = self;
+        // The iterator would take a ring it cannot read for an empty one, and log a line each time.
+        let available = GuestAddress(queue.avail_ring());
+        let bytes = RING_HEADER_BYTES + AVAILABLE_ENTRY_BYTES * u64::from(queue.size());
+        if !memory.check_range(available, usize::try_from(bytes).expect("at most 128 KiB")) {
+            let error = GuestMemoryError::InvalidGuestAddress(available);
+            return Err(virtio_queue::Error::GuestMemory(error));
+        }
         let finished = 'ring: loop {
             queue.disable_notification(memory)?;
             while let Some(chain) = queue.iter(&*memory)?.next() {
@@ -280,7 +287,7 @@ impl VirtQueue {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::virtio::testing::{Driver, memory};
+    use crate::virtio::testing::{Driver, MEMORY_BYTES, memory};
 
     fn only_queue(driver: &Driver<'_>) -> VirtQueue {
         let [queue] = driver.activation().into_queues().unwrap();
@@ -308,6 +315,17 @@ mod tests {
         only_queue(&driver).drain(|_, _| Verdict::Used(0)).unwrap();
 
         assert_eq!(driver.interrupts(), 0);
+    }
+
+    #[test]
+    fn a_ring_whose_end_is_not_in_memory_breaks_the_queue() {
+        let memory = memory();
+        let driver = Driver::new(&memory);
+        let mut queue = only_queue(&driver);
+        let last = u32::try_from(MEMORY_BYTES).unwrap() - 4;
+        queue.queue.set_avail_ring_address(Some(last), Some(0));
+
+        assert!(queue.drain(|_, _| Verdict::Used(0)).is_err());
     }
 
     #[test]
