@@ -3,9 +3,6 @@
 
 mod guest;
 
-use std::fs::File;
-use std::io::Write;
-
 use arch::aarch64::layout;
 use arch::machine::{Exit, Space};
 use arch::{Arch, Host};
@@ -68,21 +65,9 @@ const ENABLE_INTERRUPTS: [u32; 6] = [
     0x17ff_ffff, // b again
 ];
 
-/// An Image of `code`, which starts behind the header that it has to have.
-fn image(code: &[u32]) -> File {
-    const HEADER_WORDS: usize = 16;
-    const BRANCH: u32 = 0x1400_0000;
-    const SIZE: usize = 4;
-    const MAGIC: usize = 14;
-    let mut words = [0; HEADER_WORDS];
-    words[0] = BRANCH | u32::try_from(HEADER_WORDS).unwrap();
-    words[SIZE] = 0x1000;
-    words[MAGIC] = 0x644d_5241;
-    let mut file = tempfile::tempfile().unwrap();
-    for word in words.iter().chain(code) {
-        file.write_all(&word.to_le_bytes()).unwrap();
-    }
-    file
+/// Instructions as they lie in memory.
+fn bytes(code: &[u32]) -> Vec<u8> {
+    code.iter().flat_map(|word| word.to_le_bytes()).collect()
 }
 
 /// The next write to the UART, as a number.
@@ -99,7 +84,7 @@ fn next_write(guest: &mut Guest) -> u32 {
 #[ignore = "needs /dev/kvm"]
 fn the_first_processor_finds_the_device_tree() {
     let mut guest = Guest::new(1);
-    guest.boot(image(&SHOW_TREE));
+    guest.boot(&bytes(&SHOW_TREE));
 
     assert_eq!(next_write(&mut guest).swap_bytes(), TREE_MAGIC);
 }
@@ -108,7 +93,7 @@ fn the_first_processor_finds_the_device_tree() {
 #[ignore = "needs /dev/kvm"]
 fn a_guest_powers_itself_off() {
     let mut guest = Guest::new(1);
-    guest.boot(image(&psci(SYSTEM_OFF)));
+    guest.boot(&bytes(&psci(SYSTEM_OFF)));
 
     assert!(matches!(guest.run(), Exit::Shutdown));
 }
@@ -117,7 +102,7 @@ fn a_guest_powers_itself_off() {
 #[ignore = "needs /dev/kvm"]
 fn a_guest_resets_itself() {
     let mut guest = Guest::new(1);
-    guest.boot(image(&psci(SYSTEM_RESET)));
+    guest.boot(&bytes(&psci(SYSTEM_RESET)));
 
     assert!(matches!(guest.run(), Exit::Reset));
 }
@@ -127,7 +112,7 @@ fn a_guest_resets_itself() {
 fn every_processor_of_a_large_machine_is_set_up() {
     let mut guest = Guest::new(8);
 
-    guest.boot(image(&psci(SYSTEM_RESET)));
+    guest.boot(&bytes(&psci(SYSTEM_RESET)));
 
     assert!(matches!(guest.run(), Exit::Reset));
 }
@@ -136,7 +121,7 @@ fn every_processor_of_a_large_machine_is_set_up() {
 #[ignore = "needs /dev/kvm"]
 fn a_guest_is_told_of_stolen_time() {
     let mut guest = Guest::new(1);
-    guest.boot(image(&STOLEN_TIME));
+    guest.boot(&bytes(&STOLEN_TIME));
 
     assert_eq!(u64::from(next_write(&mut guest)), layout::STOLEN_TIME.0);
 }
@@ -158,7 +143,7 @@ fn a_machine_has_the_interrupt_lines_of_its_devices() {
 fn the_code_lies_where_the_file_says() {
     let mut guest = Guest::new(1);
 
-    let entry = guest.boot(image(&COUNT));
+    let entry = guest.boot(&bytes(&COUNT));
 
     let first: u32 = guest.memory.read_obj(entry.address.unchecked_add(64)).unwrap();
     assert_eq!(first, COUNT[0]);
@@ -168,7 +153,7 @@ fn the_code_lies_where_the_file_says() {
 #[ignore = "needs /dev/kvm"]
 fn a_processor_built_anew_goes_on_counting_where_the_old_one_was() {
     let mut old = Guest::new(2);
-    old.boot(image(&COUNT));
+    old.boot(&bytes(&COUNT));
     let before: Vec<_> = (0..5).map(|_| next_write(&mut old)).collect();
 
     let mut new = rebuilt(&mut old);
@@ -183,7 +168,7 @@ fn a_processor_built_anew_goes_on_counting_where_the_old_one_was() {
 #[ignore = "needs /dev/kvm"]
 fn system_registers_survive() {
     let mut old = Guest::new(1);
-    old.boot(image(&SYSTEM_REGISTER));
+    old.boot(&bytes(&SYSTEM_REGISTER));
     assert_eq!(next_write(&mut old), 0x1234);
 
     let mut new = rebuilt(&mut old);
@@ -196,10 +181,10 @@ fn system_registers_survive() {
 fn the_interrupt_controller_survives() {
     let state = |guest: &mut Guest| postcard::to_stdvec(&saved(guest).1).unwrap();
     let mut fresh = Guest::new(2);
-    fresh.boot(image(&COUNT));
+    fresh.boot(&bytes(&COUNT));
     next_write(&mut fresh);
     let mut old = Guest::new(2);
-    old.boot(image(&ENABLE_INTERRUPTS));
+    old.boot(&bytes(&ENABLE_INTERRUPTS));
     next_write(&mut old);
     let before = state(&mut old);
 

@@ -3,37 +3,12 @@
 
 mod guest;
 
-use std::fs::File;
-use std::io::Write;
-
 use arch::machine::{Exit, Space};
 use arch::x86_64::layout::power;
 use arch::{Arch, Host};
 use guest::{Guest, rebuilt};
 use kvm_bindings::{KVM_IRQCHIP_IOAPIC, Msrs, kvm_irqchip, kvm_msr_entry};
-use vm_memory::{Bytes, GuestAddress};
-
-const CODE: GuestAddress = GuestAddress(0x10_0000);
-
-/// An ELF file with one segment, `code`, that starts there.
-fn vmlinux(code: &[u8]) -> File {
-    let size = code.len() as u64;
-    let mut elf = b"\x7fELF\x02\x01\x01".to_vec();
-    elf.resize(16, 0);
-    elf.extend([2, 0, 62, 0, 1, 0, 0, 0]);
-    for word in [CODE.0, 64, 0] {
-        elf.extend(word.to_le_bytes());
-    }
-    elf.extend([0, 0, 0, 0, 64, 0, 56, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
-    elf.extend([1, 0, 0, 0, 5, 0, 0, 0]);
-    for word in [120, CODE.0, CODE.0, size, size, 0x1000] {
-        elf.extend(u64::to_le_bytes(word));
-    }
-    elf.extend(code);
-    let mut file = tempfile::tempfile().unwrap();
-    file.write_all(&elf).unwrap();
-    file
-}
+use vm_memory::Bytes;
 
 /// `mov dx, port; mov al, value; out dx, al`.
 fn out(port: u16, value: u8) -> Vec<u8> {
@@ -49,7 +24,7 @@ fn the_first_processor_runs_in_64_bit_mode() {
     // mov rax, 0x6b << 32; shr rax, 32; mov dx, 0x3f8; out dx, al: 'k' in 64-bit mode only.
     let mut code = vec![0x48, 0xb8, 0, 0, 0, 0, 0x6b, 0, 0, 0, 0x48, 0xc1, 0xe8, 0x20];
     code.extend([0x66, 0xba, 0xf8, 0x03, 0xee]);
-    guest.boot(vmlinux(&code));
+    guest.boot(&code);
 
     let exit = guest.run();
 
@@ -63,7 +38,7 @@ fn the_first_processor_finds_the_zero_page() {
     let mut guest = Guest::new(1);
     // mov ebx, [rsi + 0x228]; mov al, [rbx]; mov dx, 0x3f8; out dx, al: the first letter of the
     // command line.
-    guest.boot(vmlinux(&[0x8b, 0x9e, 0x28, 0x02, 0, 0, 0x8a, 0x03, 0x66, 0xba, 0xf8, 0x03, 0xee]));
+    guest.boot(&[0x8b, 0x9e, 0x28, 0x02, 0, 0, 0x8a, 0x03, 0x66, 0xba, 0xf8, 0x03, 0xee]);
 
     let exit = guest.run();
 
@@ -74,7 +49,7 @@ fn the_first_processor_finds_the_zero_page() {
 #[ignore = "needs /dev/kvm"]
 fn a_guest_powers_itself_off() {
     let mut guest = Guest::new(1);
-    guest.boot(vmlinux(&out(power::CONTROL_PORT, power::POWER_OFF)));
+    guest.boot(&out(power::CONTROL_PORT, power::POWER_OFF));
 
     assert!(matches!(guest.run(), Exit::Shutdown));
 }
@@ -83,7 +58,7 @@ fn a_guest_powers_itself_off() {
 #[ignore = "needs /dev/kvm"]
 fn a_guest_resets_itself() {
     let mut guest = Guest::new(1);
-    guest.boot(vmlinux(&out(power::RESET_PORT, power::RESET)));
+    guest.boot(&out(power::RESET_PORT, power::RESET));
 
     assert!(matches!(guest.run(), Exit::Reset));
 }
@@ -92,7 +67,7 @@ fn a_guest_resets_itself() {
 #[ignore = "needs /dev/kvm"]
 fn a_guest_without_handlers_ends_in_a_triple_fault() {
     let mut guest = Guest::new(1);
-    guest.boot(vmlinux(&[0x0f, 0x0b])); // ud2, with an empty interrupt table
+    guest.boot(&[0x0f, 0x0b]); // ud2, with an empty interrupt table
 
     assert!(matches!(guest.run(), Exit::TripleFault));
 }
@@ -102,7 +77,7 @@ fn a_guest_without_handlers_ends_in_a_triple_fault() {
 fn every_processor_of_a_large_machine_is_set_up() {
     let mut guest = Guest::new(8);
 
-    guest.boot(vmlinux(&out(power::RESET_PORT, power::RESET)));
+    guest.boot(&out(power::RESET_PORT, power::RESET));
 
     assert!(matches!(guest.run(), Exit::Reset));
 }
@@ -123,7 +98,7 @@ fn a_machine_has_the_interrupt_lines_of_its_devices() {
 fn the_code_lies_where_the_file_says() {
     let mut guest = Guest::new(1);
 
-    let entry = guest.boot(vmlinux(&[0xf4]));
+    let entry = guest.boot(&[0xf4]);
 
     assert_eq!(guest.memory.read_obj::<u8>(entry.address).unwrap(), 0xf4);
 }
@@ -153,7 +128,7 @@ fn next_count(guest: &mut Guest) -> u8 {
 #[ignore = "needs /dev/kvm"]
 fn a_processor_built_anew_goes_on_counting_where_the_old_one_was() {
     let mut old = Guest::new(2);
-    old.boot(vmlinux(COUNT));
+    old.boot(COUNT);
     let before: Vec<_> = (0..5).map(|_| next_count(&mut old)).collect();
 
     let mut new = rebuilt(&mut old);
@@ -169,7 +144,7 @@ fn a_processor_built_anew_goes_on_counting_where_the_old_one_was() {
 fn the_registers_of_a_processor_survive() {
     const LSTAR: u32 = 0xc000_0082;
     let mut old = Guest::new(1);
-    old.boot(vmlinux(COUNT));
+    old.boot(COUNT);
     next_count(&mut old);
 
     let new = rebuilt(&mut old);
@@ -189,7 +164,7 @@ fn the_registers_of_a_processor_survive() {
 fn the_interrupt_controllers_and_the_timer_survive() {
     const REDIRECTION_OF_LINE_5: usize = 5;
     let mut old = Guest::new(1);
-    old.boot(vmlinux(COUNT));
+    old.boot(COUNT);
     let mut ioapic = kvm_irqchip { chip_id: KVM_IRQCHIP_IOAPIC, ..Default::default() };
     old.vm.get_irqchip(&mut ioapic).unwrap();
     // SAFETY: the chip is the IOAPIC, and plain numbers are always valid.

@@ -1,9 +1,9 @@
 //! A machine of this host's architecture, made without the VMM.
 
-use std::fs::File;
+use std::io::Write;
 
 use arch::machine::{BootFiles, Entry, Exit, Machine};
-use arch::{Arch, Host, Kvm, VcpuFd, VmFd};
+use arch::{Arch, Host, Kvm, VcpuFd, VmFd, payload};
 use kvm_bindings::kvm_userspace_memory_region;
 use vm_memory::{Bytes, GuestMemory, GuestMemoryMmap, GuestMemoryRegion};
 
@@ -30,8 +30,10 @@ impl Guest {
         Self { kvm, vm, board, vcpus: fds, memory }
     }
 
-    /// Loads `kernel`, and resets all processors to its start.
-    pub fn boot(&mut self, kernel: File) -> Entry {
+    /// Loads a kernel that is `code`, and resets all processors to its start.
+    pub fn boot(&mut self, code: &[u8]) -> Entry {
+        let mut kernel = tempfile::tempfile().unwrap();
+        kernel.write_all(&payload::kernel(code)).unwrap();
         let mut boot = BootFiles { kernel, initrd: None, protocol: None };
         let entry = Host::load(&self.memory, &mut boot).unwrap();
         let vcpus = u8::try_from(self.vcpus.len()).unwrap();

@@ -1,8 +1,6 @@
 //! What a guest of a few instructions does to a virtio device.
 
-use arch::payload::{
-    DATA, DEVICES, NOWHERE, delay, for_ever, print_whether, store, times, wait_for_bits,
-};
+use arch::payload::{DATA, DEVICES, NOWHERE, for_ever, print_whether, store, times, wait_for_bits};
 use virtio_bindings::virtio_config::VIRTIO_CONFIG_S_NEEDS_RESET;
 use virtio_bindings::virtio_mmio::{
     VIRTIO_MMIO_DRIVER_FEATURES, VIRTIO_MMIO_DRIVER_FEATURES_SEL, VIRTIO_MMIO_QUEUE_AVAIL_LOW,
@@ -66,7 +64,7 @@ impl Driver {
     }
 
     fn select_and_wait(self, queue: u32) -> Vec<u8> {
-        [self.set(VIRTIO_MMIO_QUEUE_SEL, queue), delay(0x4000)].concat()
+        [self.set(VIRTIO_MMIO_QUEUE_SEL, queue), times(0x4000, &[])].concat()
     }
 
     /// Starts over, offers a good chain, and waits until it is given back.

@@ -66,11 +66,6 @@ pub fn wait_for_bits(address: u32, mask: u32) -> Vec<u8> {
     [set(POINTER, address), set(MASK, mask), wait].concat()
 }
 
-/// Does nothing but count to `count`.
-pub fn delay(count: u32) -> Vec<u8> {
-    times(count, &[])
-}
-
 /// Runs `body`, in which this is not, `count` times.
 pub fn times(count: u32, body: &[u8]) -> Vec<u8> {
     let decrement = 0x7100_0400 | COUNT << 5 | COUNT;

@@ -82,11 +82,6 @@ pub fn wait_for_bits(address: u32, mask: u32) -> Vec<u8> {
     [point_to(address), test, vec![0x74, 0xf7]].concat()
 }
 
-/// Does nothing but count to `count`.
-pub fn delay(count: u32) -> Vec<u8> {
-    times(count, &[])
-}
-
 /// Runs `body`, in which this is not, `count` times: `mov ecx, count`, the body, `dec ecx`, `jnz` back
 pub fn times(count: u32, body: &[u8]) -> Vec<u8> {
     let jump = [0xff, 0xc9, 0x0f, 0x85];
