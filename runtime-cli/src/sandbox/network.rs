@@ -97,15 +97,7 @@ pub(super) struct Link {
 }
 
 impl Network {
-    /// Reads what the engine set up in this thread's network namespace.
-    pub(super) fn read() -> Result<Self, Error> {
-        Self::read_with(|links, _| {
-            name_taps(links, &[], &[]);
-            Ok(())
-        })
-    }
-
-    /// The same for a machine that is to be connected to it.
+    /// Reads what the engine set up in this thread's network namespace, if no machine is connected to it.
     pub(super) fn take() -> Result<Self, Error> {
         Self::read_with(|links, messages| {
             name_taps(links, &[], &[]);
@@ -188,19 +180,15 @@ pub(super) fn tidy(path: &Path) {
     let tidied = std::thread::spawn(move || {
         // Engines remove the namespace when they are done with it.
         let Ok(namespace) = File::open(path) else { return };
-        if setns(&namespace, CloneFlags::CLONE_NEWNET).is_ok() && !has_taps() {
-            Network::read().unwrap_or_default().part();
+        if setns(&namespace, CloneFlags::CLONE_NEWNET).is_err() {
+            return;
+        }
+        if let Ok(network) = Network::take() {
+            network.part();
         }
     });
     // A thread that only asks the kernel does not panic.
     let _ = tidied.join();
-}
-
-/// Whether a machine is connected to this thread's network namespace; if that cannot be told, too.
-fn has_taps() -> bool {
-    let links =
-        Netlink::open().and_then(|netlink| netlink.dump(Message::GetLink(LinkMessage::default())));
-    links.map_or(true, |links| links.iter().any(is_tap))
 }
 
 fn is_tap(message: &Message) -> bool {

@@ -39,7 +39,7 @@ fn the_guest_gets_what_the_engine_set_up() {
     in_new_namespace(|| {
         shell(SET_UP);
 
-        let mut network = Network::read().unwrap();
+        let mut network = Network::take().unwrap();
 
         // Which end of a veth pair an engine leaves in the namespace: here both are.
         network.retain(|link| link.name == "eth0");
@@ -65,8 +65,8 @@ fn the_guest_gets_what_the_engine_set_up() {
 fn an_interface_and_its_tap_are_joined_both_ways_and_can_be_joined_again() {
     in_new_namespace(|| {
         shell(SET_UP);
+        let network = Network::take().unwrap();
         shell("ip tuntap add tap0 mode tap; ip tuntap add tap1 mode tap");
-        let network = Network::read().unwrap();
 
         network.join().unwrap();
         network.join().unwrap();
@@ -92,8 +92,9 @@ fn the_namespace_answers_until_the_guest_takes_over() {
             std::thread::yield_now();
         }
         shell(&SET_UP.replace("ip link add ignored type bridge", ""));
+        let network = Network::take().unwrap();
         shell("ip tuntap add tap0 mode tap; ip tuntap add tap1 mode tap");
-        Network::read().unwrap().join().unwrap();
+        network.join().unwrap();
 
         assert!(!answers_a_peer("172.17.0.2"));
     });
@@ -130,8 +131,8 @@ fn answers_a_peer(address: &str) -> bool {
 fn what_a_killed_sandbox_left_is_taken_back_and_what_a_running_one_needs_is_not() {
     in_new_namespace(|| {
         shell(SET_UP);
+        let network = Network::take().unwrap();
         shell("ip tuntap add tap0 mode tap; ip tuntap add tap1 mode tap");
-        let network = Network::read().unwrap();
         network.join().unwrap();
         let path = format!("/proc/{}/task/{}/ns/net", std::process::id(), nix::unistd::gettid());
 
@@ -149,7 +150,7 @@ fn what_a_killed_sandbox_left_is_taken_back_and_what_a_running_one_needs_is_not(
 fn a_link_that_comes_later_gets_a_tap_and_the_others_keep_theirs() {
     in_new_namespace(|| {
         shell("ip link add eth0 type veth peer name eth1");
-        let former = Network::read().unwrap();
+        let former = Network::take().unwrap();
         shell("ip link add eth2 type veth peer name eth3; ip link set eth2 up");
 
         let network = Network::read_after(&former, &["tap7".to_owned()]).unwrap();
