@@ -40,7 +40,7 @@ pub struct Cost {
 
 /// What each of one boot's costs is, and how many instructions it takes in all, in the second boot.
 pub fn of_warm_boot(options: &Options) -> Result<Vec<Cost>> {
-    of_boot(options)?;
+    to_ready(&options.tuned, false)?;
     let (ready_ms, mut costs) = of_boot(options)?;
     if environment::counts_instructions() {
         let name = "instructions to agent, tuned kernel";

@@ -105,22 +105,21 @@ impl Ledger {
         }
         search.forget_what_is_not_known(state);
         for open in &state.open {
-            let own = self.reopen(open).ok().flatten();
             let &OpenFile { handle, file, flags, is_directory } = open;
-            let flags = flags & !DONE;
-            self.book().take_handle(handle, Open { file, flags, is_directory }, own);
+            let open = Open { file, flags: flags & !DONE, is_directory };
+            let own = self.reopen(open).ok().flatten();
+            self.book().take_handle(handle, open, own);
         }
         Ok(())
     }
 
-    fn reopen(&self, open: &OpenFile) -> io::Result<Option<u64>> {
+    fn reopen(&self, open: Open) -> io::Result<Option<u64>> {
         let file = self.book().file(open.file)?;
-        let flags = open.flags & !DONE;
         let context = Context::default();
         if open.is_directory {
-            return Ok(self.tree.opendir(&context, file, flags)?.0);
+            return Ok(self.tree.opendir(&context, file, open.flags)?.0);
         }
-        Ok(self.tree.open(&context, file, flags, 0)?.0)
+        Ok(self.tree.open(&context, file, open.flags, 0)?.0)
     }
 }
 
