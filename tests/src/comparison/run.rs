@@ -2,7 +2,6 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{self, Sender};
 use std::thread;
@@ -26,8 +25,7 @@ const PORTS: usize = 10;
 
 const RUNTIMES: [&str; 2] = ["runc", "coracle"];
 
-/// How many groups of a chapter run at the same time with each of them: most of the time of most is spent
-/// waiting.
+/// How many groups of a chapter run at the same time with each of them: one computes while another waits.
 const AT_ONCE: usize = 2;
 
 /// How long a group may take, in seconds: one that hangs must not hold up the rest for ever.
@@ -70,12 +68,12 @@ pub fn compare(chapter: &'static Chapter, filter: &str, mut tell: impl FnMut(&Re
     let is_chosen = |group: &&Group| group.cases.iter().any(matches);
     let groups: Vec<_> = chapter.groups.iter().filter(is_chosen).collect();
     let (done, runs) = mpsc::channel();
+    let next = RUNTIMES.map(|_| AtomicUsize::new(0));
     thread::scope(|scope| {
-        for runtime in RUNTIMES {
-            let next = Arc::new(AtomicUsize::new(0));
+        for (runtime, next) in RUNTIMES.iter().zip(&next) {
             for _ in 0..AT_ONCE {
-                let (next, done, groups) = (next.clone(), done.clone(), &groups);
-                scope.spawn(move || run_all(groups, &next, runtime, &done));
+                let (done, groups) = (done.clone(), &groups);
+                scope.spawn(move || run_all(groups, next, runtime, &done));
             }
         }
         // The ends of the threads are the last ones.
