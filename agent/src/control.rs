@@ -20,6 +20,7 @@ pub struct Control {
     stream: File,
     requests: Decoder,
     unsent: Vec<u8>,
+    asked: bool,
     ended: bool,
 }
 
@@ -27,7 +28,8 @@ impl Control {
     /// Serves `stream`, which is in non-blocking mode.
     pub fn new(stream: OwnedFd) -> Self {
         let stream = File::from(stream);
-        Self { stream, requests: Decoder::default(), unsent: Vec::new(), ended: false }
+        let (requests, unsent) = (Decoder::default(), Vec::new());
+        Self { stream, requests, unsent, asked: false, ended: false }
     }
 
     /// What to wait for; `idle` means that a request could be served now.
@@ -36,6 +38,11 @@ impl Control {
         interest.set(PollFlags::POLLIN, idle && self.unsent.len() < MAX_UNSENT_BYTES);
         interest.set(PollFlags::POLLOUT, !self.unsent.is_empty());
         interest
+    }
+
+    /// Whether a request has arrived yet.
+    pub fn was_asked(&self) -> bool {
+        self.asked
     }
 
     /// Whether the host closed the stream.
@@ -53,6 +60,7 @@ impl Control {
         let mut bytes = [0; CHUNK_BYTES];
         loop {
             if let Some(request) = self.requests.take()? {
+                self.asked = true;
                 return Ok(Some(request));
             }
             match self.stream.read(&mut bytes) {

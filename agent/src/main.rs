@@ -19,6 +19,7 @@ mod processors;
 mod reaper;
 mod redirection;
 mod resolver;
+mod resumed;
 mod sandbox;
 mod server;
 mod stdio;
@@ -70,10 +71,18 @@ fn serve_host() -> Result<(), Box<dyn Error>> {
     let listener = vsock().context("make a vsock socket")?;
     bind(listener.as_raw_fd(), &VsockAddr::new(libc::VMADDR_CID_ANY, STDIO_PORT))?;
     listen(&listener, Backlog::new(BACKLOG)?)?;
-    let control = vsock()?;
-    connect(control.as_raw_fd(), &VsockAddr::new(HOST_CID, CONTROL_PORT))
-        .context("connect to the host")?;
-    Ok(Server::new(control, listener, PathBuf::from(init::CGROUPS), started_us)?.run()?)
+    loop {
+        let control = vsock()?;
+        connect(control.as_raw_fd(), &VsockAddr::new(HOST_CID, CONTROL_PORT))
+            .context("connect to the host")?;
+        let cgroups = PathBuf::from(init::CGROUPS);
+        let mut server = Server::new(control, listener.try_clone()?, cgroups, started_us)?;
+        match server.run() {
+            // This guest goes on from a template, and that had another host.
+            Err(error) if !server.was_asked() => log::info!("connect anew: {error}"),
+            outcome => return Ok(outcome?),
+        }
+    }
 }
 
 fn vsock() -> nix::Result<OwnedFd> {

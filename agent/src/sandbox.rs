@@ -10,11 +10,14 @@ use crate::failure::Context;
 use crate::growth::Growth;
 use crate::resolver::Resolver;
 use crate::server::Server;
-use crate::{growth, init, network};
+use crate::{growth, init, network, resumed};
 
 impl Server {
     /// Makes the guest ready for its containers.
     pub(crate) fn configure(&mut self, sandbox: &Sandbox) -> Result<(), Failed> {
+        if let Some(resumed) = &sandbox.resumed {
+            resumed::catch_up(resumed)?;
+        }
         init::configure(sandbox)?;
         let all = cgroup::of_all(&self.cgroups);
         if sandbox.grows && growth::is_possible(&all) {

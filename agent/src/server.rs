@@ -133,7 +133,7 @@ impl Server {
     }
 
     /// Says that the agent is ready and serves until the host is done or gone.
-    pub fn run(mut self) -> Result<(), Error> {
+    pub fn run(&mut self) -> Result<(), Error> {
         self.tell(Event::Ready {
             version: agent_protocol::VERSION,
             kernel: kernel_release(),
@@ -155,6 +155,11 @@ impl Server {
             self.serve()?;
         }
         Ok(())
+    }
+
+    /// Whether the host has asked for anything yet.
+    pub fn was_asked(&self) -> bool {
+        self.control.was_asked()
     }
 
     /// Whether the host is gone, or has its answer to the last request.
@@ -344,6 +349,11 @@ impl Server {
 
     fn accept(&mut self) {
         for _ in 0..MAX_WAITING_STREAMS {
+            // The kernel sleeps until the next tick of its clock before it says that there is none.
+            let mut waiting = [PollFd::new(self.listener.as_fd(), PollFlags::POLLIN)];
+            if !matches!(poll(&mut waiting, PollTimeout::ZERO), Ok(1..)) {
+                return;
+            }
             let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
             let Ok(stream) = accept4(self.listener.as_raw_fd(), flags) else { return };
             // SAFETY: accept4 returned a new descriptor that nobody else owns.

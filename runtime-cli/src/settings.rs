@@ -86,6 +86,9 @@ pub struct Settings {
     pub boot_timeout_s: u32,
     /// Whether the guest kernel logs early messages on a serial console.
     pub debug_console: bool,
+    /// Folder of the templates that guests start from instead of booting; without one, null, each boots.
+    /// Guests of one template have their kernels at the same random addresses.
+    pub templates: Option<PathBuf>,
 }
 
 impl Default for Settings {
@@ -97,6 +100,7 @@ impl Default for Settings {
             memory_mib: 256,
             boot_timeout_s: 60,
             debug_console: false,
+            templates: Some("/var/lib/coracle/templates".into()),
         }
     }
 }

@@ -86,6 +86,9 @@ pub enum Error {
     /// Guest RAM could not be made.
     #[error("set up guest memory")]
     Memory(#[from] MemoryError),
+    /// The memory of a machine cannot be kept.
+    #[error("copy guest RAM to a file: is there room on its file system?")]
+    CopyMemory(#[source] io::Error),
     /// A machine that is not paused cannot be saved.
     #[error("save the machine: {0}")]
     Save(Unsaved),

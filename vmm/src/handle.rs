@@ -1,6 +1,7 @@
 //! A running virtual machine, as every thread of its process sees it.
 
 use std::fs::File;
+use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -17,7 +18,7 @@ use crate::console::ConsoleLog;
 use crate::control::{Control, Exit};
 use crate::error::Error;
 use crate::event_loop::EventLoop;
-use crate::memory::GuestRam;
+use crate::memory::{GuestRam, MemoryLayout};
 use crate::metrics::{DeviceCounts, Metrics, Record};
 use crate::peripherals::{self, Ends};
 use crate::placement::Loop;
@@ -77,6 +78,33 @@ impl VmHandle {
         if self.ram.file().is_none() {
             return no_file(("its memory", "memory.backing"));
         }
+        self.save_all(|_| Ok(()))
+    }
+
+    /// Like [`VmHandle::save`], for a machine that has its memory in no file: `keep` is told where it
+    /// stands and copies the memory to one, so that any number of machines can go on from there, as can
+    /// this one once it is resumed.
+    ///
+    /// Fails unless the machine is paused and nothing is plugged into its memory.
+    pub fn save_with(
+        &self,
+        keep: impl FnOnce(&MachineState, &MemoryLayout) -> io::Result<()>,
+    ) -> Result<MachineState, Error> {
+        if !self.ram.is_anonymous() {
+            return Err(Error::Save(Unsaved::InFile));
+        }
+        if self.ends.pluggable.as_ref().is_some_and(|pluggable| pluggable.plugged_mib() != 0) {
+            return Err(Error::Save(Unsaved::Grown));
+        }
+        self.save_all(|state| keep(state, &self.ram.layout()).map_err(Error::CopyMemory))
+    }
+
+    /// Says where the machine stands; once it stands still, `keep` keeps its memory.
+    fn save_all(
+        &self,
+        keep: impl FnOnce(&MachineState) -> Result<(), Error>,
+    ) -> Result<MachineState, Error> {
+        let no_file = |(what, field)| Err(Error::NoMemoryFile { what, field });
         if self.shape.has_private_pmem {
             return no_file(("what it writes to persistent memory", "pmem.read_only"));
         }
@@ -86,7 +114,12 @@ impl VmHandle {
         if self.slots.are_taken() {
             return Err(Error::Save(Unsaved::Attached));
         }
-        self.control.while_paused(|| self.save_paused()).map_err(Error::Save)?
+        let save = || {
+            let state = self.save_paused()?;
+            keep(&state)?;
+            Ok(state)
+        };
+        self.control.while_paused(save).map_err(Error::Save)?
     }
 
     fn save_paused(&self) -> Result<MachineState, Error> {

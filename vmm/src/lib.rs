@@ -52,7 +52,7 @@ pub use error::{Error, chain};
 pub use footprint::{give_back_startup_memory, use_one_heap};
 pub use handle::VmHandle;
 pub use json::from_json;
-pub use memory::{SavedMemory, Sharing};
+pub use memory::{MemoryLayout, SavedMemory, Sharing};
 pub use metrics::{DeviceCounts, ExitCounts, Metrics, now_ns};
 pub use processors::GrantError;
 pub use state::{MachineState, Unsaved};

@@ -1,5 +1,6 @@
 //! Guest RAM: host memory that suits the guest's page tables, and the KVM slots that show it.
 
+mod copy;
 mod store;
 
 use std::fs::File;
@@ -18,6 +19,8 @@ use vm_memory::{
 
 use crate::config::MemoryConfig;
 
+pub use self::copy::MemoryLayout;
+use self::copy::Part;
 pub use self::store::{SavedMemory, Sharing, Store};
 
 /// Size of a huge page, in bytes: guest and host addresses agree modulo this, or KVM could map RAM
@@ -86,6 +89,8 @@ pub struct GuestRam {
     memory: GuestMemoryMmap,
     /// RAM and what extends it.
     with_extensions: GuestMemoryMmap,
+    /// Where memory can be plugged in.
+    pluggable: Option<Range<u64>>,
     store: Store,
 }
 
@@ -102,7 +107,7 @@ impl GuestRam {
             .map(|&(base, bytes)| allocate_region(base, bytes, config, &mut store))
             .collect::<Result<Vec<_>, _>>()?;
         let memory = GuestMemoryMmap::from_regions(regions).map_err(MemoryError::Layout)?;
-        Ok(GuestRam { with_extensions: memory.clone(), memory, store })
+        Ok(GuestRam { with_extensions: memory.clone(), memory, pluggable: None, store })
     }
 
     /// The memory the guest starts with, as loaders use it.
@@ -140,7 +145,33 @@ impl GuestRam {
         }
         let region = allocate_region(GuestAddress(start), bytes, config, &mut self.store)?;
         self.extend(vm, region, false)?;
-        Ok(Some(start..start + bytes))
+        self.pluggable = Some(start..start + bytes);
+        Ok(self.pluggable.clone())
+    }
+
+    /// Where the memory is, for who copies it to the file of a [`SavedMemory`]. What can be plugged in
+    /// is not; it must not be.
+    pub fn layout(&self) -> MemoryLayout {
+        let mut range = 0..0;
+        let mut next = |bytes: u64| {
+            let offset = store::after(&range);
+            range = offset..offset + bytes;
+            offset
+        };
+        let parts = self.memory.iter().map(|region| {
+            let (address, bytes) = (region.as_ptr().addr() as u64, region.len());
+            Part { address, bytes, offset: next(bytes) }
+        });
+        let parts = parts.collect();
+        if let Some(pluggable) = &self.pluggable {
+            next(pluggable.end - pluggable.start);
+        }
+        MemoryLayout { parts, file_bytes: range.end }
+    }
+
+    /// Whether the memory goes with the machine, all of it.
+    pub fn is_anonymous(&self) -> bool {
+        self.store.is_anonymous()
     }
 
     /// Adds `region` as further guest memory; a guest for which it is `read_only` may only make

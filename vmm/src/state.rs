@@ -67,6 +67,10 @@ pub enum Unsaved {
     Ended,
     /// A device came to it while it ran.
     Attached,
+    /// Memory came to it while it ran.
+    Grown,
+    /// A copy of its memory was asked for, and that is in a file already.
+    InFile,
 }
 
 impl fmt::Display for Unsaved {
@@ -75,6 +79,8 @@ impl fmt::Display for Unsaved {
             Unsaved::Running => "it is running: pause it first",
             Unsaved::Ended => "it has ended",
             Unsaved::Attached => "a device is attached to it: detach it first",
+            Unsaved::Grown => "memory is plugged into it: request its removal first",
+            Unsaved::InFile => "its memory is in a file: save it with that",
         })
     }
 }

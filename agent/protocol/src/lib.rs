@@ -5,6 +5,9 @@
 //! [`CONTROL_PORT`] of the host, when it is ready to serve. Each stdio stream of a process is a
 //! vsock stream of its own, opened by the host to [`STDIO_PORT`] of the guest; it starts with one
 //! [`StreamHello`] frame and is raw bytes from then on.
+//!
+//! A guest may be a copy of one that was ready, made before the host asked that for anything. Its stream
+//! ends with an error then, and the agent opens it again.
 
 pub mod frame;
 pub mod message;
@@ -16,7 +19,7 @@ pub use network::*;
 pub use stats::*;
 
 /// Version of this protocol; the agent sends it in [`Event::Ready`] and the host refuses others.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;
 
 /// Host port (vsock CID 2) the agent connects to when it is ready.
 pub const CONTROL_PORT: u32 = 1024;

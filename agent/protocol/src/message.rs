@@ -1,6 +1,8 @@
 //! Every message, as plain data. The host translates the OCI configuration into these types and
 //! checks it there, so that the agent needs neither a JSON parser nor a seccomp compiler.
 
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
 
 use crate::network::{Network, NetworkChange};
@@ -252,7 +254,22 @@ pub struct Sandbox {
     pub grows: bool,
     /// Its network.
     pub network: Network,
+    /// What a guest needs that went on from a template of one.
+    pub resumed: Option<Resumed>,
 }
+
+/// What sets a guest apart from the others that went on from the same template.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Resumed {
+    /// The time now, as a duration since the epoch: the guest's clocks stood still since the template
+    /// was made.
+    pub now: Duration,
+    /// Random bytes of the host: all guests of a template would draw the same random numbers.
+    pub seed: [u8; SEED_BYTES],
+}
+
+/// As much as the guest kernel's random number generator takes in (random(7)), in bytes.
+pub const SEED_BYTES: usize = 32;
 
 /// A container, as the agent creates it (OCI runtime specification, config.md and config-linux.md,
 /// with every default filled in and every name translated to the kernel's number by the host).

@@ -97,13 +97,26 @@ impl Boot<'_> {
     /// guest.
     pub(super) fn ready(&mut self, phases: &mut Phases) -> Result<String, Error> {
         let phase = "wait for the guest to boot";
+        let (guest, agent_us) = self.greeting(phase)?;
+        let ready_ns = now_ns();
+        phases.end_at("boot the kernel", ready_ns.saturating_sub(agent_us.saturating_mul(1000)));
+        phases.end_at("start the agent", ready_ns);
+        Ok(guest)
+    }
+
+    /// Like [`Boot::ready`], for a guest that goes on from a template, in which the agent was ready.
+    pub(super) fn woken(&mut self, phases: &mut Phases) -> Result<String, Error> {
+        let (guest, _) = self.greeting("wait for the guest to go on from its template")?;
+        phases.end("wake the guest");
+        Ok(guest)
+    }
+
+    /// What the agent says about its guest, and how long it took until it said that, in microseconds.
+    fn greeting(&mut self, phase: &'static str) -> Result<(String, u64), Error> {
         match self.next(phase)? {
             Said::Event(Event::Ready { version: VERSION, kernel, started_us, uptime_us }) => {
-                let ready_ns = now_ns();
-                let of_agent_ns = uptime_us.saturating_sub(started_us).saturating_mul(1000);
-                phases.end_at("boot the kernel", ready_ns.saturating_sub(of_agent_ns));
-                phases.end_at("start the agent", ready_ns);
-                Ok(format!("kernel {}, {uptime_us} us", kernel.escape_default()))
+                let guest = format!("kernel {}, {uptime_us} us", kernel.escape_default());
+                Ok((guest, uptime_us.saturating_sub(started_us)))
             }
             Said::Event(Event::Ready { version, .. }) => Err(Error::Version { found: version }),
             _ => Err(Error::Unexpected { phase }),

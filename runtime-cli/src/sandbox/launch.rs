@@ -17,13 +17,19 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::Error;
+use super::template;
 
-/// What the new process says, once.
+/// What the new process says: at last one of the first two.
 #[derive(Debug, Serialize, Deserialize)]
 enum Report {
     Ready,
     Failed(String),
+    /// It waits until this is written: an answer is a [`Written`].
+    Template(Box<template::Order>),
 }
+
+/// What came of a template.
+type Written = Result<(), String>;
 
 /// What the starter says when it has done its own part, such as the pid file.
 #[derive(Debug, Serialize, Deserialize)]
@@ -68,20 +74,30 @@ impl Launched {
 
     /// Waits until the new process is ready. If it is not to be, it has ended when this returns.
     pub(super) fn wait_ready(&mut self) -> Result<(), Error> {
-        match frame::read::<Report>(&mut self.socket) {
-            Ok(Some(Report::Ready)) => Ok(()),
-            Ok(Some(Report::Failed(message))) => {
-                let _ = self.child.wait();
-                Err(Error::Reported(message))
-            }
-            Ok(None) | Err(_) => {
-                let how = match self.child.wait() {
-                    Ok(status) => ending(status),
-                    Err(error) => error.to_string(),
-                };
-                Err(Error::Died { verb: self.verb, how })
+        loop {
+            match frame::read::<Report>(&mut self.socket) {
+                Ok(Some(Report::Ready)) => return Ok(()),
+                Ok(Some(Report::Failed(message))) => {
+                    let _ = self.child.wait();
+                    return Err(Error::Reported(message));
+                }
+                Ok(Some(Report::Template(order))) => {
+                    let written = order.carry_out(self.pid()).map_err(|error| error.to_string());
+                    // If it died meanwhile, the report that is missing says so.
+                    let _ = frame::write::<Written>(&mut self.socket, &written);
+                }
+                Ok(None) | Err(_) => return Err(self.died()),
             }
         }
+    }
+
+    /// The new process has ended, or is of no use.
+    fn died(&mut self) -> Error {
+        let how = match self.child.wait() {
+            Ok(status) => ending(status),
+            Err(error) => error.to_string(),
+        };
+        Error::Died { verb: self.verb, how }
     }
 
     /// Lets the new process go its own way.
@@ -168,6 +184,13 @@ impl Starter {
     pub(super) fn socket(&self) -> &UnixStream {
         &self.0
     }
+}
+
+/// Has the starter behind `socket` write a template, before [`Starter::ready`].
+pub(super) fn have_written(mut socket: &UnixStream, order: template::Order) -> io::Result<()> {
+    frame::write(&mut socket, &Report::Template(Box::new(order))).map_err(io::Error::other)?;
+    let written = frame::read::<Written>(&mut socket).map_err(io::Error::other)?;
+    written.ok_or(io::ErrorKind::UnexpectedEof)?.map_err(io::Error::other)
 }
 
 fn unsafe_borrow<'a>(fd: RawFd) -> std::os::fd::BorrowedFd<'a> {

@@ -40,6 +40,7 @@ mod signals;
 mod start;
 mod stdio;
 mod streams;
+mod template;
 
 use std::fs::Permissions;
 use std::io::{self, Write};

@@ -152,9 +152,14 @@ impl Network {
         self.guest.neighbours.retain(|neighbour| is_there(&neighbour.interface));
     }
 
-    /// The guest's network devices.
+    /// The guest's network devices. Their addresses say which is which and nothing else, so that machines
+    /// with as many are alike: each interface gets the next device, and has its own address then.
     pub(super) fn devices(&self) -> Vec<NetConfig> {
-        self.links.iter().map(Link::device).collect()
+        let addressed = |(number, link): (u8, &Link)| NetConfig {
+            mac: mac_text([2, 0, 0, 0, 0, number]),
+            ..link.device()
+        };
+        (0..).zip(&self.links).map(addressed).collect()
     }
 
     /// Joins every interface with its tap, which exists by now.

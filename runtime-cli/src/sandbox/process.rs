@@ -18,7 +18,7 @@ use vmm::{VmConfig, VmHandle, Vmm};
 use super::agent::{Agent, Asker};
 use super::boot::{self, Boot};
 use super::cgroup::{self, Cgroup};
-use super::launch::Starter;
+use super::launch::{self, Starter};
 use super::machine::{self, Room, Size};
 use super::namespaces::{self, HostNamespaces, Netns};
 use super::network::{self, Network};
@@ -28,6 +28,7 @@ use super::share::{self, ShareTree};
 use super::signals::Signals;
 use super::stdio::{self, Stdio};
 use super::streams::{Outputs, Owner, Running};
+use super::template::{self, Template};
 use super::{CreateOptions, control, disks, folder, hooks};
 use crate::bundle::{self, Bundle};
 use crate::logging::{self, chain};
@@ -84,6 +85,8 @@ enum Error {
     CoreDumps(#[source] io::Error),
     #[error("make the connection to the guest")]
     Connect(#[source] io::Error),
+    #[error("read random bytes for the guest from /dev/urandom")]
+    Random(#[source] io::Error),
     #[error("connect stdio with the guest")]
     Streams(#[source] io::Error),
     #[error(transparent)]
@@ -94,6 +97,14 @@ enum Error {
     Phases(#[source] io::Error),
     #[error("keep the poststop hooks in the state folder: is there room on its file system?")]
     Poststop(#[source] io::Error),
+}
+
+/// A machine that runs, and the way to the agent in it.
+struct Machine {
+    vm: VmHandle,
+    agent: Agent<Asker>,
+    /// Whether it goes on from a template.
+    resumed: bool,
 }
 
 /// What outlives this process unless it is taken back.
@@ -215,11 +226,14 @@ fn create(
     phases.end("share the files");
     let mut config = machine::config(&settings, &room, tree.path(), network.devices(), dir.path());
     config.disks = disks::of(&mut container.devices, &resources)?;
-    let (vm, mut agent) = start_machine(config, network, &mut phases)?;
+    let template = Template::of(&settings, &config);
+    let Machine { vm, mut agent, resumed } =
+        start_machine(config, template.as_ref(), network, &mut phases)?;
     let timeout_s = settings.boot_timeout_s;
     let mut boot = Boot { vm: &vm, agent: &mut agent, caller, signals: &mut signals, timeout_s };
-    log::info!("guest is up: {}", boot.ready(&mut phases)?);
-    boot.ask("set up the guest", &Request::ConfigureSandbox(guest(&bundle, &room, network)))?;
+    wait_ready(&mut boot, template.as_ref(), resumed, &mut phases)?;
+    let guest = guest(&bundle, &room, network, resumed)?;
+    boot.ask("set up the guest", &Request::ConfigureSandbox(guest))?;
     let (init, console) = connect_stdio(&vm, &order.id, stdio)?;
     boot.ask("create the container in the guest", &Request::CreateContainer(container))?;
     let parts = Parts {
@@ -248,14 +262,43 @@ fn keep_created(mut parts: Parts, dir: &ContainerDir) -> Result<Parts, Error> {
     Ok(parts)
 }
 
+/// Waits until the guest of a machine is ready, and makes a template of the machine if there is none.
+fn wait_ready(
+    boot: &mut Boot<'_>,
+    template: Option<&Template>,
+    resumed: bool,
+    phases: &mut Phases,
+) -> Result<(), Error> {
+    let ready = if resumed { boot.woken(phases) } else { boot.ready(phases) };
+    let Some(template) = template else {
+        log::info!("guest is up: {}", ready?);
+        return Ok(());
+    };
+    match ready {
+        Ok(guest) => log::info!("guest is up: {guest}"),
+        Err(error) => {
+            if resumed {
+                template.discard("its guest did not wake up");
+            }
+            return Err(error.into());
+        }
+    }
+    if !resumed {
+        template.keep(boot.vm, |order| launch::have_written(boot.caller, order));
+        phases.end("keep the template");
+    }
+    Ok(())
+}
+
 /// What the agent is told about its guest.
-fn guest(bundle: &Bundle, room: &Room, network: &Network) -> Sandbox {
-    Sandbox {
+fn guest(bundle: &Bundle, room: &Room, network: &Network, resumed: bool) -> Result<Sandbox, Error> {
+    Ok(Sandbox {
         hostname: bundle.spec.hostname().clone(),
         share: true,
         grows: room.grows,
         network: network.guest.clone(),
-    }
+        resumed: resumed.then(template::awakening).transpose().map_err(Error::Random)?,
+    })
 }
 
 /// What the agent is told of the container, and the tree of files that it shares with the host.
@@ -275,25 +318,32 @@ fn share(
 /// their limits before.
 fn start_machine(
     config: VmConfig,
+    template: Option<&Template>,
     network: &Network,
     phases: &mut Phases,
-) -> Result<(VmHandle, Agent<Asker>), Error> {
-    let vm = Vmm::new(config)?;
+) -> Result<Machine, Error> {
+    let restored = template.and_then(|template| template.restore(&config));
+    let resumed = restored.is_some();
+    let vm = restored.map_or_else(|| Vmm::new(config), Ok)?;
     network.join()?;
     let (vm, agent) = listen(vm).map_err(Error::Connect)?;
     vmm::forbid_core_dumps().map_err(Error::CoreDumps)?;
     let vm = vm.start()?;
-    end_machine(phases, &vm);
-    Ok((vm, agent))
+    end_machine(phases, &vm, resumed);
+    Ok(Machine { vm, agent, resumed })
 }
 
 /// Ends the phases of a machine up to the first instruction of its guest.
-fn end_machine(phases: &mut Phases, vm: &VmHandle) {
+fn end_machine(phases: &mut Phases, vm: &VmHandle, resumed: bool) {
     let metrics = vm.metrics();
     phases.end_at("create the machine", metrics.machine_ns);
     phases.end_at("create the devices", metrics.devices_ns);
-    phases.end_at("load the kernel", metrics.loaded_ns);
-    phases.end_at("create the processors", metrics.built_ns);
+    if resumed {
+        phases.end_at("restore the machine", metrics.built_ns);
+    } else {
+        phases.end_at("load the kernel", metrics.loaded_ns);
+        phases.end_at("create the processors", metrics.built_ns);
+    }
     phases.end("start the threads");
 }
 

@@ -2,6 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::fs::OpenOptionsExt;
 
@@ -23,7 +24,7 @@ pub enum Sharing {
     /// The new machine goes on writing to it, and can be saved again. It must be the only one.
     Shared,
     /// It stays as it is: what the new machine writes is its own. Any number of machines can go on
-    /// from there, and share what none of them writes. They share what their kernels draw random
+    /// from there, and share what none of them writes; what the file has holes for is memory of their own. They share what their kernels draw random
     /// numbers from, too, until each has fresh entropy.
     Private,
 }
@@ -79,39 +80,88 @@ impl Store {
         self.file.as_ref().filter(|_| self.flags & libc::MAP_SHARED != 0)
     }
 
+    /// Whether what is mapped here goes with the machine, all of it.
+    pub fn is_anonymous(&self) -> bool {
+        self.file.is_none()
+    }
+
     /// Maps the next `bytes` bytes at a multiple of [`HUGE_PAGE`].
     pub fn map(&mut self, bytes: usize) -> Result<*mut u8, MemoryError> {
         let map = |source| MemoryError::Map { bytes, source };
         let start = map_aligned(bytes).map_err(map)?;
         let Some(file) = &self.file else { return Ok(start) };
-        let offset = self.next;
-        let end = offset + bytes as u64;
+        let range = self.next..self.next + bytes as u64;
         if self.is_new {
-            file.set_len(end).map_err(|source| MemoryError::CreateFile { source })?;
+            file.set_len(range.end).map_err(|source| MemoryError::CreateFile { source })?;
         }
         let found = file.metadata().map_err(map)?.len();
-        if found < end {
-            return Err(MemoryError::ShortFile { found, needed: end });
+        if found < range.end {
+            return Err(MemoryError::ShortFile { found, needed: range.end });
         }
-        self.next = end.next_multiple_of(HUGE_PAGE as u64);
-        let offset = i64::try_from(offset).expect("a file is shorter than 2^63 bytes");
-        // SAFETY: the new mapping replaces one that was just made, has the same length, and is known
-        // to nobody else; the file was found to be long enough for it.
-        let mapped = unsafe {
-            libc::mmap(
-                start.cast(),
-                bytes,
-                PROTECTION,
-                self.flags | libc::MAP_FIXED,
-                file.as_raw_fd(),
-                offset,
-            )
-        };
-        if mapped == libc::MAP_FAILED {
-            return Err(map(io::Error::last_os_error()));
+        self.next = after(&range);
+        if self.flags & libc::MAP_SHARED != 0 {
+            map_file(file, self.flags, start, &range, &range).map_err(map)?;
+            return Ok(start);
+        }
+        // Where the file has nothing, the fresh memory that is there is as good, and better than pages
+        // of the file: it comes in huge ones, and is not copied when it is written to.
+        let mut rest = range.clone();
+        while let Some(data) = next_data(file, &rest).map_err(map)? {
+            map_file(file, self.flags, start, &range, &data).map_err(map)?;
+            rest.start = data.end;
         }
         Ok(start)
     }
+}
+
+/// Where the region behind the one in `range` starts in a file.
+pub fn after(range: &Range<u64>) -> u64 {
+    range.end.next_multiple_of(HUGE_PAGE as u64)
+}
+
+/// The next huge pages with data among those of `file` in `range`, which starts at one.
+fn next_data(file: &File, range: &Range<u64>) -> io::Result<Option<Range<u64>>> {
+    if range.is_empty() {
+        return Ok(None);
+    }
+    let data = match seek(file, range.start, libc::SEEK_DATA) {
+        Err(error) if error.raw_os_error() == Some(libc::ENXIO) => return Ok(None),
+        data => data?,
+    };
+    if data >= range.end {
+        return Ok(None);
+    }
+    let hole = seek(file, data, libc::SEEK_HOLE)?;
+    let huge = HUGE_PAGE as u64;
+    Ok(Some(data - data % huge..hole.next_multiple_of(huge).min(range.end)))
+}
+
+fn seek(file: &File, from: u64, whence: i32) -> io::Result<u64> {
+    let from = i64::try_from(from).map_err(io::Error::other)?;
+    // SAFETY: the call takes numbers, and `file` keeps the descriptor open.
+    let found = unsafe { libc::lseek(file.as_raw_fd(), from, whence) };
+    u64::try_from(found).map_err(|_| io::Error::last_os_error())
+}
+
+/// Maps `part` of `file` in its place in the mapping from `start` on, which has room for `whole`.
+fn map_file(
+    file: &File,
+    flags: i32,
+    start: *mut u8,
+    whole: &Range<u64>,
+    part: &Range<u64>,
+) -> io::Result<()> {
+    assert!(whole.start <= part.start && part.start <= part.end && part.end <= whole.end);
+    let size = |bytes: u64| usize::try_from(bytes).expect("no larger than a mapping");
+    let place = start.wrapping_add(size(part.start - whole.start)).cast();
+    let length = size(part.end - part.start);
+    let offset = i64::try_from(part.start).map_err(io::Error::other)?;
+    // SAFETY: the new mapping replaces a part of one that was just made and is known to nobody else:
+    // the callers made it with the size of `whole`, in which `part` is.
+    let mapped = unsafe {
+        libc::mmap(place, length, PROTECTION, flags | libc::MAP_FIXED, file.as_raw_fd(), offset)
+    };
+    if mapped == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 fn memfd() -> io::Result<File> {
@@ -185,6 +235,23 @@ mod tests {
         assert_eq!(read(&on(&file, Sharing::Private).unwrap(), FIRST), 1);
         assert_eq!(read(&first, FIRST), 3);
         assert!(first.file().is_none());
+    }
+
+    #[test]
+    fn what_a_template_has_no_data_for_is_fresh_memory() {
+        let file = saved();
+        file.set_len(8 << 20).unwrap();
+
+        let data = |range| next_data(&file, &range).unwrap();
+
+        assert_eq!(data(0..3 << 20), Some(0..2 << 20));
+        assert_eq!(data(2 << 20..3 << 20), None);
+        assert_eq!(data(4 << 20..5 << 20), Some(4 << 20..5 << 20));
+        assert_eq!(data(6 << 20..8 << 20), None);
+        let ram = on(&file, Sharing::Private).unwrap();
+        ram.memory().write_obj(4u8, GuestAddress(2 << 20)).unwrap();
+        assert_eq!(data(2 << 20..3 << 20), None);
+        assert_eq!(read(&ram, GuestAddress(2 << 20)), 4);
     }
 
     #[test]

@@ -312,30 +312,26 @@ fn a_saved_guest_may_also_just_go_on() {
 
 #[test]
 #[ignore = "needs KVM that boots Linux"]
-fn two_machines_go_on_from_one_template() {
-    let memory = TempDir::new().unwrap();
-    let path = memory.path().join("memory");
-    let mut guest =
+fn two_machines_go_on_from_one_template_and_so_does_that_itself() {
+    let guest =
         Guest::new("i=0; while [ $i -lt 40 ]; do i=$((i + 1)); echo count $i; usleep 50000; done");
-    guest.config.memory.backing = MemoryBacking::File(path.clone());
     let vm = guest.start();
     let start = Instant::now();
     while !vm.console_tail().contains("count 5") {
         assert!(start.elapsed() < PATIENCE, "{}", vm.console_tail());
         thread::sleep(Duration::from_millis(10));
     }
-    let state = saved(&vm);
-    drop(vm);
+    let memory = tempfile::tempfile().unwrap();
+    vm.pause();
+    let state = vm.save_with(|_, layout| layout.copy(Path::new("/proc/self"), &memory)).unwrap();
+    vm.resume();
 
-    let machines = [(), ()].map(|()| rebuilt(&guest.config, &state, open(&path), Sharing::Private));
-    assert!(matches!(
-        {
-            machines[0].pause();
-            machines[0].save()
-        },
-        Err(Error::NoMemoryFile { field: "memory.backing", .. })
-    ));
-    machines[0].resume();
+    let [first, second] = [(), ()]
+        .map(|()| rebuilt(&guest.config, &state, memory.try_clone().unwrap(), Sharing::Private));
+    first.pause();
+    assert!(matches!(first.save(), Err(Error::NoMemoryFile { field: "memory.backing", .. })));
+    first.resume();
+    let machines = [vm, first, second];
 
     for ended in machines.map(wait) {
         assert_ended_by_guest(&ended);

@@ -14,6 +14,12 @@ const MTRR_DEFAULT_TYPE: u32 = 0x2ff;
 const MTRR_ENABLED: u64 = 1 << 11;
 const MTRR_WRITE_BACK: u64 = 6;
 
+/// The time stamp counter.
+pub const TSC: u32 = 0x10;
+
+/// Far enough from any time stamp for KVM not to take two for the same.
+const AGE: u64 = 1 << 60;
+
 /// When the local APIC's timer shall fire, in terms of the time stamp counter.
 const TSC_DEADLINE: u32 = 0x6e0;
 
@@ -43,6 +49,12 @@ pub fn save(kvm: &Kvm, vcpu: &VcpuFd) -> Result<Vec<kvm_msr_entry>, ArchError> {
         rest = &rest[done + refused..];
     }
     Ok(saved)
+}
+
+/// Keeps KVM from taking what is set as the time stamp next for the one of a machine that has just been
+/// made, if that is less than a second away: the guest's clock would go back by that.
+pub fn forget_time(vcpu: &VcpuFd) -> Result<(), ArchError> {
+    set_all(vcpu, &[entry(TSC, AGE)], |_| Ok(()))
 }
 
 /// Sets the registers that [`save`] read.

@@ -14,6 +14,10 @@ use serde::{Deserialize, Serialize};
 use super::msrs;
 use crate::{ArchError, Kvm, VcpuFd};
 
+/// In the register with the APIC's address: this is the processor that booted (Intel SDM, volume 3,
+/// section 11.4.4).
+const BOOTSTRAP_PROCESSOR: u64 = 1 << 8;
+
 /// Everything about a vCPU that its guest could miss.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct State {
@@ -94,6 +98,9 @@ impl State {
         // After the segments, which say where it is and whether it is on; before the MSRs, whose
         // timer deadline counts only in the mode that the APIC is in.
         vcpu.set_lapic(&self.local_apic).map_err(ArchError::kvm("set the local APIC"))?;
+        if self.segments.apic_base & BOOTSTRAP_PROCESSOR != 0 {
+            msrs::forget_time(vcpu)?;
+        }
         msrs::restore(vcpu, &self.msrs)?;
         vcpu.set_vcpu_events(&self.events).map_err(ArchError::kvm("set a vCPU's events"))?;
         // Enters the guest of the guest, if the vCPU was there, on top of all that is set by now.
@@ -126,5 +133,36 @@ impl Nested {
         // The header alone, which KVM calls no state, says whether virtualization is on.
         vcpu.nested_state(&mut nested.0).map_err(ArchError::kvm("read the nested state"))?;
         Ok(Some(nested))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A machine with one vCPU as it is after a reset.
+    fn vcpu(kvm: &Kvm) -> (crate::VmFd, VcpuFd) {
+        let vm = kvm.create_vm().unwrap();
+        vm.create_irq_chip().unwrap();
+        let vcpu = vm.create_vcpu(0).unwrap();
+        (vm, vcpu)
+    }
+
+    fn time_stamp(state: &State) -> u64 {
+        state.msrs.iter().find(|msr| msr.index == msrs::TSC).unwrap().data
+    }
+
+    #[test]
+    #[ignore = "needs /dev/kvm"]
+    fn the_time_stamp_of_a_young_machine_goes_on() {
+        let kvm = Kvm::new().unwrap();
+        let (_vm, old) = vcpu(&kvm);
+        std::thread::sleep(std::time::Duration::from_millis(100));
+        let saved = State::of(&kvm, &old).unwrap();
+        let (_vm, new) = vcpu(&kvm);
+
+        saved.apply(&new).unwrap();
+
+        assert!(time_stamp(&State::of(&kvm, &new).unwrap()) >= time_stamp(&saved));
     }
 }
