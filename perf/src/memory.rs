@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::ops::Range;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -19,6 +20,13 @@ const GOAL_RESIDENT_KIB: f64 = 5.0 * 1024.0;
 /// A mapping of at least this size is guest RAM: nothing else we map is anywhere near, and an
 /// untouched thread stack is far below it.
 const GUEST_RAM_KIB: u64 = 64 * 1024;
+/// In the name of a mapping that is a part of guest RAM, in the place in it that its offset says.
+const TEMPLATES: &str = "/templates/";
+/// The RAM that a container's guest starts with, in bytes: the settings' default.
+const START_RAM_BYTES: u64 = 256 << 20;
+
+/// Most RAM of a guest that we are content with when its agent is ready, in MiB.
+const GOAL_GUEST_RAM_MIB: f64 = 24.0;
 
 /// How long a container idles before its memory is read.
 const SETTLE: Duration = Duration::from_secs(1);
@@ -32,6 +40,8 @@ pub struct OwnMemory {
     pub resident_kib: u64,
     /// Resident pages of guest RAM, in KiB.
     pub guest_ram_kib: u64,
+    /// Those that are the guest's own, not its template's, in KiB.
+    pub guest_anonymous_kib: u64,
     /// Resident pages by what is mapped and how, in KiB; unnamed memory is `anonymous`.
     pub by_mapping_kib: BTreeMap<String, u64>,
 }
@@ -46,29 +56,50 @@ impl OwnMemory {
 
     fn parse(smaps: &str) -> Self {
         let mut own = OwnMemory::default();
-        let (mut mapping, mut guest_ram) = (String::new(), false);
+        let template = template_ram(smaps);
+        let (mut mapping, mut start, mut guest_ram) = (String::new(), 0, false);
         for line in smaps.lines() {
             let words: Vec<_> = line.split_whitespace().collect();
             let [name, value, rest @ ..] = &words[..] else { continue };
             if !name.ends_with(':') {
                 // Range, permissions, offset, device, inode and, if it has one, a name.
                 mapping = format!("{value} {}", rest.get(3).unwrap_or(&"anonymous"));
+                start = start_of(name);
                 continue;
             }
             let kib = value.parse().unwrap_or(0);
             match *name {
-                "Size:" => guest_ram = kib >= GUEST_RAM_KIB,
+                "Size:" => guest_ram = kib >= GUEST_RAM_KIB || template.contains(&start),
                 "Rss:" if guest_ram => own.guest_ram_kib += kib,
                 "Rss:" if kib > 0 => {
                     own.resident_kib += kib;
                     *own.by_mapping_kib.entry(mapping.clone()).or_default() += kib;
                 }
                 "Anonymous:" if !guest_ram => own.anonymous_kib += kib,
+                "Anonymous:" => own.guest_anonymous_kib += kib,
                 _ => {}
             }
         }
         own
     }
+}
+
+/// Where a mapping starts, of its range.
+fn start_of(range: &str) -> u64 {
+    let start = range.split('-').next().unwrap_or_default();
+    u64::from_str_radix(start, 16).unwrap_or(0)
+}
+
+/// Where the RAM of a guest is that went on from a template; nowhere if it booted.
+fn template_ram(smaps: &str) -> Range<u64> {
+    let of_template = |line: &str| {
+        let words: Vec<_> = line.split_whitespace().collect();
+        let [range, _, offset, _, _, name, ..] = &words[..] else { return None };
+        let offset = u64::from_str_radix(offset, 16).ok()?;
+        name.contains(TEMPLATES).then(|| start_of(range).saturating_sub(offset))
+    };
+    let start = smaps.lines().find_map(of_template);
+    start.map_or(0..0, |start| start..start + START_RAM_BYTES)
 }
 
 /// Measures and adds the rows: of a virtual machine alone, and of a whole container's process.
@@ -80,6 +111,11 @@ pub fn measure(report: &mut Report, options: &Options) -> Result<()> {
     rest(SETTLE);
     let memory = OwnMemory::of(container.pid()?)?;
     add_rows(report, "container", &memory, GOAL_ANONYMOUS_KIB[1], options.verbose);
+    let mib = |kib: u64| kib as f64 / 1024.0;
+    let (resident, own) = (mib(memory.guest_ram_kib), mib(memory.guest_anonymous_kib));
+    let what = "guest RAM touched, idle container from a template";
+    report.alone(what, "MiB", resident, Some(GOAL_GUEST_RAM_MIB));
+    report.alone("of which it shares with no other guest", "MiB", own, None);
     Ok(())
 }
 
@@ -110,6 +146,19 @@ mod tests {
 
         assert_eq!((own.anonymous_kib, own.resident_kib), (8, 40));
         assert_eq!(own.guest_ram_kib, 9000);
+    }
+
+    #[test]
+    fn all_of_a_guest_s_ram_is_found_around_what_it_has_of_a_template() {
+        let smaps = "10000000-10200000 rw-p 0 00:00 0\nSize: 2048 kB\nRss: 4 kB\nAnonymous: 4 kB\n\
+             10200000-10400000 rw-p 200000 00:01 7 /var/lib/coracle/templates/ab\nSize: 2048 kB\n\
+             Rss: 12 kB\nAnonymous: 8 kB\n\
+             20000000-20200000 rw-p 0 00:00 0\nSize: 2048 kB\nRss: 32 kB\nAnonymous: 16 kB\n";
+
+        let own = OwnMemory::parse(smaps);
+
+        assert_eq!((own.guest_ram_kib, own.guest_anonymous_kib), (16, 12));
+        assert_eq!((own.resident_kib, own.anonymous_kib), (32, 16));
     }
 
     #[test]

@@ -35,8 +35,9 @@ pub use phases::{Phase, measure as phases};
 pub use start::measure as start;
 pub use stdio::measure as stdio;
 
-/// Coracle's settings, in the bundle's folder.
+/// Coracle's settings, in the bundle's folder: with templates, and without.
 const SETTINGS: &str = "coracle.json";
+const BOOTING: &str = "booting.json";
 
 /// What a container's root has of busybox.
 const APPLETS: [&str; 5] = ["sh", "true", "sleep", "cat", "echo"];
@@ -55,6 +56,12 @@ impl Runtime {
     pub fn coracle(bundle: &Bundle) -> Self {
         let settings = Some(bundle.folder.path().join(SETTINGS));
         Runtime { name: "coracle".to_owned(), program: "coracle".into(), settings }
+    }
+
+    /// The same, but each guest boots instead of going on from a template.
+    pub fn booting(bundle: &Bundle) -> Self {
+        let settings = Some(bundle.folder.path().join(BOOTING));
+        Runtime { settings, ..Runtime::coracle(bundle) }
     }
 
     /// One that Coracle is compared with.
@@ -101,8 +108,11 @@ impl Bundle {
         config["process"]["terminal"] = json!(false);
         config["process"]["args"] = json!(command);
         fs::write(&path, config.to_string())?;
-        let settings = json!({ "kernel": image.join("kernel"), "initrd": image.join("initrd") });
+        let mut settings =
+            json!({ "kernel": image.join("kernel"), "initrd": image.join("initrd") });
         fs::write(folder.path().join(SETTINGS), settings.to_string())?;
+        settings["templates"] = Value::Null;
+        fs::write(folder.path().join(BOOTING), settings.to_string())?;
         Ok(Bundle { folder })
     }
 

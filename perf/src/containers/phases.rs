@@ -22,11 +22,21 @@ pub struct Phase {
 /// Measures, adds a row for each phase, and gives the phases of the last run for the plot.
 pub fn measure(report: &mut Report, options: &Options) -> Result<Vec<Phase>> {
     let bundle = Bundle::new(&options.tuned, &["sleep", "1000000"])?;
-    let coracle = Runtime::coracle(&bundle);
+    add_rows(report, options, "phase of a boot", &Runtime::booting(&bundle), &bundle)?;
+    add_rows(report, options, "phase", &Runtime::coracle(&bundle), &bundle)
+}
+
+fn add_rows(
+    report: &mut Report,
+    options: &Options,
+    kind: &str,
+    coracle: &Runtime,
+    bundle: &Bundle,
+) -> Result<Vec<Phase>> {
     let mut runs = Vec::new();
     for run in 0..=options.runs {
-        eprintln!("phases: run {run} of {}", options.runs);
-        let container = Background::start(&coracle, &bundle)?;
+        eprintln!("{kind}: run {run} of {}", options.runs);
+        let container = Background::start(coracle, bundle)?;
         let mut command = coracle.command();
         let output = command.args(["logs", "--phases", "--json", container.id()]).output()?;
         if !output.status.success() {
@@ -41,7 +51,7 @@ pub fn measure(report: &mut Report, options: &Options) -> Result<Vec<Phase>> {
     for (index, phase) in last.iter().enumerate() {
         let times = runs.iter().filter_map(|phases| phases.get(index));
         let times: Samples = times.map(|phase| phase.took_ns as f64 / 1e6).collect();
-        report.samples(&format!("phase: {}", phase.name), ("ms", &times), None);
+        report.samples(&format!("{kind}: {}", phase.name), ("ms", &times), None);
     }
     Ok(last)
 }

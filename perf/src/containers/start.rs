@@ -12,17 +12,22 @@ const GOAL: f64 = 3.0;
 /// Measures and adds the rows.
 pub fn measure(report: &mut Report, options: &Options) -> Result<()> {
     let bundle = Bundle::new(&options.tuned, &["true"])?;
-    let coracle = Runtime::coracle(&bundle);
+    let ways = [
+        ("run of true", Runtime::coracle(&bundle), Some(GOAL)),
+        ("run of true, booting", Runtime::booting(&bundle), None),
+    ];
     for peer in options.peers().iter().filter(|peer| peer.is_runtime()) {
         let peer = Runtime::of_peer(peer);
-        let [ours, theirs] = in_turn(
-            "start",
-            options.runs,
-            || run_once(&coracle, &bundle),
-            || run_once(&peer, &bundle),
-        )?;
-        let goal = (peer.name == "runc").then_some(GOAL);
-        report.pairs("run of true", ("ms", &ours), (&peer.name, &theirs), goal);
+        for (what, coracle, goal) in &ways {
+            let [ours, theirs] = in_turn(
+                what,
+                options.runs,
+                || run_once(coracle, &bundle),
+                || run_once(&peer, &bundle),
+            )?;
+            let goal = goal.filter(|_| peer.name == "runc");
+            report.pairs(what, ("ms", &ours), (&peer.name, &theirs), goal);
+        }
     }
     Ok(())
 }

@@ -225,3 +225,77 @@ fn identity(path: &Path) -> io::Result<(u64, u64, [i64; 4])> {
     let of = fs::metadata(path)?;
     Ok((of.dev(), of.ino(), [of.mtime(), of.mtime_nsec(), of.ctime(), of.ctime_nsec()]))
 }
+
+#[cfg(test)]
+mod tests {
+    use vmm::{BootConfig, DiskConfig, NetConfig, ShareConfig};
+
+    use super::*;
+
+    /// A machine that boots the test itself, which is a file that is there.
+    fn config() -> VmConfig {
+        let mut config = VmConfig::new("/proc/self/exe".into());
+        config.console.output = ConsoleOutput::Discard;
+        config.shares = vec![ShareConfig::new("t", "/one".into())];
+        config.nets = vec![NetConfig::new("tap0", "02:00:00:00:00:00")];
+        config
+    }
+
+    fn template(config: &VmConfig) -> Option<Template> {
+        Template::of(&Settings::default(), config)
+    }
+
+    #[test]
+    fn what_the_host_calls_its_files_makes_no_other_template() {
+        let mut other = config();
+        other.shares[0].path = "/two".into();
+        other.nets[0].tap = "tap7".into();
+
+        assert_eq!(template(&other), template(&config()));
+    }
+
+    #[test]
+    fn what_the_guest_sees_does() {
+        let mut larger = config();
+        larger.memory.size_mib += 1;
+        let mut connected = config();
+        connected.nets.push(NetConfig::new("tap1", "02:00:00:00:00:01"));
+        let booted = VmConfig { boot: BootConfig::new("/bin/sh".into()), ..config() };
+
+        for other in [larger, connected, booted] {
+            assert_ne!(template(&other), template(&config()));
+        }
+    }
+
+    #[test]
+    fn a_guest_with_a_container_s_own_disk_or_console_has_none() {
+        let disk = DiskConfig::new("disk", "/disk".into());
+        let with_disk = VmConfig { disks: vec![disk], ..config() };
+        let mut told = config();
+        told.console.output = ConsoleOutput::File("/console".into());
+        let unwanted = Settings { templates: None, ..Settings::default() };
+
+        assert_eq!(template(&with_disk), None);
+        assert_eq!(template(&told), None);
+        assert_eq!(Template::of(&unwanted, &config()), None);
+    }
+
+    #[test]
+    fn there_is_room_for_a_new_template_and_those_used_last() {
+        let folder = tempfile::tempdir().unwrap();
+        for number in 0..=MOST {
+            let file = File::create(folder.path().join(number.to_string())).unwrap();
+            file.set_modified(UNIX_EPOCH + Duration::from_secs(number as u64)).unwrap();
+        }
+        File::create(folder.path().join("half").with_extension(UNFINISHED)).unwrap();
+
+        make_room(folder.path()).unwrap();
+
+        let mut left: Vec<_> = fs::read_dir(folder.path())
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        left.sort();
+        assert_eq!(left, (2..=MOST).map(|number| number.to_string()).collect::<Vec<_>>());
+    }
+}

@@ -8,6 +8,7 @@ mod faults;
 mod lifecycle;
 mod podman;
 mod stdio;
+mod template;
 
 use tests::leftovers;
 
