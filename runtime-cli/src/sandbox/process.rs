@@ -270,20 +270,14 @@ fn wait_ready(
     phases: &mut Phases,
 ) -> Result<(), Error> {
     let ready = if resumed { boot.woken(phases) } else { boot.ready(phases) };
-    let Some(template) = template else {
-        log::info!("guest is up: {}", ready?);
-        return Ok(());
-    };
-    match ready {
-        Ok(guest) => log::info!("guest is up: {guest}"),
-        Err(error) => {
-            if resumed {
-                template.discard("its guest did not wake up");
-            }
-            return Err(error.into());
-        }
+    // Whoever interrupts says nothing about the guest.
+    let failed =
+        ready.as_ref().err().is_some_and(|error| !matches!(error, boot::Error::Interrupted { .. }));
+    if let Some(template) = template.filter(|_| failed && resumed) {
+        template.discard("its guest did not wake up");
     }
-    if !resumed {
+    log::info!("guest is up: {}", ready?);
+    if let Some(template) = template.filter(|_| !resumed) {
         template.keep(boot.vm, |order| launch::have_written(boot.caller, order));
         phases.end("keep the template");
     }
