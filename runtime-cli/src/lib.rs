@@ -5,6 +5,7 @@ pub mod bundle;
 pub mod check;
 pub mod features;
 pub mod install;
+pub mod limits;
 pub mod logging;
 pub mod phases;
 pub mod sandbox;

@@ -30,6 +30,7 @@ use super::stdio::{self, Stdio};
 use super::streams::{Outputs, Owner, Running};
 use super::{CreateOptions, control, disks, folder, hooks};
 use crate::bundle::{self, Bundle};
+use crate::limits;
 use crate::logging::{self, chain};
 use crate::phases::Phases;
 use crate::settings;
@@ -379,6 +380,7 @@ fn container(
     let mut container =
         translate::container(dir.id(), bundle, ShareTree::rootfs(), created, &mut add)?;
     let process = &mut container.process;
+    limits::inherit(process);
     process.stdio = stdio.streams();
     if process.terminal.is_some() {
         process.terminal = stdio.window_size().or(process.terminal);
