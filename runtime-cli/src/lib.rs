@@ -8,6 +8,7 @@ pub mod install;
 pub mod limits;
 pub mod logging;
 pub mod phases;
+pub mod rootless;
 pub mod sandbox;
 pub mod settings;
 pub mod state;

@@ -202,7 +202,7 @@ fn create(
     // From here on `delete` finds what a killed process leaves behind.
     let state = creating(&bundle, &order.id, &name, &netns);
     dir.save(&state)?;
-    outliving.cgroup = Some(cgroup.enter(&machine::host_resources(&resources, room.size))?);
+    outliving.cgroup = cgroup.enter(&machine::host_resources(&resources, room.size))?;
     set_oom_score(&bundle);
     phases.end("enter the cgroup");
     let host = Rc::new(HostNamespaces::leave(&netns)?);
