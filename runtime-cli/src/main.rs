@@ -7,7 +7,8 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
 use coracle::logging::{LogFormat, LogOptions};
-use coracle::state::{DEFAULT_ROOT, StateRoot};
+use coracle::rootless;
+use coracle::state::StateRoot;
 use coracle::{OCI_VERSION, VERSION, sandbox};
 
 /// Exit code of a failure that is the runtime's own.
@@ -28,9 +29,10 @@ struct Cli {
     /// Log format: text or json
     #[arg(long, value_name = "FORMAT", default_value = "text")]
     log_format: String,
-    /// Folder for the state of containers; should be on a tmpfs
-    #[arg(long, value_name = "DIR", default_value = DEFAULT_ROOT)]
-    root: PathBuf,
+    /// Folder for the state of containers; should be on a tmpfs [default: /run/coracle, or
+    /// $XDG_RUNTIME_DIR/coracle for a user who is not root]
+    #[arg(long, value_name = "DIR")]
+    root: Option<PathBuf>,
     /// Let systemd manage cgroups; cgroupsPath is then "slice:prefix:name"
     #[arg(long)]
     systemd_cgroup: bool,
@@ -130,7 +132,7 @@ fn main() -> ExitCode {
         return FAILURE.into();
     };
     let globals = commands::Globals {
-        root: StateRoot::new(cli.root),
+        root: StateRoot::new(cli.root.unwrap_or_else(rootless::state_root)),
         log,
         systemd_cgroup: cli.systemd_cgroup,
     };

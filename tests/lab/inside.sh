@@ -23,7 +23,8 @@ if [ "${LAB_NATIVE:-0}" = 1 ]; then
 else
   # The rest is loaded on demand.
   for module in $kvm_module tun br_netfilter loop vhost_net; do modprobe "$module"; done
-  chmod 666 /dev/kvm
+  # As udev would: who may open these needs no more to run containers.
+  chmod 666 /dev/kvm /dev/net/tun
   mount -o remount,rw /sys 2>/dev/null || true
   # A container's processes must not sit beside controllers' inner nodes.
   mkdir -p /sys/fs/cgroup/lab

@@ -12,7 +12,7 @@ packages=(
   # benchmarks: what runs in their guests
   fio iperf3
   # lab: an emulated machine with hardware virtualization, and the engines that run in it
-  conmon containerd crun docker.io iproute2 iptables mmdebstrap podman runc uidmap
+  conmon containerd crun docker.io iproute2 iptables mmdebstrap podman runc slirp4netns uidmap
 )
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 arch=${LAB_ARCH:-$(uname -m)}

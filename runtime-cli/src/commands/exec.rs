@@ -5,6 +5,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, bail, ensure};
 use coracle::bundle::{self, Bundle};
+use coracle::limits;
 use coracle::sandbox::{self, ExecOptions, ExecOutcome};
 use coracle::state::{State, Status};
 use coracle::translate;
@@ -93,7 +94,7 @@ fn exec(globals: &Globals, args: &Args) -> anyhow::Result<u8> {
     let seccomp = bundle.spec.linux().as_ref().and_then(|linux| linux.seccomp().as_ref());
     let options = ExecOptions {
         name: unique_name(),
-        process: translate::process(&process, seccomp)?,
+        process: with_limits(translate::process(&process, seccomp)?),
         console_socket: args.console_socket.clone(),
         pid_file: args.pid_file.clone(),
         detach: args.detach,
@@ -124,6 +125,11 @@ fn check(args: &Args, state: &State) -> anyhow::Result<()> {
         log::warn!("--preserve-fds has no effect in a virtual machine");
     }
     Ok(())
+}
+
+fn with_limits(mut process: agent_protocol::Process) -> agent_protocol::Process {
+    limits::inherit(&mut process);
+    process
 }
 
 /// A process object, with what it leaves out as the container's own process has it, as in runc: one

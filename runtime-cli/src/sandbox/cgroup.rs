@@ -9,6 +9,9 @@ use libcgroups::common::{
 };
 use oci_spec::runtime::LinuxResources;
 
+use crate::logging::chain;
+use crate::rootless;
+
 /// Where cgroup file systems are mounted (cgroups(7)).
 const CGROUP_ROOT: &str = "/sys/fs/cgroup";
 
@@ -151,8 +154,19 @@ impl Cgroup {
         }
     }
 
-    /// Makes the cgroup if need be, enters it with the whole process, and sets its limits.
-    pub(super) fn enter(self, resources: &LinuxResources) -> Result<Self, Error> {
+    /// Makes the cgroup if need be, enters it with the whole process, and sets its limits. None for a user
+    /// whom the host's cgroups do not belong to: the limits hold inside the guest in any case.
+    pub(super) fn enter(self, resources: &LinuxResources) -> Result<Option<Self>, Error> {
+        match self.try_enter(resources) {
+            Err(error) if rootless::is_in_user_namespace() => {
+                log::info!("the container has no cgroup on the host: {}", chain(&error));
+                Ok(None)
+            }
+            result => result.map(Some),
+        }
+    }
+
+    fn try_enter(self, resources: &LinuxResources) -> Result<Self, Error> {
         let path = self.name.path.clone();
         let entered = self.manager.add_task(nix_of_libcgroups::unistd::Pid::this());
         if let Err(source) = entered {
@@ -258,7 +272,7 @@ mod tests {
         let before = own_cgroups();
 
         let cgroup = Cgroup::find(name.clone(), "unit-test").unwrap();
-        let cgroup = cgroup.enter(&LinuxResources::default()).unwrap();
+        let cgroup = cgroup.enter(&LinuxResources::default()).unwrap().unwrap();
         assert_ne!(own_cgroups(), before);
         cgroup.leave();
 

@@ -8,6 +8,8 @@ use agent_protocol::Device;
 use oci_spec::runtime::{LinuxDeviceCgroup, LinuxDeviceType, LinuxResources};
 use vmm::DiskConfig;
 
+use crate::translate;
+
 /// Where the kernel lists block devices by their numbers.
 const BY_NUMBER: &str = "/sys/dev/block";
 
@@ -44,10 +46,10 @@ pub(super) fn of(
     devices: &mut [Device],
     resources: &LinuxResources,
 ) -> Result<Vec<DiskConfig>, Error> {
-    let rules = resources.devices().as_deref().unwrap_or_default();
-    if rules.iter().any(allows_all) {
+    if translate::allow_all_devices(resources) {
         return Ok(Vec::new());
     }
+    let rules = resources.devices().as_deref().unwrap_or_default();
     let blocks: Vec<_> = devices.iter_mut().filter(|device| device.kind == libc::S_IFBLK).collect();
     if blocks.len() > MAX_DISKS {
         return Err(Error::TooMany(blocks.len()));
@@ -75,12 +77,6 @@ fn node(major: u32, minor: u32) -> io::Result<PathBuf> {
     let uevent = fs::read_to_string(format!("{BY_NUMBER}/{major}:{minor}/uevent"))?;
     let name = uevent.lines().find_map(|line| line.strip_prefix("DEVNAME="));
     Ok(Path::new("/dev").join(name.ok_or(io::ErrorKind::NotFound)?))
-}
-
-fn allows_all(rule: &LinuxDeviceCgroup) -> bool {
-    let any = |number: Option<i64>| number.is_none_or(|number| number < 0);
-    let all_types = rule.typ().is_none_or(|kind| kind == LinuxDeviceType::A);
-    rule.allow() && all_types && any(rule.major()) && any(rule.minor())
 }
 
 fn allows_writing(rule: &LinuxDeviceCgroup, device: &Device) -> bool {

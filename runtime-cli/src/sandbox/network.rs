@@ -101,7 +101,10 @@ impl Network {
     pub(super) fn take() -> Result<Self, Error> {
         Self::read_with(|links, messages| {
             name_taps(links, &[], &[]);
-            if messages.iter().any(is_tap) { Err(Error::Taken) } else { Ok(()) }
+            let is_ours = |message| {
+                tap(message).is_some_and(|index| links.iter().all(|link| link.index != index))
+            };
+            if messages.iter().any(is_ours) { Err(Error::Taken) } else { Ok(()) }
         })
     }
 
@@ -123,9 +126,9 @@ impl Network {
         let netlink = Netlink::open().map_err(read("links"))?;
         let dump = |what, question| netlink.dump(question).map_err(read(what));
         let messages = dump("links", Message::GetLink(LinkMessage::default()))?;
-        let mut links = links(&messages);
-        name(&mut links, &messages)?;
         let addresses = dump("addresses", Message::GetAddress(AddressMessage::default()))?;
+        let mut links = links(&messages, &addresses);
+        name(&mut links, &messages)?;
         let routes = dump("routes", Message::GetRoute(RouteMessage::default()))?;
         let neighbours = dump("neighbours", Message::GetNeighbour(NeighbourMessage::default()))?;
         let guest = GuestNetwork {
@@ -196,12 +199,14 @@ pub(super) fn tidy(path: &Path) {
     let _ = tidied.join();
 }
 
-fn is_tap(message: &Message) -> bool {
-    let Message::NewLink(link) = message else { return false };
-    link.attributes.iter().any(|attribute| {
+/// The number of the link, if it is a tap.
+fn tap(message: &Message) -> Option<u32> {
+    let Message::NewLink(link) = message else { return None };
+    let is_tap = link.attributes.iter().any(|attribute| {
         let LinkAttribute::LinkInfo(info) = attribute else { return false };
         info.iter().any(|part| matches!(part, LinkInfo::Kind(InfoKind::Tun)))
-    })
+    });
+    is_tap.then_some(link.header.index)
 }
 
 impl Link {
@@ -224,6 +229,7 @@ impl Link {
 fn name_taps(links: &mut [Link], former: &[Link], spare: &[String]) {
     let mut spare = spare.iter();
     let mut taken: Vec<String> = former.iter().map(|link| link.tap.clone()).collect();
+    taken.extend(links.iter().map(|link| link.name.clone()));
     for link in links {
         if let Some(same) = former.iter().find(|same| same.index == link.index) {
             link.tap.clone_from(&same.tap);
@@ -314,9 +320,17 @@ fn redirection(from: u32, to: u32) -> TcMessage {
     message
 }
 
-/// The interfaces a guest can take over: those that carry Ethernet frames.
-fn links(messages: &[Message]) -> Vec<Link> {
-    let mut links: Vec<Link> = messages.iter().filter_map(link).collect();
+/// The interfaces a guest can take over: those that carry Ethernet frames. A tap with an address is an
+/// engine's: behind it is a program that stands for the network (slirp4netns, pasta). Ours have none.
+fn links(messages: &[Message], addresses: &[Message]) -> Vec<Link> {
+    let mut links: Vec<Link> = messages
+        .iter()
+        .filter_map(|message| link(message).map(|link| (message, link)))
+        .filter(|(message, link)| {
+            tap(message).is_none() || addresses.iter().any(|it| address(it, link).is_some())
+        })
+        .map(|(_, link)| link)
+        .collect();
     links.sort_by_key(|link| link.index);
     links
 }
@@ -352,7 +366,7 @@ fn link(message: &Message) -> Option<Link> {
 fn is_wire(info: &[LinkInfo]) -> bool {
     !info.iter().any(|part| {
         let LinkInfo::Kind(kind) = part else { return false };
-        matches!(kind, InfoKind::Dummy | InfoKind::Bridge | InfoKind::Ifb | InfoKind::Tun)
+        matches!(kind, InfoKind::Dummy | InfoKind::Bridge | InfoKind::Ifb)
     })
 }
 

@@ -167,8 +167,23 @@ fn a_link_that_comes_later_gets_a_tap_and_the_others_keep_theirs() {
 }
 
 #[test]
+#[ignore = "needs root"]
+fn a_tap_with_an_address_is_an_engine_s_and_one_without_a_machine_s() {
+    in_new_namespace(|| {
+        shell("ip tuntap add tap0 mode tap; ip addr add 10.0.2.100/24 dev tap0");
+        let network = Network::take().unwrap();
+        let links: Vec<_> =
+            network.links.iter().map(|link| (&link.name[..], &link.tap[..])).collect();
+        assert_eq!(links, [("tap0", "tap1")]);
+
+        shell("ip tuntap add tap1 mode tap");
+        assert!(matches!(Network::take(), Err(Error::Taken)));
+    });
+}
+
+#[test]
 fn an_empty_namespace_gives_an_empty_network() {
-    assert!(links(&[]).is_empty());
+    assert!(links(&[], &[]).is_empty());
 }
 
 #[test]

@@ -31,6 +31,7 @@ use super::streams::{Outputs, Owner, Running};
 use super::template::{self, Template};
 use super::{CreateOptions, control, disks, folder, hooks};
 use crate::bundle::{self, Bundle};
+use crate::limits;
 use crate::logging::{self, chain};
 use crate::phases::Phases;
 use crate::settings;
@@ -212,7 +213,7 @@ fn create(
     // From here on `delete` finds what a killed process leaves behind.
     let state = creating(&bundle, &order.id, &name, &netns);
     dir.save(&state)?;
-    outliving.cgroup = Some(cgroup.enter(&machine::host_resources(&resources, room.size))?);
+    outliving.cgroup = cgroup.enter(&machine::host_resources(&resources, room.size))?;
     set_oom_score(&bundle);
     phases.end("enter the cgroup");
     let host = Rc::new(HostNamespaces::leave(&netns)?);
@@ -423,6 +424,7 @@ fn container(
     let mut container =
         translate::container(dir.id(), bundle, ShareTree::rootfs(), created, &mut add)?;
     let process = &mut container.process;
+    limits::inherit(process);
     process.stdio = stdio.streams();
     if process.terminal.is_some() {
         process.terminal = stdio.window_size().or(process.terminal);

@@ -1,7 +1,7 @@
 //! Device nodes to make in the container.
 
 use agent_protocol::Device;
-use oci_spec::runtime::{LinuxDevice, LinuxDeviceType};
+use oci_spec::runtime::{LinuxDevice, LinuxDeviceCgroup, LinuxDeviceType, LinuxResources};
 
 use super::{Error, text};
 
@@ -9,17 +9,32 @@ use super::{Error, text};
 const DEFAULT_MODE: u32 = 0o666;
 
 /// Nodes that work in every guest, because its kernel implements them: memory devices, terminals,
-/// tunnels and FUSE, as (major, minor or any).
+/// tunnels, FUSE and what makes loop devices, as (major, minor or any).
 const GUEST_DEVICES: &[(i64, Option<i64>)] =
-    &[(1, None), (5, None), (10, Some(200)), (10, Some(229)), (136, None)];
+    &[(1, None), (5, None), (10, Some(200)), (10, Some(229)), (10, Some(237)), (136, None)];
+
+/// Block devices that a guest makes by itself.
+const LOOP_MAJOR: i64 = 7;
 
 /// The nodes of `linux.devices`.
 ///
-/// All are made, because programs look for the file; but a node in the guest stands for a device
-/// of the guest. Those of the host that the guest does not have cannot be opened, and that is
-/// logged once, as `--privileged` lists hundreds. Whoever calls this may give the guest disks for block
-/// devices.
-pub fn translate(devices: &[LinuxDevice]) -> Result<Vec<Device>, Error> {
+/// All that somebody asked for are made, because programs look for the file; but a node in the guest
+/// stands for a device of the guest. Those of the host that the guest does not have cannot be opened, and
+/// that is logged. Whoever calls this may give the guest disks for block devices.
+///
+/// Where `resources` allow all devices, the engine lists all that the host has. Then only those are made
+/// that the guest has, too: an init that finds a virtual terminal starts a login there, again and again.
+pub fn translate(
+    devices: &[LinuxDevice],
+    resources: Option<&LinuxResources>,
+) -> Result<Vec<Device>, Error> {
+    if resources.is_some_and(allow_all) {
+        let own = |device: &&LinuxDevice| match device.typ() {
+            LinuxDeviceType::B => device.major() == LOOP_MAJOR,
+            _ => is_guest_device(device),
+        };
+        return devices.iter().filter(own).map(device).collect();
+    }
     let foreign: Vec<_> = devices.iter().filter(|device| !is_guest_device(device)).collect();
     if let Some(first) = foreign.first() {
         log::warn!(
@@ -30,6 +45,17 @@ pub fn translate(devices: &[LinuxDevice]) -> Result<Vec<Device>, Error> {
         );
     }
     devices.iter().map(device).collect()
+}
+
+/// Whether `resources` allow all devices of the host, as `--privileged` does: nobody asked for one of them.
+pub fn allow_all(resources: &LinuxResources) -> bool {
+    resources.devices().iter().flatten().any(allows_all)
+}
+
+fn allows_all(rule: &LinuxDeviceCgroup) -> bool {
+    let any = |number: Option<i64>| number.is_none_or(|number| number < 0);
+    let all_types = rule.typ().is_none_or(|kind| kind == LinuxDeviceType::A);
+    rule.allow() && all_types && any(rule.major()) && any(rule.minor())
 }
 
 fn is_guest_device(device: &LinuxDevice) -> bool {
@@ -84,7 +110,23 @@ mod tests {
     use super::*;
 
     fn translated(json: &str) -> Result<Vec<Device>, Error> {
-        translate(&serde_json::from_str::<Vec<LinuxDevice>>(json).unwrap())
+        translate(&serde_json::from_str::<Vec<LinuxDevice>>(json).unwrap(), None)
+    }
+
+    #[test]
+    fn a_privileged_container_has_the_nodes_of_devices_that_its_guest_has() {
+        let json = r#"[{"path": "/dev/tty0", "type": "c", "major": 4, "minor": 0},
+                       {"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229},
+                       {"path": "/dev/sda", "type": "b", "major": 8, "minor": 0},
+                       {"path": "/dev/loop0", "type": "b", "major": 7, "minor": 0}]"#;
+        let devices: Vec<LinuxDevice> = serde_json::from_str(json).unwrap();
+        let all = r#"{"devices": [{"allow": true, "access": "rwm"}]}"#;
+        let resources: LinuxResources = serde_json::from_str(all).unwrap();
+
+        let made = translate(&devices, Some(&resources)).unwrap();
+
+        let paths: Vec<_> = made.iter().map(|device| device.path.as_str()).collect();
+        assert_eq!(paths, ["/dev/fuse", "/dev/loop0"]);
     }
 
     #[test]

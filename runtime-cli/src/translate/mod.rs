@@ -26,6 +26,7 @@ use crate::state::ContainerId;
 
 pub use capabilities::{NAMES as CAPABILITIES, mask_of as capability_mask};
 pub use cgroup::{Error as CgroupError, cgroup_files, is_host_file};
+pub use devices::allow_all as allow_all_devices;
 pub use mounts::OPTIONS as MOUNT_OPTIONS;
 pub use process::{Error as ProcessError, process};
 pub use seccomp::Error as SeccompError;
@@ -122,7 +123,7 @@ pub fn container(
             &bundle.path,
             share,
         )?,
-        devices: devices::translate(linux.devices().as_deref().unwrap_or_default())?,
+        devices: devices::translate(linux.devices().as_deref().unwrap_or_default(), resources)?,
         masked_paths: linux.masked_paths().clone().unwrap_or_default(),
         readonly_paths: linux.readonly_paths().clone().unwrap_or_default(),
         sysctl: sorted(linux.sysctl().iter().flatten()),

@@ -15,6 +15,9 @@ use super::{Bind, Error, ShareBind, text};
 /// `MS_NOSYMFOLLOW` (linux/mount.h, since 5.10), which the libc crate lacks for glibc.
 const MS_NOSYMFOLLOW: u64 = 1 << 8;
 
+/// Where the guest has its cgroups, as the host does.
+const CGROUPS: &str = "/sys/fs/cgroup";
+
 /// What an option does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Effect {
@@ -189,7 +192,15 @@ fn translate_one(
     }
     let (source, fstype) = if options.flags & MS_BIND != 0 {
         let source = bind_source(mount, bundle, &destination)?;
-        (shared(&source, &destination, options.flags, share)?, "bind")
+        // An init that is given the cgroups (`-v /sys/fs/cgroup:/sys/fs/cgroup`) is to divide its own
+        // kernel's: another kernel's could not be used, and are not a container's to change.
+        let is_own = source == Path::new(CGROUPS) && destination == source;
+        let source = if is_own {
+            CGROUPS.into()
+        } else {
+            shared(&source, &destination, options.flags, share)?
+        };
+        (source, "bind")
     } else {
         match (fstype, mount.source()) {
             ("", _) => return Err(no_type(&destination)),
@@ -275,6 +286,19 @@ mod tests {
         let share: &mut ShareBind<'_> =
             &mut |bind: &Bind<'_>| Ok(format!("/share{}", bind.source.display()));
         translate_one(&mount, Path::new("/bundle"), share)
+    }
+
+    #[test]
+    fn cgroups_are_those_of_the_guest_s_kernel() {
+        let bind = |destination: &str| {
+            let json = format!(
+                r#"{{"destination": "{destination}", "source": "/sys/fs/cgroup", "options": ["rbind"]}}"#
+            );
+            translated(&json).unwrap().source
+        };
+
+        assert_eq!(bind("/sys/fs/cgroup"), "/sys/fs/cgroup");
+        assert_eq!(bind("/host/cgroup"), "/share/sys/fs/cgroup");
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! File systems: images, volumes, binds, tmpfs, and what tools do to them.
 
-use super::case::{Chapter, Group, Place, same};
+use super::case::{Chapter, Group, Place, differs, same};
 
 pub const CHAPTER: Chapter = Chapter { title: "File systems", groups: GROUPS };
 
@@ -148,6 +148,28 @@ run -d --tmpfs /scratch -v $name:/volume -v $folder/bind:/bind -v $folder/file:/
             same(
                 "diff and commit see what the container wrote",
                 "docker diff $name | sort; docker commit -q $name $name:image | cut -c 1-7; docker run --rm $name:image sh -c 'cat /made; stat -c %a /tmp; ls /bin/wget'; docker rmi $name:image >/dev/null",
+            ),
+        ],
+    },
+    Group {
+        name: "inotify",
+        place: Place::Host,
+        // inotify_init1 and inotify_add_watch, for creation, deletion and writing.
+        before: r#"
+mkdir -p $folder/bind; run -d --name $name -v $folder/bind:/bind -v /usr:/usr:ro -v /usr/lib:/lib:ro -v /usr/lib64:/lib64:ro busybox /usr/bin/perl -e '
+  $f = syscall(294, 0); $d = "/bind"; syscall(254, $f, $d, 0x302); $| = 1; print "ready\n"; open(I, "<&=$f");
+  while (sysread(I, $b, 4096)) { while (length $b) { ($w, $m, $c, $l) = unpack("iIII", $b); print $m & 2 ? "write " : $m & 256 ? "create " : "delete ", unpack("Z*", substr($b, 16, $l)), "\n"; $b = substr($b, 16 + $l) } }' >/dev/null; logged $name ready"#,
+        after: "docker rm -f $name >/dev/null",
+        cases: &[
+            same(
+                "inotify tells of the container's own changes",
+                "docker exec $name sh -c 'echo x > /bind/own; rm /bind/own'; logged $name 'delete own'; docker logs $name",
+            ),
+            differs(
+                "inotify tells of the host's changes to a bind",
+                "echo x > $folder/bind/host; sleep 2; docker exec $name ls /bind; docker logs $name | grep -c host",
+                "host\n0",
+                "it does not: a guest's kernel learns of changes when it looks, and virtio-fs has no word for telling it. Have file watchers poll: that sees them within a second",
             ),
         ],
     },

@@ -100,7 +100,7 @@ address=$(field $name '{{.NetworkSettings.IPAddress}}'); run --rm --link $name:o
         name: "names",
         place: Place::Host,
         before: r#"
-docker network create --ipv6 --subnet fd00:77:$((port % 10000))::/64 --subnet 10.77.$((port / 10 % 200)).0/24 --opt com.docker.network.driver.mtu=1400 $name >/dev/null
+docker network create --ipv6 --subnet fd00:77:$((port % 10000))::/64 --subnet 10.77.$((port / 10 % 200)).0/24 --opt com.docker.network.driver.mtu=9000 $name >/dev/null
 run -d --network $name --network-alias www --name $name busybox sh -c 'mkdir /www; echo named > /www/index.html; httpd -f -p 80 -h /www' >/dev/null
 run -d --name $name-client busybox sleep 1000 >/dev/null"#,
         after: "docker rm -f $name $name-client >/dev/null; docker network rm $name >/dev/null",

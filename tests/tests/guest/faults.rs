@@ -102,6 +102,52 @@ fn a_killed_shim_takes_the_container_with_it() {
     assert_nothing_left();
 }
 
+/// Kills Docker's daemon, and starts another one as the lab has started the first, but such that it takes
+/// over what runs (live-restore is about a daemon's start, and its end that never comes here). All of its
+/// output goes to the log: a pipe of this test's would never end.
+fn kill_dockerd_and_start_another_one() {
+    shell(
+        "pid=$(cat /run/docker.pid); kill -9 $pid; \
+         while grep -qs '^State:.[^ZX]' /proc/$pid/status; do sleep 0.1; done; \
+         setsid dockerd --live-restore --config-file /run/lab/daemon.json \
+           --containerd /run/containerd/containerd.sock \
+           < /dev/null >> /run/lab/dockerd.log 2>&1 &",
+    );
+    eventually("the new daemon answers", || (docker(&["version"]).code == 0).then_some(()));
+}
+
+#[test]
+fn a_container_outlives_its_killed_dockerd_and_is_the_next_one_s() {
+    let ending = "trap 'echo bye; exit 9' TERM; echo up; while :; do sleep 0.2; done";
+    let victim = Victim::start(&["busybox", "sh", "-c", ending]);
+    let pid = victim.pid();
+
+    kill_dockerd_and_start_another_one();
+    let restored = (victim.inspect("{{.State.Status}}"), victim.pid());
+    let exec = docker(&["exec", &victim.0, "sh", "-c", "echo inside; exit 3"]);
+    let stopped = docker(&["stop", &victim.0]);
+
+    assert_eq!(restored, ("running".into(), pid));
+    assert_eq!((exec.code, exec.stdout.trim()), (3, "inside"), "{exec:?}");
+    assert_eq!(stopped.code, 0, "{stopped:?}");
+    assert_eq!(victim.inspect("{{.State.ExitCode}}"), "9");
+    assert_eq!(docker(&["logs", &victim.0]).text(), "up\nbye");
+    victim.remove();
+    assert_nothing_left();
+}
+
+#[test]
+fn a_container_that_ends_without_a_dockerd_has_its_exit_code_in_the_next_one() {
+    let victim = Victim::start(&["busybox", "sh", "-c", "sleep 3; exit 5"]);
+
+    kill_dockerd_and_start_another_one();
+    victim.wait_for("exited");
+
+    assert_eq!(victim.inspect("{{.State.ExitCode}}"), "5");
+    victim.remove();
+    assert_nothing_left();
+}
+
 #[test]
 fn a_create_that_is_killed_on_its_way_leaves_nothing() {
     for delay_ms in [20, 100, 300, 400, 1500] {

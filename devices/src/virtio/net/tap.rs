@@ -83,15 +83,25 @@ impl Tap {
     /// Attaches to the tap `name` of the current network namespace.
     pub fn open(name: &str, missing: Missing) -> Result<Self, TapError> {
         let mut request = checked(name, missing)?;
-        Tap::attach(name, &mut request, FLAGS)
+        let is_new = !exists(&request);
+        Tap::attach(name, &mut request, FLAGS).map(|tap| tap.made(is_new))
     }
 
     /// Attaches `count` queues to the tap `name` of the current network namespace, each with frames
     /// of its own (IFF_MULTI_QUEUE).
     pub fn open_queues(name: &str, count: usize, missing: Missing) -> Result<Vec<Self>, TapError> {
         let mut request = checked(name, missing)?;
+        let is_new = !exists(&request);
         let flags = FLAGS | libc::IFF_MULTI_QUEUE;
-        (0..count).map(|_| Tap::attach(name, &mut request, flags)).collect()
+        let attach = |_| Tap::attach(name, &mut request, flags).map(|tap| tap.made(is_new));
+        (0..count).map(attach).collect()
+    }
+
+    /// What the kernel sets a tap to that `is_new` says nothing about the network behind it, and a guest
+    /// that is told of it takes no other.
+    fn made(mut self, is_new: bool) -> Self {
+        self.mtu = self.mtu.filter(|_| !is_new);
+        self
     }
 
     fn attach(name: &str, request: &mut libc::ifreq, flags: libc::c_int) -> Result<Self, TapError> {
@@ -168,12 +178,15 @@ fn short(flags: libc::c_int) -> libc::c_short {
 /// A request about the interface `name`, which exists unless it may be made.
 fn checked(name: &str, missing: Missing) -> Result<libc::ifreq, TapError> {
     let request = request(name).ok_or_else(|| TapError::Name(name.to_owned()))?;
-    // SAFETY: the name is terminated: it was shorter than the field, which was zero before.
-    let index = unsafe { libc::if_nametoindex(request.ifr_name.as_ptr()) };
-    if index == 0 && missing == Missing::Refuse {
+    if missing == Missing::Refuse && !exists(&request) {
         return Err(TapError::Missing(name.to_owned()));
     }
     Ok(request)
+}
+
+fn exists(request: &libc::ifreq) -> bool {
+    // SAFETY: the name is terminated: it was shorter than the field, which was zero before.
+    unsafe { libc::if_nametoindex(request.ifr_name.as_ptr()) != 0 }
 }
 
 /// A request about the interface `name`.
@@ -241,7 +254,7 @@ mod tests {
     #[ignore = "needs root and /dev/net/tun"]
     fn a_tap_takes_every_offload_that_is_offered() {
         let tap = Tap::open("coracle%d", Missing::Create).unwrap();
-        assert_eq!(tap.mtu(), Some(1500));
+        assert_eq!(tap.mtu(), None);
         tap.set_offloads(0x1f).unwrap();
         tap.set_offloads(0).unwrap();
     }
