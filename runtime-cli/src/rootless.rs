@@ -3,9 +3,12 @@
 
 use std::env;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use crate::state::DEFAULT_ROOT;
+
+/// Where the templates of the host's root are.
+const DEFAULT_TEMPLATES: &str = "/var/lib/coracle/templates";
 
 /// First number inside, first number outside, and how many, where no user namespace was made
 /// (user_namespaces(7)).
@@ -23,14 +26,23 @@ fn is_everybody(map: &str) -> bool {
 /// Where container folders are, unless `--root` says otherwise: below the user's own folder for what runs
 /// (XDG_RUNTIME_DIR), where runc has them below it, too.
 pub fn state_root() -> PathBuf {
+    own_folder().map_or_else(|| DEFAULT_ROOT.into(), |folder| folder.join("coracle"))
+}
+
+/// Where templates are, unless the settings say otherwise.
+pub fn templates() -> PathBuf {
+    let of_user = |folder: PathBuf| folder.join("coracle-templates");
+    own_folder().map_or_else(|| DEFAULT_TEMPLATES.into(), of_user)
+}
+
+/// The folder for what runs of the user, who is not the host's root.
+fn own_folder() -> Option<PathBuf> {
     let is_root = nix::unistd::geteuid().is_root();
     // Root of a user namespace may be the host's root as well, whose name is kept then.
     let is_by_name = env::var("USER").is_ok_and(|name| name == "root");
     let is_own = !is_root || (is_in_user_namespace() && !is_by_name);
-    match env::var("XDG_RUNTIME_DIR") {
-        Ok(folder) if is_own && !folder.is_empty() => Path::new(&folder).join("coracle"),
-        _ => DEFAULT_ROOT.into(),
-    }
+    let folder = env::var("XDG_RUNTIME_DIR").ok().filter(|folder| is_own && !folder.is_empty());
+    folder.map(PathBuf::from)
 }
 
 #[cfg(test)]

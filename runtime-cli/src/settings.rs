@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::rootless;
+
 /// Where settings are read from, unless [`PATH_VARIABLE`] names another file.
 pub const DEFAULT_PATH: &str = "/etc/coracle/config.json";
 
@@ -100,7 +102,7 @@ impl Default for Settings {
             memory_mib: 256,
             boot_timeout_s: 60,
             debug_console: false,
-            templates: Some("/var/lib/coracle/templates".into()),
+            templates: Some(rootless::templates()),
         }
     }
 }
