@@ -56,6 +56,11 @@ pub struct Vsock {
     queues: Option<Queues>,
     /// The driver has yet to hear that a reset ended its connections.
     owes_reset_event: bool,
+    /// No packet moves until the driver has heard that and given the event's buffer back, which a driver
+    /// that goes on does once it has ended them: it would end those that came meanwhile as well.
+    waits_for_driver: bool,
+    /// Buffers of the event queue that were taken so that the driver's next one is noticed.
+    held_events: usize,
 }
 
 impl Vsock {
@@ -75,12 +80,22 @@ impl Vsock {
 
     fn build(cid: u32, socket: Option<Listener>) -> io::Result<(Vsock, Host)> {
         let (muxer, host) = Muxer::new(cid, socket)?;
-        Ok((Vsock { cid, muxer, queues: None, owes_reset_event: false }, host))
+        let vsock = Vsock {
+            cid,
+            muxer,
+            queues: None,
+            owes_reset_event: false,
+            waits_for_driver: false,
+            held_events: 0,
+        };
+        Ok((vsock, host))
     }
 
     /// Moves packets both ways until one side cannot go on.
     fn exchange(&mut self) -> Result<(), QueueError> {
-        let Some(queues) = &mut self.queues else { return Ok(()) };
+        let Some(queues) = self.queues.as_mut().filter(|_| !self.waits_for_driver) else {
+            return Ok(());
+        };
         let muxer = &mut self.muxer;
         for _ in 0..ROUNDS {
             queues.transmit.drain(|chain, memory| {
@@ -104,18 +119,41 @@ impl Vsock {
     fn report_reset(&mut self) -> Result<(), QueueError> {
         let Some(queues) = &mut self.queues else { return Ok(()) };
         let owed = &mut self.owes_reset_event;
+        if !self.waits_for_driver {
+            return queues.event.drain(|chain, memory| match std::mem::take(owed) {
+                true => Verdict::Used(write_reset(Buffers::writable(chain, memory))),
+                false => Verdict::Keep,
+            });
+        }
+        let (mut told, mut heard) = (None, false);
+        let held = &mut self.held_events;
         queues.event.drain(|chain, memory| {
-            if !std::mem::take(owed) {
-                return Verdict::Keep;
+            if std::mem::take(owed) {
+                let head = chain.head_index();
+                told = Some((head, write_reset(Buffers::writable(chain, memory))));
+            } else {
+                heard |= told.is_none();
+                *held += 1;
             }
-            match Buffers::writable(chain, memory).next_slice(TRANSPORT_RESET.len()) {
-                Some(slice) if slice.len() == TRANSPORT_RESET.len() => {
-                    slice.copy_from(&TRANSPORT_RESET);
-                    Verdict::Used(4)
-                }
-                _ => Verdict::Used(0),
-            }
-        })
+            Verdict::Hold
+        })?;
+        if let Some(told) = told {
+            queues.event.complete(&[told])?;
+            queues.event.notify()?;
+        }
+        self.waits_for_driver = !heard;
+        Ok(())
+    }
+}
+
+/// Writes the event into a buffer of the driver; how many bytes.
+fn write_reset(mut buffer: Buffers<'_>) -> u32 {
+    match buffer.next_slice(TRANSPORT_RESET.len()) {
+        Some(slice) if slice.len() == TRANSPORT_RESET.len() => {
+            slice.copy_from(&TRANSPORT_RESET);
+            4
+        }
+        _ => 0,
     }
 }
 
@@ -150,11 +188,16 @@ impl VirtioDevice for Vsock {
         if self.queues.take().is_some() && self.muxer.forget_guest() {
             self.owes_reset_event = true;
         }
+        self.waits_for_driver = false;
+        self.held_events = 0;
     }
 
     fn queue_ready(&mut self, index: usize) -> Result<(), QueueError> {
         match index {
-            EVENT_QUEUE => self.report_reset(),
+            EVENT_QUEUE => {
+                self.report_reset()?;
+                self.exchange()
+            }
             _ => self.exchange(),
         }
     }
@@ -172,12 +215,15 @@ impl VirtioDevice for Vsock {
         let Some(Queues { receive, transmit, event }) = &self.queues else {
             return Ok(Vec::new());
         };
-        Ok([receive, transmit, event].map(|queue| queue.position(0)).to_vec())
+        let event = event.position(self.held_events);
+        Ok(vec![receive.position(0), transmit.position(0), event])
     }
 
     fn save(&self) -> DeviceState {
         DeviceState::Vsock {
-            had_streams: self.owes_reset_event || self.muxer.is_known_to_guest(),
+            had_streams: self.owes_reset_event
+                || self.waits_for_driver
+                || self.muxer.is_known_to_guest(),
             next_source_port: self.muxer.next_source_port(),
         }
     }
@@ -188,6 +234,7 @@ impl VirtioDevice for Vsock {
             return Err(RestoreError::Kind);
         };
         self.owes_reset_event = had_streams;
+        self.waits_for_driver = had_streams;
         self.muxer.connect_from(next_source_port);
         Ok(())
     }

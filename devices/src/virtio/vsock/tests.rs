@@ -1074,9 +1074,41 @@ fn the_guest_of_a_device_built_anew_hears_that_its_streams_are_gone() {
     assert_eq!(guest.driver.written(EVENT_QUEUE, 0), TRANSPORT_RESET);
     let (_ours, theirs) = socket();
     guest.host.connect(GUEST_PORT, theirs).unwrap();
-    let (request, _) = guest.only_packet();
-    assert_eq!(Op::from_number(request.op), Some(Op::Request));
-    assert_ne!(request.source_port, old.source_port);
+    // It would take the new stream for one of those that are gone, and hear of these from elsewhere.
+    guest.data(old.source_port, b"to nobody");
+    assert!(settled(&mut guest).is_empty());
+    guest.driver.offer(EVENT_QUEUE, &[], &[4]);
+    guest.device.queue_ready(EVENT_QUEUE).unwrap();
+
+    let packets = settled(&mut guest);
+    let ops: Vec<_> = packets.iter().map(|(header, _)| Op::from_number(header.op)).collect();
+    assert_eq!(ops, [Some(Op::Reset), Some(Op::Request)]);
+    assert_ne!(packets[1].0.source_port, old.source_port);
+}
+
+#[test]
+fn a_device_that_has_told_its_guest_of_the_end_of_streams_can_be_built_anew() {
+    let memory = memory();
+    let mut guest = Guest::boot(&memory);
+    let (_ours, theirs) = socket();
+    guest.host.connect(GUEST_PORT, theirs).unwrap();
+    let (old, _) = guest.only_packet();
+    guest.send(Op::Response, old.source_port);
+    (0..2).for_each(|_| drop(guest.driver.offer(EVENT_QUEUE, &[], &[4])));
+    let mut anew = |guest: &mut Guest<'_>| {
+        let (mut device, host) = Vsock::new(CID).unwrap();
+        guest.driver.hand_over(0, &mut guest.device, &mut device);
+        (guest.device, guest.host) = (device, host);
+        guest.device.queue_ready(EVENT_QUEUE).unwrap();
+    };
+
+    anew(&mut guest);
+    assert_eq!(guest.driver.used_of(EVENT_QUEUE).len(), 1);
+    anew(&mut guest);
+
+    // The second buffer was kept for nothing, so that it was there.
+    assert_eq!(guest.driver.used_of(EVENT_QUEUE).len(), 2);
+    assert_eq!(guest.driver.written(EVENT_QUEUE, 1), TRANSPORT_RESET);
 }
 
 #[test]
