@@ -66,7 +66,7 @@ pod run -d --name $name --network $name $image sh -c 'trap "echo got USR1" USR1;
     cases: &[
         same(
             "podman has networks of the user's",
-            "podman exec $name sh -c 'ls /sys/class/net; ip -4 -o addr show eth0 | wc -l; ping -c 1 -W 20 $(ip route | awk \"/^default/{print \\$3}\") | grep -c \"1 packets received\"'",
+            "podman exec $name sh -c 'ls /sys/class/net; ip -4 -o addr show eth0 | wc -l; ip route | grep -c default'",
         ),
         differs(
             "the containers of a pod share their network",
