@@ -19,6 +19,10 @@ pub const NEEDED: &[&str] = &[
     "ext4",
 ];
 
+/// What lets a guest's memory grow and go back to the host. A guest runs without, and kernels of some
+/// architectures have only one of them.
+const FOR_MEMORY: &[&str] = &["virtio_balloon", "virtio_mem"];
+
 /// Why the modules of a kernel could not be collected.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -113,7 +117,9 @@ impl ModuleTree {
 
     /// Files of the needed modules and of all that those depend on, in load order.
     pub fn needed_files(&self) -> Result<Vec<PathBuf>, Error> {
-        let order = self.index.load_order(NEEDED)?;
+        let for_memory = FOR_MEMORY.iter().filter(|name| self.index.has(name));
+        let wanted: Vec<_> = NEEDED.iter().chain(for_memory).copied().collect();
+        let order = self.index.load_order(&wanted)?;
         Ok(order.iter().map(|path| self.folder.join(path)).collect())
     }
 
@@ -140,6 +146,11 @@ impl Index {
             (module_name(file), (file.to_owned(), before))
         });
         Self { loadable: loadable.collect(), builtin: builtin.lines().map(module_name).collect() }
+    }
+
+    /// Whether the kernel can do what the module `name` is for.
+    fn has(&self, name: &str) -> bool {
+        self.loadable.contains_key(name) || self.builtin.contains(name)
     }
 
     /// Files of the modules `wanted` and of their dependencies, each once, dependencies first.
@@ -251,6 +262,30 @@ kernel/drivers/char/hw_random/virtio-rng.ko.xz:
         let index = Index::parse(DEPENDENCIES, BUILTIN);
 
         assert!(matches!(index.load_order(&["virtiofs"]), Err(Error::Missing { .. })));
+    }
+
+    /// A kernel with the needed modules and these `others`, and what of it a guest gets.
+    fn needed_of_kernel_with(others: &[&str]) -> Vec<PathBuf> {
+        let folder = tempfile::tempdir().unwrap();
+        let release = folder.path().join("lib/modules/6.1");
+        fs::create_dir_all(&release).unwrap();
+        let line = |name: &&str| format!("{name}.ko:\n");
+        let dependencies: String = NEEDED.iter().chain(others).map(line).collect();
+        fs::write(release.join("modules.dep"), dependencies).unwrap();
+        fs::write(release.join("modules.builtin"), "").unwrap();
+        ModuleTree::open(folder.path(), None).unwrap().needed_files().unwrap()
+    }
+
+    #[test]
+    fn memory_has_its_modules_where_the_kernel_has_them() {
+        let names = |files: Vec<PathBuf>| -> Vec<_> {
+            let names = files.iter().map(|file| base_name(&file.to_string_lossy()).to_owned());
+            names.skip(NEEDED.len()).collect()
+        };
+
+        assert_eq!(names(needed_of_kernel_with(FOR_MEMORY)), FOR_MEMORY);
+        assert_eq!(names(needed_of_kernel_with(&["virtio_balloon"])), ["virtio_balloon"]);
+        assert!(names(needed_of_kernel_with(&[])).is_empty());
     }
 
     #[test]
