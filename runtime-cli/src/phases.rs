@@ -39,6 +39,13 @@ impl Phases {
         Self { started_ns, ends: Vec::new() }
     }
 
+    /// Those of a start that began at `started_ns` and has come as far as to this process.
+    pub fn of_process(started_ns: u64) -> Self {
+        let mut phases = Self::since(started_ns);
+        phases.end("start the sandbox process");
+        phases
+    }
+
     /// Ends phase `name` now.
     pub fn end(&mut self, name: &str) {
         self.end_at(name, now_ns());

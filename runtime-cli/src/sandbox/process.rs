@@ -34,7 +34,7 @@ use crate::bundle::{self, Bundle};
 use crate::limits;
 use crate::logging::{self, chain};
 use crate::phases::Phases;
-use crate::settings;
+use crate::settings::{self, Settings};
 use crate::state::{self, ContainerDir, ContainerId, State, StateRoot, Status};
 use crate::translate;
 
@@ -104,8 +104,15 @@ enum Error {
 struct Machine {
     vm: VmHandle,
     agent: Agent<Asker>,
-    /// Whether it goes on from a template.
-    resumed: bool,
+    origin: Origin,
+}
+
+/// Where a guest comes from.
+enum Origin {
+    /// It boots, and may become this template.
+    Boot(Option<Template>),
+    /// It goes on from this template.
+    Template(Template),
 }
 
 /// What outlives this process unless it is taken back.
@@ -197,8 +204,7 @@ fn create(
     outliving: &mut Outliving,
 ) -> Result<Parts, Error> {
     let options = &order.options;
-    let mut phases = Phases::since(options.started_ns);
-    phases.end("start the sandbox process");
+    let mut phases = Phases::of_process(options.started_ns);
     let bundle = Bundle::load(&order.bundle)?;
     let settings = options.settings.clone().with_annotations(&bundle.annotations())?;
     let netns = Netns::of(&bundle.spec)?;
@@ -227,13 +233,11 @@ fn create(
     phases.end("share the files");
     let mut config = machine::config(&settings, &room, tree.path(), network.devices(), dir.path());
     config.disks = disks::of(&mut container.devices, &resources)?;
-    let template = Template::of(&settings, &config);
-    let Machine { vm, mut agent, resumed } =
-        start_machine(config, template.as_ref(), network, &mut phases)?;
+    let Machine { vm, mut agent, origin } = start_machine(&settings, config, network, &mut phases)?;
     let timeout_s = settings.boot_timeout_s;
     let mut boot = Boot { vm: &vm, agent: &mut agent, caller, signals: &mut signals, timeout_s };
-    wait_ready(&mut boot, template.as_ref(), resumed, &mut phases)?;
-    let guest = guest(&bundle, &room, network, resumed)?;
+    wait_ready(&mut boot, &origin, &mut phases)?;
+    let guest = guest(&bundle, &room, network, &origin)?;
     boot.ask("set up the guest", &Request::ConfigureSandbox(guest))?;
     let (init, console) = connect_stdio(&vm, &order.id, stdio)?;
     boot.ask("create the container in the guest", &Request::CreateContainer(container))?;
@@ -264,29 +268,36 @@ fn keep_created(mut parts: Parts, dir: &ContainerDir) -> Result<Parts, Error> {
 }
 
 /// Waits until the guest of a machine is ready, and makes a template of the machine if there is none.
-fn wait_ready(
-    boot: &mut Boot<'_>,
-    template: Option<&Template>,
-    resumed: bool,
-    phases: &mut Phases,
-) -> Result<(), Error> {
-    let ready = if resumed { boot.woken(phases) } else { boot.ready(phases) };
-    // Whoever interrupts says nothing about the guest.
-    let failed =
-        ready.as_ref().err().is_some_and(|error| !matches!(error, boot::Error::Interrupted { .. }));
-    if let Some(template) = template.filter(|_| failed && resumed) {
-        template.discard("its guest did not wake up");
-    }
-    log::info!("guest is up: {}", ready?);
-    if let Some(template) = template.filter(|_| !resumed) {
-        template.keep(boot.vm, |order| launch::have_written(boot.caller, order));
-        phases.end("keep the template");
+fn wait_ready(boot: &mut Boot<'_>, origin: &Origin, phases: &mut Phases) -> Result<(), Error> {
+    match origin {
+        Origin::Boot(template) => {
+            log::info!("guest is up: {}", boot.ready(phases)?);
+            if let Some(template) = template {
+                template.keep(boot.vm, |order| launch::have_written(boot.caller, order));
+                phases.end("keep the template");
+            }
+        }
+        Origin::Template(template) => {
+            let woken = boot.woken(phases).inspect_err(|error| {
+                // Whoever interrupts says nothing about the guest.
+                if !matches!(error, boot::Error::Interrupted { .. }) {
+                    template.discard("its guest did not wake up");
+                }
+            });
+            log::info!("guest is up: {}", woken?);
+        }
     }
     Ok(())
 }
 
 /// What the agent is told about its guest.
-fn guest(bundle: &Bundle, room: &Room, network: &Network, resumed: bool) -> Result<Sandbox, Error> {
+fn guest(
+    bundle: &Bundle,
+    room: &Room,
+    network: &Network,
+    origin: &Origin,
+) -> Result<Sandbox, Error> {
+    let resumed = matches!(origin, Origin::Template(_));
     Ok(Sandbox {
         hostname: bundle.spec.hostname().clone(),
         share: true,
@@ -312,32 +323,36 @@ fn share(
 /// Starts the guest, whose memory nobody shall find in a core dump. The hooks of `create` inherited
 /// their limits before.
 fn start_machine(
+    settings: &Settings,
     config: VmConfig,
-    template: Option<&Template>,
     network: &Network,
     phases: &mut Phases,
 ) -> Result<Machine, Error> {
-    let restored = template.and_then(|template| template.restore(&config));
-    let resumed = restored.is_some();
-    let vm = restored.map_or_else(|| Vmm::new(config), Ok)?;
+    let template = Template::of(settings, &config);
+    let restored = template.as_ref().and_then(|template| template.restore(&config));
+    let (vm, origin) = match (restored, template) {
+        (Some(vm), Some(template)) => (vm, Origin::Template(template)),
+        (_, template) => (Vmm::new(config)?, Origin::Boot(template)),
+    };
     network.join()?;
     let (vm, agent) = listen(vm).map_err(Error::Connect)?;
     vmm::forbid_core_dumps().map_err(Error::CoreDumps)?;
     let vm = vm.start()?;
-    end_machine(phases, &vm, resumed);
-    Ok(Machine { vm, agent, resumed })
+    end_machine(phases, &vm, &origin);
+    Ok(Machine { vm, agent, origin })
 }
 
 /// Ends the phases of a machine up to the first instruction of its guest.
-fn end_machine(phases: &mut Phases, vm: &VmHandle, resumed: bool) {
+fn end_machine(phases: &mut Phases, vm: &VmHandle, origin: &Origin) {
     let metrics = vm.metrics();
     phases.end_at("create the machine", metrics.machine_ns);
     phases.end_at("create the devices", metrics.devices_ns);
-    if resumed {
-        phases.end_at("restore the machine", metrics.built_ns);
-    } else {
-        phases.end_at("load the kernel", metrics.loaded_ns);
-        phases.end_at("create the processors", metrics.built_ns);
+    match origin {
+        Origin::Template(_) => phases.end_at("restore the machine", metrics.built_ns),
+        Origin::Boot(_) => {
+            phases.end_at("load the kernel", metrics.loaded_ns);
+            phases.end_at("create the processors", metrics.built_ns);
+        }
     }
     phases.end("start the threads");
 }

@@ -1094,8 +1094,10 @@ fn a_device_that_has_told_its_guest_of_the_end_of_streams_can_be_built_anew() {
     guest.host.connect(GUEST_PORT, theirs).unwrap();
     let (old, _) = guest.only_packet();
     guest.send(Op::Response, old.source_port);
-    (0..2).for_each(|_| drop(guest.driver.offer(EVENT_QUEUE, &[], &[4])));
-    let mut anew = |guest: &mut Guest<'_>| {
+    for _ in 0..2 {
+        guest.driver.offer(EVENT_QUEUE, &[], &[4]);
+    }
+    let anew = |guest: &mut Guest<'_>| {
         let (mut device, host) = Vsock::new(CID).unwrap();
         guest.driver.hand_over(0, &mut guest.device, &mut device);
         (guest.device, guest.host) = (device, host);
