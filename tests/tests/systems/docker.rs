@@ -37,7 +37,7 @@ fn docker_runs_a_container_inside_a_container_which_reaches_the_network() {
     let inner = within(
         LIMIT_S,
         "inner='docker exec -i outer /usr/bin/docker --host unix:///run/docker.sock'; \
-         docker logs -f outer 2>&1 | grep -q 'API listen'; \
+         until docker logs outer 2>&1 | grep -q 'API listen'; do sleep 1; done; \
          docker save busybox | $inner load -q >&2; \
          $inner run --rm busybox sh -c \
            'echo hello; ping -c 1 -W 20 172.17.0.1 | grep -c \"1 packets received\"; \
