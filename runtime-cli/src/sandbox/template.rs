@@ -15,6 +15,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use agent_protocol::{Resumed, SEED_BYTES, frame};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
+use nix::unistd::geteuid;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use vmm::{
@@ -105,9 +106,7 @@ impl Template {
     fn read(&self) -> io::Result<(MachineState, SavedMemory)> {
         let file = File::open(&self.path)?;
         let metadata = file.metadata()?;
-        // SAFETY: geteuid has no preconditions.
-        let user = unsafe { libc::geteuid() };
-        if metadata.uid() != user || metadata.mode() & 0o022 != 0 {
+        if metadata.uid() != geteuid().as_raw() || metadata.mode() & 0o022 != 0 {
             return Err(io::Error::other("it is another user's, or others may write to it"));
         }
         let broken = || io::Error::other("it is broken");

@@ -40,7 +40,10 @@ impl Host {
 
     /// Runs `script` in a container; what it prints, and behind that in the errors what coracle logs.
     fn run(&self, script: &str) -> Outcome {
-        let bundle = Bundle::new(&["sh", "-c", script]);
+        self.run_bundle(&Bundle::new(&["sh", "-c", script]))
+    }
+
+    fn run_bundle(&self, bundle: &Bundle) -> Outcome {
         shell(&format!(
             "CORACLE_CONFIG={}/config.json coracle --log /dev/stderr run -b {} t-template",
             self.0.path().display(),
@@ -142,11 +145,7 @@ fn guests_of_other_shapes_have_templates_of_their_own() {
         let bundle = Bundle::new(&["grep", "MemTotal", "/proc/meminfo"]);
         bundle
             .edit(|config| config["annotations"] = json!({ "io.coracle.memory_mib": memory_mib }));
-        shell(&format!(
-            "CORACLE_CONFIG={}/config.json coracle run -b {} t-shape",
-            host.0.path().display(),
-            bundle.path().display()
-        ))
+        host.run_bundle(&bundle)
     };
 
     let booted = [run("256"), run("320")];

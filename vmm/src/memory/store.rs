@@ -24,8 +24,8 @@ pub enum Sharing {
     /// The new machine goes on writing to it, and can be saved again. It must be the only one.
     Shared,
     /// It stays as it is: what the new machine writes is its own. Any number of machines can go on
-    /// from there, and share what none of them writes; what the file has holes for is memory of their own. They share what their kernels draw random
-    /// numbers from, too, until each has fresh entropy.
+    /// from there, and share what none of them writes; what the file has holes for is memory of their
+    /// own. They share what their kernels draw random numbers from, too, until each has fresh entropy.
     Private,
 }
 

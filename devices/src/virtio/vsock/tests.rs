@@ -1054,22 +1054,33 @@ fn a_client_that_does_not_read_slows_only_its_own_stream() {
     assert_eq!(late, vec![1; WINDOW_BYTES as usize]);
 }
 
-#[test]
-fn the_guest_of_a_device_built_anew_hears_that_its_streams_are_gone() {
-    let memory = memory();
-    let mut guest = Guest::boot(&memory);
-    let (_ours, theirs) = socket();
+/// A stream of the host's that the guest has accepted: its other end, and the packet that asked for it.
+fn streaming(guest: &mut Guest<'_>) -> (UnixStream, Header) {
+    let (ours, theirs) = socket();
     guest.host.connect(GUEST_PORT, theirs).unwrap();
-    let (old, _) = guest.only_packet();
-    guest.send(Op::Response, old.source_port);
-    guest.driver.offer(EVENT_QUEUE, &[], &[4]);
-    guest.device.queue_ready(EVENT_QUEUE).unwrap();
-    assert_eq!(guest.driver.used_of(EVENT_QUEUE), []);
+    let (request, _) = guest.only_packet();
+    guest.send(Op::Response, request.source_port);
+    (ours, request)
+}
 
+/// Puts a fresh device in the place of the guest's.
+fn build_anew(guest: &mut Guest<'_>) {
     let (mut device, host) = Vsock::new(CID).unwrap();
     guest.driver.hand_over(0, &mut guest.device, &mut device);
     (guest.device, guest.host) = (device, host);
     guest.device.queue_ready(EVENT_QUEUE).unwrap();
+}
+
+#[test]
+fn the_guest_of_a_device_built_anew_hears_that_its_streams_are_gone() {
+    let memory = memory();
+    let mut guest = Guest::boot(&memory);
+    let (_ours, old) = streaming(&mut guest);
+    guest.driver.offer(EVENT_QUEUE, &[], &[4]);
+    guest.device.queue_ready(EVENT_QUEUE).unwrap();
+    assert_eq!(guest.driver.used_of(EVENT_QUEUE), []);
+
+    build_anew(&mut guest);
 
     assert_eq!(guest.driver.written(EVENT_QUEUE, 0), TRANSPORT_RESET);
     let (_ours, theirs) = socket();
@@ -1090,23 +1101,14 @@ fn the_guest_of_a_device_built_anew_hears_that_its_streams_are_gone() {
 fn a_device_that_has_told_its_guest_of_the_end_of_streams_can_be_built_anew() {
     let memory = memory();
     let mut guest = Guest::boot(&memory);
-    let (_ours, theirs) = socket();
-    guest.host.connect(GUEST_PORT, theirs).unwrap();
-    let (old, _) = guest.only_packet();
-    guest.send(Op::Response, old.source_port);
+    let _streaming = streaming(&mut guest);
     for _ in 0..2 {
         guest.driver.offer(EVENT_QUEUE, &[], &[4]);
     }
-    let anew = |guest: &mut Guest<'_>| {
-        let (mut device, host) = Vsock::new(CID).unwrap();
-        guest.driver.hand_over(0, &mut guest.device, &mut device);
-        (guest.device, guest.host) = (device, host);
-        guest.device.queue_ready(EVENT_QUEUE).unwrap();
-    };
 
-    anew(&mut guest);
+    build_anew(&mut guest);
     assert_eq!(guest.driver.used_of(EVENT_QUEUE).len(), 1);
-    anew(&mut guest);
+    build_anew(&mut guest);
 
     // The second buffer was kept for nothing, so that it was there.
     assert_eq!(guest.driver.used_of(EVENT_QUEUE).len(), 2);
