@@ -1,18 +1,19 @@
 //! What a boot costs that repeats however busy the machine is.
 
+use std::env;
 use std::io::Write;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use arch::payload;
-use nix::sys::resource::{UsageWho, getrusage};
-use nix::sys::time::TimeValLike;
-use serde::{Deserialize, Serialize};
+use nix::time::clock_getcpuclockid;
+use nix::unistd::Pid;
 use tempfile::NamedTempFile;
-use vmm::{VmConfig, Vmm};
 
 use crate::boot::to_ready;
+use crate::containers::rest;
 use crate::report::Report;
 use crate::samples::Samples;
 use crate::{Options, environment, syscalls};
@@ -25,6 +26,14 @@ const GOAL_SYSTEM_CALLS: f64 = 150.0;
 const GOAL_TOUCHED_MIB: f64 = 24.0;
 /// Most processor time until a tiny guest runs, in milliseconds.
 const GOAL_STARTUP_MS: f64 = 2.0;
+/// The row that two measurements have.
+const SYSTEM_CALLS: &str = "system calls before the guest runs";
+/// How long a guest of two instructions has until it sleeps.
+const SETTLE: Duration = Duration::from_millis(200);
+
+/// Exit codes of coracle-vmm whose guest ended, as guests of each architecture can.
+const POWER_OFF: i32 = 0;
+const TRIPLE_FAULT: i32 = 4;
 
 /// One cost.
 pub struct Cost {
@@ -54,10 +63,10 @@ fn of_boot(options: &Options) -> Result<(f64, Vec<Cost>)> {
     let (ready_ms, boot) = to_ready(&options.tuned, options.verbose)?;
     let cost = |name, unit, value, goal| Cost { name, unit, value, goal };
     let touched_mib = boot.memory.guest_ram_kib as f64 / 1024.0;
-    let calls = syscalls::before_first_entry(&tiny_guest_command()?)? as f64;
+    let calls = system_calls()?;
     let costs = vec![
         cost("exits to agent, tuned kernel", "exits", boot.exits as f64, Some(GOAL_EXITS)),
-        cost("system calls before the guest runs", "calls", calls, Some(GOAL_SYSTEM_CALLS)),
+        cost(SYSTEM_CALLS, "calls", calls, Some(GOAL_SYSTEM_CALLS)),
         cost("guest memory touched at ready", "MiB", touched_mib, Some(GOAL_TOUCHED_MIB)),
     ];
     Ok((ready_ms, costs))
@@ -72,54 +81,69 @@ pub fn measure(report: &mut Report, options: &Options) -> Result<()> {
     Ok(())
 }
 
-/// What the hidden verb says.
-#[derive(Debug, Serialize, Deserialize)]
-struct Startup {
-    processor_us: i64,
-}
-
-/// Measures how long it takes until a guest of one instruction runs, and adds the rows.
+/// Measures what it takes until a guest of two instructions runs, and adds the rows.
 pub fn startup(report: &mut Report, options: &Options) -> Result<()> {
+    let (sleeping, ending) = (tiny_kernel(payload::HALT)?, tiny_kernel(payload::END)?);
     let (mut elapsed, mut processor) = (Samples::default(), Samples::default());
     for run in 0..=options.runs {
-        let started = Instant::now();
-        let output = tiny_guest_command()?.stdin(Stdio::null()).output()?;
-        let elapsed_ms = started.elapsed().as_secs_f64() * 1e3;
-        if !output.status.success() {
-            bail!("the guest's process: {}", String::from_utf8_lossy(&output.stderr));
-        }
-        let Startup { processor_us } = serde_json::from_slice(&output.stdout)?;
+        let elapsed_ms = time_to_end(&mut tiny_machine(ending.path())?)?;
+        let processor_ms = processor_ms_to_rest(&mut tiny_machine(sleeping.path())?)?;
         if run > 0 {
             elapsed.add(elapsed_ms);
-            processor.add(processor_us as f64 / 1e3);
+            processor.add(processor_ms);
         }
     }
     report.samples("a machine with a tiny guest, start to end", ("ms", &elapsed), None);
     let what = "processor time until a tiny guest runs";
     report.samples(what, ("ms", &processor), Some(GOAL_STARTUP_MS));
-    let calls = syscalls::before_first_entry(&tiny_guest_command()?)? as f64;
-    report.alone("system calls before the guest runs", "calls", calls, Some(GOAL_SYSTEM_CALLS));
+    report.alone(SYSTEM_CALLS, "calls", system_calls()?, Some(GOAL_SYSTEM_CALLS));
     Ok(())
 }
 
-fn tiny_guest_command() -> Result<Command> {
-    let mut command = Command::new(std::env::current_exe()?);
-    command.arg("tiny-guest");
+/// How many system calls `coracle-vmm` makes before its guest runs.
+fn system_calls() -> Result<f64> {
+    let kernel = tiny_kernel(payload::END)?;
+    Ok(syscalls::before_first_entry(&tiny_machine(kernel.path())?)? as f64)
+}
+
+fn tiny_kernel(code: &[u8]) -> Result<NamedTempFile> {
+    let mut kernel = NamedTempFile::new().context("make a kernel of a few instructions")?;
+    kernel.write_all(&payload::kernel(code))?;
+    Ok(kernel)
+}
+
+/// The program that was built with this one, or the one that is installed.
+fn tiny_machine(kernel: &Path) -> Result<Command> {
+    const PROGRAM: &str = "coracle-vmm";
+    let sibling = env::current_exe()?.with_file_name(PROGRAM);
+    let mut command =
+        Command::new(if sibling.exists() { sibling } else { PathBuf::from(PROGRAM) });
+    command.arg("--kernel").arg(kernel).args(["--memory", "256"]).stdin(Stdio::null());
     Ok(command)
 }
 
-/// Runs a guest that ends at once, and says what it took to start it.
-pub fn tiny_guest() -> Result<()> {
-    vmm::use_one_heap();
-    let mut kernel = NamedTempFile::new().context("make a kernel of a few instructions")?;
-    kernel.write_all(&payload::kernel(payload::END))?;
-    let mut config = VmConfig::new(kernel.path().to_owned());
-    config.memory.size_mib = 256;
-    config.rng = false;
-    let vm = Vmm::new(config)?.start()?;
-    let usage = getrusage(UsageWho::RUSAGE_SELF)?;
-    let processor_us = (usage.user_time() + usage.system_time()).num_microseconds();
-    vm.wait();
-    println!("{}", serde_json::to_string(&Startup { processor_us })?);
-    Ok(())
+fn time_to_end(machine: &mut Command) -> Result<f64> {
+    let started = Instant::now();
+    let output = machine.output()?;
+    let elapsed_ms = started.elapsed().as_secs_f64() * 1e3;
+    match output.status.code() {
+        Some(TRIPLE_FAULT | POWER_OFF) => Ok(elapsed_ms),
+        _ => bail!("coracle-vmm: {}", String::from_utf8_lossy(&output.stderr)),
+    }
+}
+
+/// Processor time of all threads of `machine` when its guest has gone to sleep.
+fn processor_ms_to_rest(machine: &mut Command) -> Result<f64> {
+    let mut child = machine.spawn().context("start coracle-vmm")?;
+    rest(SETTLE);
+    let clock = clock_getcpuclockid(Pid::from_raw(child.id().try_into()?))?;
+    let used = clock.now()?;
+    let ended = child.try_wait()?;
+    // It has nothing that could be lost.
+    let _ = child.kill();
+    child.wait()?;
+    if let Some(status) = ended {
+        bail!("coracle-vmm did not wait for its guest: {status}");
+    }
+    Ok(Duration::from(used).as_secs_f64() * 1e3)
 }

@@ -112,9 +112,6 @@ enum Measurement {
     /// Boots one guest, says what it cost as JSON and ends: the other measurements start it.
     #[command(hide = true)]
     Guest,
-    /// Starts a guest of one instruction and ends.
-    #[command(hide = true)]
-    TinyGuest,
 }
 
 impl Options {
@@ -128,7 +125,6 @@ fn main() -> Result<()> {
     let options = Options::parse();
     match &options.measurement {
         Measurement::Guest => return boot::guest(&options.tuned, options.verbose),
-        Measurement::TinyGuest => return costs::tiny_guest(),
         Measurement::Check { file, update } => return baseline::check(&options, file, *update),
         _ => {}
     }
@@ -180,7 +176,7 @@ fn measure(report: &mut Report, options: &Options) -> Result<Vec<Phase>> {
         Measurement::Net => net::measure(report, tuned, runs)?,
         Measurement::Fs => fs::measure(report, tuned, runs)?,
         Measurement::Vsock => vsock::measure(report, tuned, runs)?,
-        Measurement::Check { .. } | Measurement::Guest | Measurement::TinyGuest => {
+        Measurement::Check { .. } | Measurement::Guest => {
             unreachable!("main() is done with these")
         }
     }

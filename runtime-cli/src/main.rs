@@ -1,9 +1,10 @@
 //! `coracle`: the OCI command line.
+#![cfg_attr(not(test), no_main)]
 
 mod commands;
 
+use std::ffi::c_int;
 use std::path::PathBuf;
-use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
 use coracle::logging::{LogFormat, LogOptions};
@@ -104,32 +105,37 @@ enum Verb {
     ExecProcess(commands::HiddenArgs),
 }
 
-fn main() -> ExitCode {
+#[cfg_attr(not(test), unsafe(no_mangle))]
+extern "C" fn main() -> c_int {
+    vmm::enter(parse_and_run)
+}
+
+fn parse_and_run() -> u8 {
     let words = commands::arguments::with_two_dashes(Cli::command, std::env::args_os().collect());
     let cli = match Cli::try_parse_from(words) {
         Ok(cli) => cli,
         Err(error) => {
             // Neither way of failing to print help or a usage error leaves anything to do.
             let _ = error.print();
-            return if error.use_stderr() { report_usage(&error) } else { ExitCode::SUCCESS };
+            return if error.use_stderr() { report_usage(&error) } else { 0 };
         }
     };
     if cli.version {
         let version = format!("coracle version {VERSION}\nspec: {OCI_VERSION}\n");
         let printed = commands::print(&version);
-        return if printed.is_ok() { ExitCode::SUCCESS } else { FAILURE.into() };
+        return if printed.is_ok() { 0 } else { FAILURE };
     }
     let mut log = LogOptions { path: cli.log, debug: cli.debug, ..LogOptions::default() };
     match cli.log_format.parse() {
         Ok(format) => log.format = format,
         Err(error) => {
             log.report(&error);
-            return FAILURE.into();
+            return FAILURE;
         }
     }
     let Some(verb) = cli.verb else {
         log.report(&commands::NoVerb);
-        return FAILURE.into();
+        return FAILURE;
     };
     let globals = commands::Globals {
         root: StateRoot::new(cli.root.unwrap_or_else(rootless::state_root)),
@@ -141,7 +147,7 @@ fn main() -> ExitCode {
 
 /// Tells the log of a command line that cannot be parsed, if it names one: an engine shows its user
 /// no other words.
-fn report_usage(error: &clap::Error) -> ExitCode {
+fn report_usage(error: &clap::Error) -> u8 {
     let known = Cli::command().ignore_errors(true).try_get_matches();
     let path = known.as_ref().ok().and_then(|known| known.get_one::<PathBuf>("log"));
     if let Some(path) = path {
@@ -154,7 +160,7 @@ fn report_usage(error: &clap::Error) -> ExitCode {
         };
         log.report(&commands::Usage(usage_message(&error.to_string())));
     }
-    FAILURE.into()
+    FAILURE
 }
 
 /// What is wrong, in one line and without the explanation of the right usage.
@@ -165,7 +171,7 @@ fn usage_message(text: &str) -> String {
     format!("{}: see `coracle --help`", line.strip_prefix("error: ").unwrap_or(&line))
 }
 
-fn run(globals: &commands::Globals, verb: Verb) -> ExitCode {
+fn run(globals: &commands::Globals, verb: Verb) -> u8 {
     let log = &globals.log;
     let result = match verb {
         // These set up logging themselves: their options arrive over a descriptor.
@@ -175,10 +181,10 @@ fn run(globals: &commands::Globals, verb: Verb) -> ExitCode {
         verb => log.install().map_err(Into::into).and_then(|()| dispatch(globals, verb)),
     };
     match result {
-        Ok(code) => code.into(),
+        Ok(code) => code,
         Err(failure) => {
             log.report(failure.error.as_ref());
-            failure.code.into()
+            failure.code
         }
     }
 }

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::mpsc::sync_channel;
 use std::thread::{Builder, JoinHandle};
 
+use nix::errno::Errno;
 use nix::sched::{CloneFlags, unshare};
 use rustix::thread::{CapabilitySet, CapabilitySets, capabilities, set_capabilities};
 
@@ -121,10 +122,10 @@ pub fn give_up_privileges(config: &VmConfig) -> io::Result<()> {
 /// Leaves the host's System V IPC and its host name to other processes, if the caller may: for the
 /// program's start, as it holds for the calling thread and those it starts.
 pub fn leave_namespaces() -> io::Result<()> {
-    if !Jail::is_allowed() {
-        return Ok(());
+    match unshare(CloneFlags::CLONE_NEWIPC | CloneFlags::CLONE_NEWUTS) {
+        Ok(()) | Err(Errno::EPERM) => Ok(()),
+        Err(error) => Err(error.into()),
     }
-    Ok(unshare(CloneFlags::CLONE_NEWIPC | CloneFlags::CLONE_NEWUTS)?)
 }
 
 /// Keeps the memory of this process and of its guest out of core dumps; for the program's start.
@@ -166,7 +167,10 @@ pub fn has(needed: CapabilitySet) -> bool {
 
 /// Gives up every capability of the calling thread but those of `needed` that it has.
 fn keep_capabilities(needed: CapabilitySet) -> io::Result<()> {
-    let kept = capabilities(None)?.permitted & needed;
+    let kept = match needed {
+        needed if needed.is_empty() => needed,
+        needed => capabilities(None)?.permitted & needed,
+    };
     // No program will be executed that could inherit one; without these there are no ambient ones.
     let inheritable = CapabilitySet::empty();
     Ok(set_capabilities(None, CapabilitySets { effective: kept, permitted: kept, inheritable })?)

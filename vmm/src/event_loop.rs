@@ -5,10 +5,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::{self, JoinHandle};
 
 use event_manager::{
-    EventManager, EventOps, EventSet, Events, MutEventSubscriber, RemoteEndpoint, SubscriberId,
-    SubscriberOps,
+    EventManager, MutEventSubscriber, RemoteEndpoint, SubscriberId, SubscriberOps,
 };
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::confinement::Confinement;
 use crate::seccomp::Kind;
@@ -22,10 +20,8 @@ pub type BoxedSubscriber = Box<dyn MutEventSubscriber + Send>;
 /// A running event loop; dropping it stops the thread and waits for it.
 pub struct EventLoop {
     kind: Kind,
-    /// Makes the thread look at `wish`.
-    wake: EventFd,
     wish: Arc<Wish>,
-    /// By which its thread is asked to change what it serves.
+    /// By which its thread is asked to change what it serves, or to look at `wish`.
     remote: RemoteEndpoint<BoxedSubscriber>,
     thread: Option<JoinHandle<()>>,
 }
@@ -52,11 +48,8 @@ impl EventLoop {
         subscribers: Vec<BoxedSubscriber>,
         confinement: &Confinement,
     ) -> io::Result<Self> {
-        let wake = EventFd::new(EFD_NONBLOCK)?;
         let wish = Arc::new(Wish::default());
         let mut manager = EventManager::new().map_err(io::Error::other)?;
-        let obedience = Obedience { event: wake.try_clone()?, wish: wish.clone() };
-        manager.add_subscriber(Box::new(obedience) as BoxedSubscriber);
         for subscriber in subscribers {
             manager.add_subscriber(subscriber);
         }
@@ -66,7 +59,7 @@ impl EventLoop {
             let wish = wish.clone();
             move || serve(manager, &wish)
         })?;
-        Ok(EventLoop { kind, wake, wish, remote, thread: Some(thread) })
+        Ok(EventLoop { kind, wish, remote, thread: Some(thread) })
     }
 
     /// What it was started as.
@@ -105,13 +98,25 @@ impl EventLoop {
     fn change(&self, change: impl FnOnce(&mut State)) {
         change(&mut self.wish.lock());
         self.wish.changed.notify_all();
-        self.wake.write(1).expect("an eventfd takes a 1");
+        self.remote.kick().expect("an eventfd takes a 1");
     }
 }
 
 impl Wish {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().expect("nothing panics while it holds the wish")
+    }
+
+    /// Rests for as long as the loop shall be parked. Returns whether it goes on then.
+    fn obey(&self) -> bool {
+        let mut state = self.lock();
+        while state.park && !state.stop {
+            state.is_parked = true;
+            self.changed.notify_all();
+            state = self.wait(state);
+        }
+        state.is_parked = false;
+        !state.stop
     }
 
     fn wait<'a>(&self, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
@@ -130,7 +135,7 @@ impl Drop for EventLoop {
 }
 
 fn serve(mut manager: EventManager<BoxedSubscriber>, wish: &Wish) {
-    while !wish.lock().stop {
+    while wish.obey() {
         match manager.run() {
             Ok(_) => {}
             Err(event_manager::Error::Epoll(error)) if is_interruption(&error) => {}
@@ -144,34 +149,13 @@ fn is_interruption(error: &vmm_sys_util::errno::Error) -> bool {
     error.errno() == libc::EINTR
 }
 
-/// Does what the owner of the loop wishes.
-struct Obedience {
-    event: EventFd,
-    wish: Arc<Wish>,
-}
-
-impl MutEventSubscriber for Obedience {
-    fn init(&mut self, ops: &mut EventOps) {
-        ops.add(Events::new(&self.event, EventSet::IN)).expect("a fresh eventfd can be polled");
-    }
-
-    fn process(&mut self, _: Events, _: &mut EventOps) {
-        // It only fails when there is nothing to read, because the event is an old one.
-        let _ = self.event.read();
-        let mut state = self.wish.lock();
-        while state.park && !state.stop {
-            state.is_parked = true;
-            self.wish.changed.notify_all();
-            state = self.wish.wait(state);
-        }
-        state.is_parked = false;
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::sync::mpsc::{Sender, channel};
     use std::time::Duration;
+
+    use event_manager::{EventOps, EventSet, Events};
+    use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
     use super::*;
 

@@ -1,14 +1,14 @@
 //! A mount namespace with the directories that are shared with the guest, and nothing else.
 //!
-//! Every thread of the machine lives there; the thread that made it stays where it was. The file
-//! server's library needs `/proc/self/fd`: that directory is there, too, but not the rest of `/proc`.
+//! Every thread of the machine lives there; the thread that made it comes back to where it was. The file
+//! server's library needs `/proc/self/fd`: where files are shared, that directory is there, too, but not
+//! the rest of `/proc`.
 
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::thread;
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, setns, unshare};
@@ -21,21 +21,24 @@ use crate::confinement::has;
 /// hidden only from the thread that builds.
 const SITE: &str = "/dev";
 
-/// The only directory of `/proc` there is, on the host as in the jail.
+/// The only directory of `/proc` there may be, on the host as in the jail.
 const DESCRIPTORS: &str = "/proc/self/fd";
 
 /// What the file server's library opens as well, but reads only for file handles, which are off:
 /// here it is empty.
 const MOUNTS: &str = "/proc/self/mountinfo";
 
-/// Address space of the stack of a thread that is there for a moment.
-const STACK_BYTES: usize = 256 << 10;
-
 /// The folder with the unix sockets that the guest can connect to.
 const SOCKETS: &str = "/sockets";
 
 /// The jail's own file system holds mount points only.
 const OPTIONS: &str = "mode=0555,size=64k";
+
+/// How it is mounted once it has all of them.
+const SEALED: MsFlags = MsFlags::MS_RDONLY
+    .union(MsFlags::MS_NOSUID)
+    .union(MsFlags::MS_NODEV)
+    .union(MsFlags::MS_NOEXEC);
 
 /// Which step of building the jail failed.
 #[derive(Debug, thiserror::Error)]
@@ -62,7 +65,11 @@ pub enum JailError {
 
 /// The namespace; it lasts for as long as this or a thread in it.
 #[derive(Debug)]
-pub struct Jail {
+pub struct Jail(Place);
+
+/// What a thread sees of the file systems.
+#[derive(Debug)]
+struct Place {
     namespace: File,
     root: File,
 }
@@ -81,8 +88,8 @@ impl Jail {
         sockets: Option<&Path>,
     ) -> Result<Self, JailError> {
         let directories: Vec<_> = directories.collect();
-        in_thread(|| build(&directories, sockets))
-            .map_err(|source| JailError::Build { step: "start a thread", source })?
+        and_back(|| build(&directories, sockets))
+            .map_err(|source| JailError::Build { step: "come back from the jail", source })?
     }
 
     /// Where in the jail the directory is that was the `index`th when it was built.
@@ -100,34 +107,51 @@ impl Jail {
     pub fn enter(&self) -> io::Result<()> {
         // A thread that shares its root directory with others cannot leave for another one.
         unshare(CloneFlags::CLONE_FS)?;
-        setns(self.namespace.as_fd(), CloneFlags::CLONE_NEWNS)?;
-        // That led to the first mount of the namespace. If this process was in a chroot, the jail
-        // took the place of the root directory it had there, and not of that mount.
-        fchdir(&self.root)?;
-        Ok(chroot(".")?)
+        self.0.enter()
     }
 
     /// What `body` gives in the jail.
-    pub fn run<T: Send>(&self, body: impl FnOnce() -> T + Send) -> io::Result<T> {
-        in_thread(|| self.enter().map(|()| body()))?
+    pub fn run<T>(&self, body: impl FnOnce() -> T) -> io::Result<T> {
+        and_back(|| self.enter().map(|()| body()))?
     }
 }
 
-fn open_directory(path: &Path) -> Result<File, JailError> {
-    File::options()
-        .read(true)
-        .custom_flags(libc::O_PATH | libc::O_DIRECTORY)
-        .open(path)
-        .map_err(|source| JailError::Open { path: path.to_owned(), source })
+impl Place {
+    /// That of the calling thread.
+    fn here() -> io::Result<Self> {
+        Ok(Place { namespace: open_namespace()?, root: open_path("/")? })
+    }
+
+    fn enter(&self) -> io::Result<()> {
+        setns(self.namespace.as_fd(), CloneFlags::CLONE_NEWNS)?;
+        // That led to the first mount of the namespace. If this process was in a chroot, its root was
+        // elsewhere, and so is that of the jail, which took its place.
+        fchdir(&self.root)?;
+        Ok(chroot(".")?)
+    }
 }
 
-/// What `body` gives in a thread of its own.
-fn in_thread<T: Send>(body: impl FnOnce() -> T + Send) -> io::Result<T> {
-    thread::scope(|scope| {
-        let builder = thread::Builder::new().stack_size(STACK_BYTES);
-        let thread = builder.spawn_scoped(scope, body)?;
-        thread.join().map_err(|_| io::Error::other("the thread died"))
-    })
+/// What `body` gives, which may leave the mount namespace: the thread comes back. From now on its root
+/// and working directory are no other thread's.
+fn and_back<T>(body: impl FnOnce() -> T) -> io::Result<T> {
+    let (here, directory) = (Place::here()?, open_path(".")?);
+    let result = body();
+    here.enter()?;
+    fchdir(directory)?;
+    Ok(result)
+}
+
+/// The mount namespace of the calling thread.
+fn open_namespace() -> io::Result<File> {
+    File::open("/proc/thread-self/ns/mnt")
+}
+
+fn open_path(path: impl AsRef<Path>) -> io::Result<File> {
+    File::options().read(true).custom_flags(libc::O_PATH | libc::O_DIRECTORY).open(path)
+}
+
+fn open_directory(path: &Path) -> Result<File, JailError> {
+    open_path(path).map_err(|source| JailError::Open { path: path.to_owned(), source })
 }
 
 /// Builds the jail around the calling thread.
@@ -136,8 +160,7 @@ fn build(directories: &[&Path], sockets: Option<&Path>) -> Result<Jail, JailErro
     let refused = |step| move |error: nix::Error| JailError::Build { step, source: error.into() };
     unshare(CloneFlags::CLONE_FS | CloneFlags::CLONE_NEWNS)
         .map_err(refused("leave the mount namespace"))?;
-    let namespace =
-        File::open("/proc/thread-self/ns/mnt").map_err(step("open the mount namespace"))?;
+    let namespace = open_namespace().map_err(step("open the mount namespace"))?;
     // Now, because only what was opened in this namespace can be bound in it, and the site hides
     // what is below it.
     let directories: Vec<_> =
@@ -146,11 +169,15 @@ fn build(directories: &[&Path], sockets: Option<&Path>) -> Result<Jail, JailErro
     // Slaves: what the host mounts and unmounts in a shared directory goes on showing there.
     change("/", MsFlags::MS_REC | MsFlags::MS_SLAVE)
         .map_err(refused("keep mounts from the host"))?;
-    mount(Some("jail"), SITE, Some("tmpfs"), MsFlags::empty(), Some(OPTIONS))
+    let is_empty = directories.is_empty() && sockets.is_none();
+    let flags = if is_empty { SEALED } else { MsFlags::empty() };
+    mount(Some("jail"), SITE, Some("tmpfs"), flags, Some(OPTIONS))
         .map_err(refused("mount the jail's root"))?;
 
-    bind(DESCRIPTORS, DESCRIPTORS).map_err(step("keep the names of open files"))?;
-    File::create(format!("{SITE}{MOUNTS}")).map_err(step("make an empty list of mounts"))?;
+    if !directories.is_empty() {
+        bind(DESCRIPTORS, DESCRIPTORS).map_err(step("keep the names of open files"))?;
+        File::create(format!("{SITE}{MOUNTS}")).map_err(step("make an empty list of mounts"))?;
+    }
     for (index, directory) in directories.iter().enumerate() {
         let source = format!("{DESCRIPTORS}/{}", directory.as_raw_fd());
         bind(&source, &Jail::path_of(index).to_string_lossy())
@@ -164,10 +191,11 @@ fn build(directories: &[&Path], sockets: Option<&Path>) -> Result<Jail, JailErro
     // The old root comes to lie on the new one, and is taken off it (pivot_root(2), NOTES).
     pivot_root(".", ".").map_err(refused("make the jail the root directory"))?;
     umount2(".", MntFlags::MNT_DETACH).map_err(refused("unmount the host's file systems"))?;
-    let sealed = MsFlags::MS_RDONLY | MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
-    change("/", MsFlags::MS_REMOUNT | sealed).map_err(refused("seal the jail"))?;
+    if !is_empty {
+        change("/", MsFlags::MS_REMOUNT | SEALED).map_err(refused("seal the jail"))?;
+    }
     let root = open_directory(Path::new("/"))?;
-    Ok(Jail { namespace, root })
+    Ok(Jail(Place { namespace, root }))
 }
 
 /// Binds `source` and everything mounted in it where the jail has `target`, which is made.
@@ -184,8 +212,7 @@ fn bind_sockets(folder: &File) -> io::Result<()> {
     fs::create_dir(&target)?;
     let source = format!("{DESCRIPTORS}/{}", folder.as_raw_fd());
     mount(Some(&*source), &*target, None::<&str>, MsFlags::MS_BIND, None::<&str>)?;
-    let sealed = MsFlags::MS_RDONLY | MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
-    Ok(change(&target, MsFlags::MS_REMOUNT | MsFlags::MS_BIND | sealed)?)
+    Ok(change(&target, MsFlags::MS_REMOUNT | MsFlags::MS_BIND | SEALED)?)
 }
 
 fn change(path: &str, flags: MsFlags) -> nix::Result<()> {
@@ -276,7 +303,7 @@ mod tests {
     fn a_process_in_a_chroot_gets_the_same_jail() {
         let (host, folder) = (TempDir::new().unwrap(), TempDir::new().unwrap());
 
-        let (root, shared) = in_thread(|| {
+        let (root, shared) = and_back(|| {
             unshare(CloneFlags::CLONE_FS | CloneFlags::CLONE_NEWNS).unwrap();
             change("/", MsFlags::MS_REC | MsFlags::MS_PRIVATE).unwrap();
             let all = MsFlags::MS_BIND | MsFlags::MS_REC;

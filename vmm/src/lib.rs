@@ -20,6 +20,7 @@ mod confinement;
 mod console;
 mod control;
 mod dax;
+mod entry;
 mod error;
 mod event_loop;
 mod footprint;
@@ -48,6 +49,7 @@ pub use config::{
 };
 pub use confinement::{forbid_core_dumps, give_up_privileges, leave_namespaces};
 pub use control::Exit;
+pub use entry::enter;
 pub use error::{Error, chain};
 pub use footprint::{give_back_startup_memory, use_one_heap};
 pub use handle::VmHandle;

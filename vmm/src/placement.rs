@@ -20,7 +20,6 @@ use devices::virtio::subscriber::Subscriber;
 use kvm_ioctls::IoEventAddress;
 use vm_allocator::{AddressAllocator, AllocPolicy, IdAllocator};
 use vm_memory::{GuestAddress, GuestMemoryMmap};
-use vmm_sys_util::eventfd::EventFd;
 
 use crate::dax::Windows;
 use crate::event_loop::BoxedSubscriber;
@@ -303,35 +302,33 @@ impl Wired {
         let transport = MmioTransport::new(memory.clone(), device.clone(), line.clone())
             .map_err(PlacementError::Eventfd)?;
         let connected = connect_kicks(vm, place, &transport);
-        let kicks = connected.inspect_err(|_| unwire(vm, place, &transport, &line))?;
-        let activity = transport.activity().clone();
+        connected.inspect_err(|_| unwire(vm, place, &transport, &line))?;
+        let (kicks, activity) = (transport.kicks().clone(), transport.activity().clone());
         let subscriber = Subscriber::new(name.to_owned(), kicks, device, activity);
         Ok(Wired { transport, subscriber, line })
     }
 }
 
-/// Has KVM signal the eventfd of each queue that the driver kicks; returns another end of each.
+/// Has KVM signal the eventfd of each queue that the driver kicks.
 fn connect_kicks(
     vm: &VmFd,
     place: &MmioDevice,
     transport: &MmioTransport,
-) -> Result<Vec<EventFd>, PlacementError> {
+) -> Result<(), PlacementError> {
     let notify = IoEventAddress::Mmio(place.base.0 + QUEUE_NOTIFY);
-    let mut kicks = Vec::with_capacity(transport.kicks().len());
-    for (queue, kick) in (0u32..).zip(transport.kicks()) {
+    for (queue, kick) in (0u32..).zip(&**transport.kicks()) {
         if !transport.serves_at_once(queue as usize) {
             vm.register_ioevent(kick, &notify, queue)
                 .map_err(|source| PlacementError::Connect { what: "queue notification", source })?;
         }
-        kicks.push(kick.try_clone().map_err(PlacementError::Eventfd)?);
     }
-    Ok(kicks)
+    Ok(())
 }
 
 /// Disconnects a device at `place` from KVM, however far it was connected.
 pub fn unwire(vm: &VmFd, place: &MmioDevice, transport: &MmioTransport, line: &IrqLine) {
     let notify = IoEventAddress::Mmio(place.base.0 + QUEUE_NOTIFY);
-    for (queue, kick) in (0u32..).zip(transport.kicks()) {
+    for (queue, kick) in (0u32..).zip(&**transport.kicks()) {
         // It only fails for what is not connected.
         let _ = vm.unregister_ioevent(kick, &notify, queue);
     }

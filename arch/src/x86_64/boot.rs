@@ -2,7 +2,7 @@
 #![cfg(target_arch = "x86_64")]
 
 use std::fs::File;
-use std::io::{Read, Seek};
+use std::os::unix::fs::FileExt;
 
 use linux_loader::loader::bootparam::setup_header;
 use linux_loader::loader::elf::PvhBootCapability;
@@ -19,7 +19,7 @@ const ACCEPTED: &str = "an x86_64 ELF vmlinux and a 64-bit bzImage";
 const ACCEPTED_BY_PVH: &str = "an x86_64 ELF kernel with a PVH note (CONFIG_PVH of Linux)";
 
 /// Bytes of the file that tell its format: the real-mode header ends below 0x280.
-const HEAD_BYTES: u64 = 0x280;
+const HEAD_BYTES: usize = 0x280;
 
 /// From the start of a bzImage's protected-mode code to its 64-bit entry
 /// (Documentation/arch/x86/boot.rst, "64-bit boot protocol").
@@ -53,7 +53,7 @@ struct Loaded {
 /// Loads what `boot` names, and what the first vCPU needs to run it.
 pub fn load(memory: &GuestMemoryMmap, boot: &mut BootFiles) -> Result<Entry, ArchError> {
     let ram_end = memory.find_region(layout::HIGH_RAM).map_or(0, |ram| ram.len());
-    let head = read_head(&mut boot.kernel)?;
+    let head = read_head(&boot.kernel)?;
     let kernel = match identify(&head)? {
         Format::Elf => load_elf(memory, &mut boot.kernel, ram_end, boot.protocol)?,
         Format::BzImage if boot.protocol == Some(Protocol::Pvh) => {
@@ -75,12 +75,13 @@ pub fn load(memory: &GuestMemoryMmap, boot: &mut BootFiles) -> Result<Entry, Arc
     Ok(Entry { address: kernel.entry, initrd, protocol: kernel.protocol })
 }
 
-fn read_head(kernel: &mut File) -> Result<Vec<u8>, ArchError> {
-    let mut head = Vec::new();
-    kernel
-        .rewind()
-        .and_then(|()| kernel.take(HEAD_BYTES).read_to_end(&mut head))
+/// The start of the file; less than [`HEAD_BYTES`] if there is no more.
+fn read_head(kernel: &File) -> Result<Vec<u8>, ArchError> {
+    let mut head = vec![0; HEAD_BYTES];
+    let read = kernel
+        .read_at(&mut head, 0)
         .map_err(|source| ArchError::Read { what: "kernel", source })?;
+    head.truncate(read);
     Ok(head)
 }
 

@@ -89,9 +89,8 @@ impl Guest {
         let line = Arc::new(IrqLine::new().expect("an eventfd"));
         let transport =
             MmioTransport::new(memory.clone(), device.clone(), line).expect("an eventfd a queue");
-        let kicks = transport.kicks().iter().map(|kick| kick.try_clone().expect("a descriptor"));
-        let activity = transport.activity().clone();
-        let subscriber = Subscriber::new("fuzzed".to_owned(), kicks.collect(), device, activity);
+        let (kicks, activity) = (transport.kicks().clone(), transport.activity().clone());
+        let subscriber = Subscriber::new("fuzzed".to_owned(), kicks, device, activity);
         let mut events = EventManager::new().expect("an epoll");
         events.add_subscriber(subscriber);
         Guest {

@@ -273,7 +273,7 @@ impl MmioTransport {
 
     /// One eventfd per queue, to be signalled when the driver kicks that queue. The hypervisor
     /// does it by itself if it was told so; else a write to the register does.
-    pub fn kicks(&self) -> &[EventFd] {
+    pub fn kicks(&self) -> &Arc<[EventFd]> {
         &self.kicks
     }
 

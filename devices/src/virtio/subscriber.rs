@@ -15,8 +15,8 @@ const FIRST_BACKEND: u32 = 1 << 16;
 
 /// Turns readiness of a device's kick eventfds and backends into calls on the device.
 pub struct Subscriber {
-    /// Each with the number of its queue.
-    kicks: Vec<(u32, EventFd)>,
+    /// One for each queue.
+    kicks: Arc<[EventFd]>,
     backends: Vec<Backend>,
     device: Arc<Mutex<dyn VirtioDevice>>,
     activity: Arc<Activity>,
@@ -28,14 +28,11 @@ impl Subscriber {
     /// writes when the driver kicks that queue, and `activity` counts these kicks.
     pub fn new(
         name: String,
-        kicks: Vec<EventFd>,
+        kicks: Arc<[EventFd]>,
         device: Arc<Mutex<dyn VirtioDevice>>,
         activity: Arc<Activity>,
     ) -> Self {
-        let locked = device.lock().expect("fresh lock");
-        let kicks = (0..).zip(kicks).filter(|(index, _)| locked.serves(*index as usize)).collect();
-        let backends = locked.backends();
-        drop(locked);
+        let backends = device.lock().expect("fresh lock").backends();
         Subscriber { kicks, backends, device, activity, complaints: Complaints::of(name) }
     }
 }
@@ -43,11 +40,13 @@ impl Subscriber {
 impl MutEventSubscriber for Subscriber {
     fn init(&mut self, ops: &mut EventOps) {
         // Edge-triggered, so that nobody needs to read the counter: each kick is an edge.
-        for (index, kick) in &self.kicks {
+        let device = self.device.lock().expect("no device panics while it holds its lock");
+        let kicks = (0..).zip(&*self.kicks);
+        for (index, kick) in kicks.filter(|(index, _)| device.serves(*index as usize)) {
             let events = EventSet::IN | EventSet::EDGE_TRIGGERED;
-            ops.add(Events::with_data(kick, *index, events))
-                .expect("a fresh eventfd can be polled");
+            ops.add(Events::with_data(kick, index, events)).expect("a fresh eventfd can be polled");
         }
+        drop(device);
         for (backend, data) in self.backends.iter().zip(FIRST_BACKEND..) {
             let events = backend.events | EventSet::EDGE_TRIGGERED;
             ops.add(Events::with_data_raw(backend.fd, data, events))
@@ -113,20 +112,20 @@ mod tests {
         }
     }
 
-    fn watched(device: &Arc<Mutex<Sink>>) -> (EventManager<Subscriber>, EventFd) {
+    fn watched(device: &Arc<Mutex<Sink>>) -> (EventManager<Subscriber>, Arc<[EventFd]>) {
         counted(device, Arc::default())
     }
 
     fn counted(
         device: &Arc<Mutex<Sink>>,
         activity: Arc<Activity>,
-    ) -> (EventManager<Subscriber>, EventFd) {
-        let kick = EventFd::new(EFD_NONBLOCK).unwrap();
-        let kicks = vec![kick.try_clone().unwrap()];
+    ) -> (EventManager<Subscriber>, Arc<[EventFd]>) {
+        let kicks: Arc<[_]> = [EventFd::new(EFD_NONBLOCK).unwrap()].into();
         let mut manager = EventManager::new().unwrap();
-        let subscriber = Subscriber::new("sink".to_owned(), kicks, device.clone(), activity);
+        let subscriber =
+            Subscriber::new("sink".to_owned(), kicks.clone(), device.clone(), activity);
         manager.add_subscriber(subscriber);
-        (manager, kick)
+        (manager, kicks)
     }
 
     #[test]
@@ -135,11 +134,11 @@ mod tests {
         let driver = Driver::new(&memory);
         let device = Arc::new(Mutex::new(Sink::default()));
         device.lock().unwrap().activate(driver.activation()).unwrap();
-        let (mut manager, kick) = watched(&device);
+        let (mut manager, kicks) = watched(&device);
 
         for chains in 1..=3 {
             driver.offer(0, &[b"x"], &[]);
-            kick.write(1).unwrap();
+            kicks[0].write(1).unwrap();
             manager.run_with_timeout(1000).unwrap();
             assert_eq!(driver.used().len(), chains);
         }
@@ -149,10 +148,10 @@ mod tests {
     fn kicks_are_counted() {
         let device = Arc::new(Mutex::new(Sink::default()));
         let activity = Arc::new(Activity::default());
-        let (mut manager, kick) = counted(&device, activity.clone());
+        let (mut manager, kicks) = counted(&device, activity.clone());
 
         for _ in 0..3 {
-            kick.write(1).unwrap();
+            kicks[0].write(1).unwrap();
             manager.run_with_timeout(1000).unwrap();
         }
 
@@ -165,10 +164,10 @@ mod tests {
         let driver = Driver::new(&memory);
         let device = Arc::new(Mutex::new(Sink::default()));
         device.lock().unwrap().activate(driver.activation()).unwrap();
-        let (mut manager, kick) = watched(&device);
+        let (mut manager, kicks) = watched(&device);
 
         driver.claim_available(0, 1000);
-        kick.write(1).unwrap();
+        kicks[0].write(1).unwrap();
         manager.run_with_timeout(1000).unwrap();
 
         assert!(device.lock().unwrap().0.is_none());
@@ -206,7 +205,7 @@ mod tests {
 
     #[test]
     fn kicks_somebody_else_watches_do_not_reach_the_device() {
-        let kicks: Vec<_> = (0..2).map(|_| EventFd::new(EFD_NONBLOCK).unwrap()).collect();
+        let kicks: Arc<[_]> = (0..2).map(|_| EventFd::new(EFD_NONBLOCK).unwrap()).collect();
         kicks.iter().for_each(|kick| kick.write(1).unwrap());
         let device = Arc::new(Mutex::new(Half::default()));
         let mut manager = EventManager::new().unwrap();

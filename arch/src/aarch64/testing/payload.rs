@@ -1,6 +1,6 @@
 //! Guests of a few instructions, assembled by hand, which the tests of the VMM run where no Linux boots.
 //! Every piece of code may be put behind every other; none but [`print_alphabet_for_ever`],
-//! [`print_for_ever`], [`for_ever`], [`HANG`] and [`END`] goes anywhere else than to its end.
+//! [`print_for_ever`], [`for_ever`], [`HANG`], [`HALT`] and [`END`] goes anywhere else than to its end.
 //!
 //! They run with the MMU off, so what they and the devices write to memory needs a host that keeps it
 //! coherent (FEAT_S2FWB), as an emulated one does.
@@ -25,6 +25,9 @@ pub const ENDS_BY: Exit<'static> = Exit::Reset;
 
 /// Computes for ever: `b .`
 pub const HANG: &[u8] = &[0, 0, 0, 0x14];
+
+/// Sleeps for ever, as no interrupt is enabled: `wfi`, `b` back
+pub const HALT: &[u8] = &[0x7f, 0x20, 0x03, 0xd5, 0xff, 0xff, 0xff, 0x17];
 
 /// Conditions of a branch.
 const EQUAL: u32 = 0;

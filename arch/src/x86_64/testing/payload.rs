@@ -1,6 +1,6 @@
 //! Guests of a few instructions, assembled by hand, which the tests of the VMM run where no Linux boots.
 //! Every piece of code may be put behind every other; none but [`print_alphabet_for_ever`],
-//! [`print_for_ever`], [`for_ever`], [`HANG`] and [`END`] goes anywhere else than to its end.
+//! [`print_for_ever`], [`for_ever`], [`HANG`], [`HALT`] and [`END`] goes anywhere else than to its end.
 
 use crate::machine::Exit;
 use crate::short;
@@ -22,6 +22,9 @@ pub const ENDS_BY: Exit<'static> = Exit::TripleFault;
 
 /// Computes for ever: `jmp $`
 pub const HANG: &[u8] = &[0xeb, 0xfe];
+
+/// Sleeps for ever, as no interrupt is enabled: `hlt`, `jmp` back
+pub const HALT: &[u8] = &[0xf4, 0xeb, 0xfd];
 
 /// A kernel file, an ELF executable, that runs `code`.
 pub fn kernel(code: &[u8]) -> Vec<u8> {

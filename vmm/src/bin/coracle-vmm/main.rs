@@ -1,5 +1,6 @@
 //! `coracle-vmm`: starts one virtual machine from a configuration file, serves its control socket, and
 //! ends as it ends.
+#![cfg_attr(not(test), no_main)]
 
 mod api;
 mod arguments;
@@ -13,12 +14,12 @@ mod server;
 mod signals;
 mod terminal;
 
+use std::ffi::c_int;
 use std::fs;
 use std::io::{self, IsTerminal};
 use std::mem;
 use std::os::fd::AsFd;
 use std::os::unix::fs::chown;
-use std::process::ExitCode;
 
 use anyhow::{Context, bail};
 use clap::Parser;
@@ -47,18 +48,18 @@ enum Ending {
     Signal(i32),
 }
 
-fn main() -> ExitCode {
-    vmm::use_one_heap();
-    if log::set_logger(&logger::Stderr).is_ok() {
-        log::set_max_level(LevelFilter::Warn);
-    }
-    match run(&Arguments::parse()) {
-        Ok(code) => code.into(),
-        Err(error) => {
-            eprintln!("coracle-vmm: {error:#}");
-            1.into()
+#[cfg_attr(not(test), unsafe(no_mangle))]
+extern "C" fn main() -> c_int {
+    vmm::enter(|| {
+        vmm::use_one_heap();
+        if log::set_logger(&logger::Stderr).is_ok() {
+            log::set_max_level(LevelFilter::Warn);
         }
-    }
+        run(&Arguments::parse()).unwrap_or_else(|error| {
+            eprintln!("coracle-vmm: {error:#}");
+            1
+        })
+    })
 }
 
 fn run(arguments: &Arguments) -> anyhow::Result<u8> {
