@@ -116,8 +116,7 @@ fn tiny_kernel(code: &[u8]) -> Result<NamedTempFile> {
 fn tiny_machine(kernel: &Path) -> Result<Command> {
     const PROGRAM: &str = "coracle-vmm";
     let sibling = env::current_exe()?.with_file_name(PROGRAM);
-    let mut command =
-        Command::new(if sibling.exists() { sibling } else { PathBuf::from(PROGRAM) });
+    let mut command = Command::new(if sibling.exists() { sibling } else { PathBuf::from(PROGRAM) });
     command.arg("--kernel").arg(kernel).args(["--memory", "256"]).stdin(Stdio::null());
     Ok(command)
 }

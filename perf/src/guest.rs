@@ -51,6 +51,8 @@ pub enum Device<'a> {
     Share { path: &'a Path },
     /// A socket device with a unix socket; Coracle only.
     Vsock { socket: &'a Path },
+    /// None but those that every machine has.
+    None,
 }
 
 /// A figure by name.
@@ -105,6 +107,7 @@ impl Guest {
             Device::Vsock { socket } => {
                 command.arg(format!("--vsock=cid=3,socket={}", socket.display()))
             }
+            Device::None => &mut command,
         };
         command
     }
@@ -141,6 +144,7 @@ impl Guest {
                     .arg(format!("tap,id=net,ifname={tap},{script},vhost={vhost}"))
                     .args(["-device", "virtio-net-device,netdev=net,mac=02:00:00:00:24:02"]);
             }
+            Device::None => {}
             Device::Share { .. } | Device::Vsock { .. } => bail!("the peer has no such device"),
         }
         Ok(command)
@@ -154,8 +158,13 @@ pub struct Running {
 }
 
 impl Running {
+    /// The process that holds the machine.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Waits for the guest's last word and gives its figures.
-    pub fn figures(mut self) -> Result<Vec<Figure>> {
+    pub fn figures(&mut self) -> Result<Vec<Figure>> {
         let output = self.child.stdout.take().context("stdout is piped")?;
         let (mut figures, mut said) = (Vec::new(), String::new());
         for line in BufReader::new(output).lines() {

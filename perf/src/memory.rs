@@ -8,12 +8,13 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
+use crate::Options;
 use crate::containers::{Background, Bundle, Runtime, rest};
+use crate::guest::{Device, Guest, Machine};
 use crate::report::Report;
-use crate::{Options, boot};
 
-/// Most anonymous memory we are content with, in KiB: of a machine with the devices that its agent needs,
-/// and of a container.
+/// Most anonymous memory we are content with, in KiB: of a machine with a console and nothing else, and of
+/// a container.
 const GOAL_ANONYMOUS_KIB: [f64; 2] = [300.0, 600.0];
 /// Most resident memory we are content with, in KiB.
 const GOAL_RESIDENT_KIB: f64 = 5.0 * 1024.0;
@@ -102,10 +103,15 @@ fn template_ram(smaps: &str) -> Range<u64> {
     start.map_or(0..0, |start| start..start + START_RAM_BYTES)
 }
 
-/// Measures and adds the rows: of a virtual machine alone, and of a whole container's process.
+/// Measures and adds the rows: of a machine alone, and of a whole container's process.
 pub fn measure(report: &mut Report, options: &Options) -> Result<()> {
-    let (_, boot) = boot::to_ready(&options.tuned, options.verbose)?;
-    add_rows(report, "virtual machine", &boot.memory, GOAL_ANONYMOUS_KIB[0], options.verbose);
+    let guest = Guest::new(&options.tuned, "figure up 1", &[])?;
+    let mut machine = guest.start(Machine::Coracle, Device::None)?;
+    machine.figures()?;
+    rest(SETTLE);
+    let memory = OwnMemory::of(machine.pid())?;
+    drop(machine);
+    add_rows(report, "machine without devices", &memory, GOAL_ANONYMOUS_KIB[0], options.verbose);
     let bundle = Bundle::new(&options.tuned, &["sleep", "1000000"])?;
     let container = Background::start(&Runtime::coracle(&bundle), &bundle)?;
     rest(SETTLE);

@@ -35,10 +35,8 @@ const SOCKETS: &str = "/sockets";
 const OPTIONS: &str = "mode=0555,size=64k";
 
 /// How it is mounted once it has all of them.
-const SEALED: MsFlags = MsFlags::MS_RDONLY
-    .union(MsFlags::MS_NOSUID)
-    .union(MsFlags::MS_NODEV)
-    .union(MsFlags::MS_NOEXEC);
+const SEALED: MsFlags =
+    MsFlags::MS_RDONLY.union(MsFlags::MS_NOSUID).union(MsFlags::MS_NODEV).union(MsFlags::MS_NOEXEC);
 
 /// Which step of building the jail failed.
 #[derive(Debug, thiserror::Error)]
