@@ -41,11 +41,12 @@ fetch() {
 }
 
 command -v "$qemu" >/dev/null || fail "no $qemu: run 'make setup'"
-if [ ! -e "$folder/.mended" ]; then
+mending=$(declare -f mend_emulator)
+if [ "$(cat "$folder/.mended" 2>/dev/null)" != "$mending" ]; then
   rm -rf "$folder"
   if is_recent; then copy; else fetch; fi
   mend_emulator "$folder/root/usr/bin/$qemu"
-  touch "$folder/.mended"
+  printf '%s\n' "$mending" > "$folder/.mended"
 fi
 echo "$folder/root/usr/bin/$qemu"
 for directory in "${qemu_data[@]}"; do printf '%s\n' -L "$folder/root/usr/share/$directory"; done
