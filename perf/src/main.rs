@@ -12,6 +12,7 @@ mod costs;
 mod environment;
 mod fs;
 mod guest;
+mod guest_time;
 mod memory;
 mod net;
 mod peer;
@@ -52,6 +53,9 @@ struct Options {
     /// Writes the figures as JSON to report.json in this folder, and plots as SVG to plots/ in it.
     #[arg(long, global = true, value_name = "FOLDER")]
     output: Option<PathBuf>,
+    /// Adds the figures of this report.json, which was written where this run does not take place.
+    #[arg(long, global = true, value_name = "FILE")]
+    add: Option<PathBuf>,
     /// Folder with a guest image of Debian's kernel (`kernel`, `initrd`).
     #[arg(long, global = true, default_value = "/var/lib/coracle/guest-distro")]
     distro: PathBuf,
@@ -133,6 +137,12 @@ fn main() -> Result<()> {
     }
     let mut report = Report::new(Environment::of(&PROGRAMS), options.runs as usize);
     let phases = measure(&mut report, &options)?;
+    if let Some(path) = &options.add {
+        let text =
+            std::fs::read_to_string(path).with_context(|| format!("read {}", path.display()))?;
+        let other = serde_json::from_str(&text).with_context(|| path.display().to_string())?;
+        report.add(other);
+    }
     if let Some(folder) = &options.output {
         write(&report, &phases, folder)?;
     }

@@ -3,13 +3,13 @@
 use std::fmt;
 
 use comfy_table::{CellAlignment, Table};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::environment::Environment;
 use crate::samples::{Samples, Spread};
 
 /// All figures of one run.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 pub struct Report {
     environment: Environment,
     rows: Vec<Row>,
@@ -18,12 +18,12 @@ pub struct Report {
 }
 
 /// One figure.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Row {
     /// What was measured.
     pub name: String,
     /// In this unit.
-    pub unit: &'static str,
+    pub unit: String,
     /// Our value.
     pub ours: f64,
     /// The value of the peer in the same run, if there is one.
@@ -60,6 +60,13 @@ impl Report {
     /// All figures so far.
     pub fn rows(&self) -> &[Row] {
         &self.rows
+    }
+
+    /// Adds the figures of a run that took place somewhere else.
+    pub fn add(&mut self, other: Report) {
+        let machine = other.environment.machine;
+        let named = |row: Row| Row { name: format!("{}, on {machine}", row.name), ..row };
+        self.rows.extend(other.rows.into_iter().map(named));
     }
 
     /// Adds a figure that stands beside a peer's; `target` is a ratio.
@@ -124,7 +131,7 @@ impl Report {
     fn row(&self, name: &str, unit: &'static str, ours: f64, target: Option<f64>) -> Row {
         Row {
             name: name.to_owned(),
-            unit,
+            unit: unit.to_owned(),
             ours,
             peer: None,
             peer_name: None,
@@ -151,7 +158,7 @@ impl fmt::Display for Report {
             let number = |value: f64| format!("{value:.1}");
             table.add_row([
                 row.name.clone(),
-                row.unit.to_owned(),
+                row.unit.clone(),
                 number(row.ours),
                 row.ours_spread.map(|spread| number(spread.p99)).unwrap_or_default(),
                 row.peer_name.clone().unwrap_or_default(),
@@ -193,6 +200,19 @@ mod tests {
             report.rows().iter().map(|row| row.met).collect::<Vec<_>>(),
             [Some(false), Some(true)]
         );
+    }
+
+    #[test]
+    fn a_figure_from_elsewhere_says_where_it_was_taken() {
+        let mut elsewhere = report();
+        elsewhere.alone("a", "ms", 6.0, None);
+        elsewhere.environment.machine = "another".to_owned();
+        let text = serde_json::to_string(&elsewhere).unwrap();
+        let mut report = report();
+
+        report.add(serde_json::from_str(&text).unwrap());
+
+        assert_eq!(report.rows()[0].name, "a, on another");
     }
 
     #[test]

@@ -1,13 +1,13 @@
 //! What several runs of one measurement gave.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// The values of one figure, one a run.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Samples(Vec<f64>);
 
 /// What is said of many values.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Spread {
     /// The smallest.
     pub min: f64,
