@@ -1,10 +1,13 @@
 //! Podman, with the runtime of `--runtime`.
 
-use super::case::{Chapter, Group, Place, same};
+use super::case::{Chapter, Group, Place, differs, same};
 
 pub const CHAPTER: Chapter = Chapter { title: "Podman", groups: GROUPS };
 
-const GROUPS: &[Group] = &[Group {
+const GROUPS: &[Group] = &[RUNNING, ENDING, STORAGE];
+
+/// What is done with a container that runs.
+const RUNNING: Group = Group {
     name: "podman",
     place: Place::Host,
     before: r#"
@@ -23,6 +26,18 @@ podman_image; pod run -d --name $name --health-cmd 'test -e /etc/passwd' -p $por
             "podman executes with user and environment",
             "podman exec -u 7 -e B=c $name sh -c 'id -u; echo $A$B; pwd; hostname; cat /sys/fs/cgroup/memory.max; touch /x/f; exit 4'; echo $?; ls $folder",
         ),
+        same(
+            "podman exec of what is missing gives 127 and of no program 126",
+            "for what in nosuch /etc/passwd; do podman exec $name $what 2>/dev/null; echo $?; done; podman exec -w /nosuch $name pwd 2>/dev/null; echo $?",
+        ),
+        same(
+            "podman exec passes input, has every capability or runs on its own",
+            "seq 1 20000 | podman exec -i $name md5sum; podman exec --privileged $name grep CapEff /proc/self/status; podman exec -d $name touch /made; eventually podman exec $name test -e /made && echo made",
+        ),
+        same(
+            "podman cp works both ways",
+            "mkdir -p $folder/in/sub; echo payload > $folder/in/sub/f; chmod 600 $folder/in/sub/f; podman cp $folder/in $name:/copied; podman exec $name sh -c 'cat /copied/sub/f; stat -c %a /copied/sub/f; echo changed > /copied/sub/f'; podman cp $name:/copied/sub/f - | tar -xO; podman diff $name | grep copied | sort",
+        ),
         same("podman has a terminal", "terminal \"podman exec -it $name sh -c 'tty; exit 5'\""),
         same(
             "podman publishes ports",
@@ -35,7 +50,51 @@ podman_image; pod run -d --name $name --health-cmd 'test -e /etc/passwd' -p $por
         ),
         same(
             "podman stops",
-            "podman stop $name 2>/dev/null; podman logs $name; podman inspect --format '{{.State.ExitCode}} {{.State.Status}}' $name",
+            "podman logs -f $name > $folder/log & podman stop $name 2>/dev/null; wait $!; cat $folder/log; podman logs --tail 1 $name; podman inspect --format '{{.State.ExitCode}} {{.State.Status}}' $name",
         ),
     ],
-}];
+};
+
+/// How a container ends, and what shares it.
+const ENDING: Group = Group {
+    name: "podman-end",
+    place: Place::Host,
+    before: r#"
+podman_image; podman network create $name >/dev/null
+pod run -d --name $name --network $name $image sh -c 'trap "echo got USR1" USR1; echo up; while :; do sleep 0.2; done' >/dev/null; eventually sh -c "podman logs $name | grep up""#,
+    after: "podman rm -f -t 0 $name >/dev/null; podman network rm -f $name >/dev/null",
+    cases: &[
+        same(
+            "podman has networks of the user's",
+            "podman exec $name sh -c 'ls /sys/class/net; ip -4 -o addr show eth0 | wc -l; ip route | grep -c default'",
+        ),
+        differs(
+            "the containers of a pod share their network",
+            "podman --runtime $program pod create --name $name-pod --infra-image $image --infra-command '/bin/sleep 1000' >/dev/null; pod run --rm --pod $name-pod $image true; podman pod rm -f -t 0 $name-pod >/dev/null",
+            "put both on one network",
+            "refused: the first container's network stack is in its guest. Use a network of the user's in the place of a pod",
+        ),
+        same(
+            "podman sends signals, and what is killed gives 137",
+            "podman kill -s USR1 $name >/dev/null; eventually sh -c \"podman logs $name | grep USR1\"; podman kill $name >/dev/null; podman wait $name; podman start $name >/dev/null; podman inspect --format '{{.State.Status}} {{.State.ExitCode}}' $name",
+        ),
+    ],
+};
+
+/// Volumes and read-only roots.
+const STORAGE: Group = Group {
+    name: "podman-disk",
+    place: Place::Host,
+    before: "podman_image",
+    after: "podman volume rm -f $name >/dev/null",
+    cases: &[
+        same(
+            "podman's volumes outlive containers and are filled from the image",
+            "pod run --rm -v $name:/etc $image sh -c 'ls /etc; echo kept > /etc/kept'; pod run --rm -v $name:/v:ro $image sh -c 'cat /v/kept; touch /v/x'",
+        ),
+        same(
+            "podman has read-only roots, tmpfs, users and limits",
+            "pod run --rm --read-only --tmpfs /scratch:size=1m -u 7:8 --ulimit nofile=99:100 --cap-drop all --shm-size 2m $image sh -c 'touch /x; df -k /scratch /dev/shm | awk \"NR>1{print \\$2,\\$6}\"; id -u; id -g; ulimit -n; grep CapBnd /proc/self/status'",
+        ),
+    ],
+};
