@@ -28,10 +28,16 @@ const MODULES: &str = "/modules";
 /// own, but neither change the limits of its own cgroup nor freeze it, even if it can write there.
 const CGROUP_OPTIONS: &str = "nsdelegate,memory_recursiveprot";
 
-/// Twice a second the kernel would look whether memory is worth being compacted in advance, and wake up
-/// an idle processor for it (Documentation/admin-guide/sysctl/vm.rst, compaction_proactiveness). What
-/// needs a large page compacts when it asks for it.
-const COMPACTION: &str = "/proc/sys/vm/compaction_proactiveness";
+/// What would wake up an idle processor, and the value that keeps it from that
+/// (Documentation/admin-guide/sysctl/vm.rst).
+const IDLENESS: [(&str, &str); 2] = [
+    // Twice a second the kernel looks whether memory is worth being compacted in advance. What needs a
+    // large page compacts when it asks for it.
+    ("/proc/sys/vm/compaction_proactiveness", "0"),
+    // Each second it adds up what each processor has counted of memory, which then wakes up once more for
+    // having done something. The sum is off by some hundred pages at most until it does, in seconds:
+    ("/proc/sys/vm/stat_interval", "600"),
+];
 
 /// Type, target, flags and options of the guest's own file systems, in order of mounting.
 const FILE_SYSTEMS: [(&str, &str, MsFlags, &str); 8] = [
@@ -94,8 +100,10 @@ pub fn prepare() -> Result<(), Error> {
 
 /// Keeps the kernel from waking up for nothing.
 fn let_idle() {
-    if let Err(error) = fs::write(COMPACTION, "0") {
-        log::debug!("write {COMPACTION}: {error}");
+    for (path, value) in IDLENESS {
+        if let Err(error) = fs::write(path, value) {
+            log::debug!("write {path}: {error}");
+        }
     }
 }
 

@@ -11,9 +11,9 @@ use crate::Options;
 use crate::report::Report;
 
 /// How long the guest has to come to rest.
-const SETTLE: Duration = Duration::from_secs(8);
+const SETTLE: Duration = Duration::from_secs(120);
 /// How long its threads are watched.
-const WATCH: Duration = Duration::from_secs(20);
+const WATCH: Duration = Duration::from_secs(120);
 
 /// Measures and adds the row.
 pub fn measure(report: &mut Report, options: &Options) -> Result<()> {
