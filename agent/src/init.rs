@@ -35,7 +35,7 @@ const IDLENESS: [(&str, &str); 2] = [
     // large page compacts when it asks for it.
     ("/proc/sys/vm/compaction_proactiveness", "0"),
     // Each second it adds up what each processor has counted of memory, which then wakes up once more for
-    // having done something. The sum is off by some hundred pages at most until it does, in seconds:
+    // having done something. Until it does, ten minutes later, the sum is off by some hundred pages at most.
     ("/proc/sys/vm/stat_interval", "600"),
 ];
 

@@ -107,7 +107,7 @@ enum Verb {
 
 #[cfg_attr(not(test), unsafe(no_mangle))]
 extern "C" fn main() -> c_int {
-    vmm::enter(parse_and_run)
+    vmm::run_program(parse_and_run)
 }
 
 fn parse_and_run() -> u8 {

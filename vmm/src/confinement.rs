@@ -167,10 +167,7 @@ pub fn has(needed: CapabilitySet) -> bool {
 
 /// Gives up every capability of the calling thread but those of `needed` that it has.
 fn keep_capabilities(needed: CapabilitySet) -> io::Result<()> {
-    let kept = match needed {
-        needed if needed.is_empty() => needed,
-        needed => capabilities(None)?.permitted & needed,
-    };
+    let kept = if needed.is_empty() { needed } else { capabilities(None)?.permitted & needed };
     // No program will be executed that could inherit one; without these there are no ambient ones.
     let inheritable = CapabilitySet::empty();
     Ok(set_capabilities(None, CapabilitySets { effective: kept, permitted: kept, inheritable })?)

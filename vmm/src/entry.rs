@@ -4,13 +4,15 @@
 //! stack from other faults. That takes 15 system calls, and six for each thread, and all it gives is
 //! another message: the page behind a stack ends the process in any case.
 
-use std::fs::File;
-use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, IntoRawFd};
+use std::ffi::c_int;
 use std::process;
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::fcntl::{OFlag, open};
 use nix::sys::signal::{SigHandler, Signal, signal};
+use nix::sys::stat::Mode;
+
+/// What the standard streams are.
+const STREAMS: [c_int; 3] = [libc::STDIN_FILENO, libc::STDOUT_FILENO, libc::STDERR_FILENO];
 
 /// Does what else the standard library does, then what `body` says, and ends the process with the
 /// exit code that it gives. For the `main` of a program without the standard library's
@@ -19,11 +21,11 @@ use nix::sys::signal::{SigHandler, Signal, signal};
 /// ```ignore
 /// #[cfg_attr(not(test), unsafe(no_mangle))]
 /// extern "C" fn main() -> std::ffi::c_int {
-///     vmm::enter(|| 0)
+///     vmm::run_program(|| 0)
 /// }
 /// ```
-pub fn enter(body: impl FnOnce() -> u8) -> ! {
-    if let Err(error) = keep_standard_descriptors() {
+pub fn run_program(body: impl FnOnce() -> u8) -> ! {
+    if let Err(error) = keep_standard_streams() {
         eprintln!("open /dev/null in place of a closed standard stream: {error}");
         process::abort();
     }
@@ -34,19 +36,16 @@ pub fn enter(body: impl FnOnce() -> u8) -> ! {
 }
 
 /// Makes sure that no file that is opened later takes the place of a standard stream.
-fn keep_standard_descriptors() -> io::Result<()> {
-    let streams = [0, 1, 2].map(|number| {
-        // SAFETY: the number is only asked about, which is allowed for one that is closed.
-        unsafe { BorrowedFd::borrow_raw(number) }
-    });
-    let mut polled = streams.map(|stream| PollFd::new(stream, PollFlags::empty()));
-    // Fails for closed ones by what it tells of them, and for others not at all.
-    poll(&mut polled, PollTimeout::ZERO)?;
-    for _ in polled.iter().filter(|stream| stream.revents() == Some(PollFlags::POLLNVAL)) {
-        // The kernel gives out the lowest number that is free.
-        let file = File::options().read(true).write(true).open("/dev/null")?;
-        debug_assert!(file.as_raw_fd() <= 2);
-        let _ = file.into_raw_fd();
+fn keep_standard_streams() -> nix::Result<()> {
+    for _ in STREAMS.into_iter().filter(|stream| is_closed(*stream)) {
+        // The kernel gives out the lowest number that is free. Programs that are executed inherit it.
+        let stream = open("/dev/null", OFlag::O_RDWR, Mode::empty())?;
+        std::mem::forget(stream);
     }
     Ok(())
+}
+
+fn is_closed(descriptor: c_int) -> bool {
+    // SAFETY: the request takes a number, which may be that of no open file.
+    unsafe { libc::fcntl(descriptor, libc::F_GETFD) == -1 }
 }

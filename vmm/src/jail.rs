@@ -1,6 +1,6 @@
 //! A mount namespace with the directories that are shared with the guest, and nothing else.
 //!
-//! Every thread of the machine lives there; the thread that made it comes back to where it was. The file
+//! Every thread of the machine lives there; the thread that made it stays where it was. The file
 //! server's library needs `/proc/self/fd`: where files are shared, that directory is there, too, but not
 //! the rest of `/proc`.
 
@@ -9,6 +9,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::thread;
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, setns, unshare};
@@ -27,6 +28,9 @@ const DESCRIPTORS: &str = "/proc/self/fd";
 /// What the file server's library opens as well, but reads only for file handles, which are off:
 /// here it is empty.
 const MOUNTS: &str = "/proc/self/mountinfo";
+
+/// Address space of the stack of a thread that is there for a moment.
+const STACK_BYTES: usize = 256 << 10;
 
 /// The folder with the unix sockets that the guest can connect to.
 const SOCKETS: &str = "/sockets";
@@ -63,11 +67,7 @@ pub enum JailError {
 
 /// The namespace; it lasts for as long as this or a thread in it.
 #[derive(Debug)]
-pub struct Jail(Place);
-
-/// What a thread sees of the file systems.
-#[derive(Debug)]
-struct Place {
+pub struct Jail {
     namespace: File,
     root: File,
 }
@@ -86,8 +86,8 @@ impl Jail {
         sockets: Option<&Path>,
     ) -> Result<Self, JailError> {
         let directories: Vec<_> = directories.collect();
-        and_back(|| build(&directories, sockets))
-            .map_err(|source| JailError::Build { step: "come back from the jail", source })?
+        in_thread(|| build(&directories, sockets))
+            .map_err(|source| JailError::Build { step: "start a thread", source })?
     }
 
     /// Where in the jail the directory is that was the `index`th when it was built.
@@ -105,51 +105,34 @@ impl Jail {
     pub fn enter(&self) -> io::Result<()> {
         // A thread that shares its root directory with others cannot leave for another one.
         unshare(CloneFlags::CLONE_FS)?;
-        self.0.enter()
-    }
-
-    /// What `body` gives in the jail.
-    pub fn run<T>(&self, body: impl FnOnce() -> T) -> io::Result<T> {
-        and_back(|| self.enter().map(|()| body()))?
-    }
-}
-
-impl Place {
-    /// That of the calling thread.
-    fn here() -> io::Result<Self> {
-        Ok(Place { namespace: open_namespace()?, root: open_path("/")? })
-    }
-
-    fn enter(&self) -> io::Result<()> {
         setns(self.namespace.as_fd(), CloneFlags::CLONE_NEWNS)?;
-        // That led to the first mount of the namespace. If this process was in a chroot, its root was
-        // elsewhere, and so is that of the jail, which took its place.
+        // That led to the first mount of the namespace. If this process was in a chroot, the jail
+        // took the place of the root directory it had there, and not of that mount.
         fchdir(&self.root)?;
         Ok(chroot(".")?)
     }
-}
 
-/// What `body` gives, which may leave the mount namespace: the thread comes back. From now on its root
-/// and working directory are no other thread's.
-fn and_back<T>(body: impl FnOnce() -> T) -> io::Result<T> {
-    let (here, directory) = (Place::here()?, open_path(".")?);
-    let result = body();
-    here.enter()?;
-    fchdir(directory)?;
-    Ok(result)
-}
-
-/// The mount namespace of the calling thread.
-fn open_namespace() -> io::Result<File> {
-    File::open("/proc/thread-self/ns/mnt")
-}
-
-fn open_path(path: impl AsRef<Path>) -> io::Result<File> {
-    File::options().read(true).custom_flags(libc::O_PATH | libc::O_DIRECTORY).open(path)
+    /// What `body` gives in the jail.
+    pub fn run<T: Send>(&self, body: impl FnOnce() -> T + Send) -> io::Result<T> {
+        in_thread(|| self.enter().map(|()| body()))?
+    }
 }
 
 fn open_directory(path: &Path) -> Result<File, JailError> {
-    open_path(path).map_err(|source| JailError::Open { path: path.to_owned(), source })
+    File::options()
+        .read(true)
+        .custom_flags(libc::O_PATH | libc::O_DIRECTORY)
+        .open(path)
+        .map_err(|source| JailError::Open { path: path.to_owned(), source })
+}
+
+/// What `body` gives in a thread of its own.
+fn in_thread<T: Send>(body: impl FnOnce() -> T + Send) -> io::Result<T> {
+    thread::scope(|scope| {
+        let builder = thread::Builder::new().stack_size(STACK_BYTES);
+        let thread = builder.spawn_scoped(scope, body)?;
+        thread.join().map_err(|_| io::Error::other("the thread died"))
+    })
 }
 
 /// Builds the jail around the calling thread.
@@ -158,7 +141,8 @@ fn build(directories: &[&Path], sockets: Option<&Path>) -> Result<Jail, JailErro
     let refused = |step| move |error: nix::Error| JailError::Build { step, source: error.into() };
     unshare(CloneFlags::CLONE_FS | CloneFlags::CLONE_NEWNS)
         .map_err(refused("leave the mount namespace"))?;
-    let namespace = open_namespace().map_err(step("open the mount namespace"))?;
+    let namespace =
+        File::open("/proc/thread-self/ns/mnt").map_err(step("open the mount namespace"))?;
     // Now, because only what was opened in this namespace can be bound in it, and the site hides
     // what is below it.
     let directories: Vec<_> =
@@ -193,7 +177,7 @@ fn build(directories: &[&Path], sockets: Option<&Path>) -> Result<Jail, JailErro
         change("/", MsFlags::MS_REMOUNT | SEALED).map_err(refused("seal the jail"))?;
     }
     let root = open_directory(Path::new("/"))?;
-    Ok(Jail(Place { namespace, root }))
+    Ok(Jail { namespace, root })
 }
 
 /// Binds `source` and everything mounted in it where the jail has `target`, which is made.
@@ -251,6 +235,17 @@ mod tests {
 
     #[test]
     #[ignore = "needs root"]
+    fn a_jail_without_shares_is_empty_and_stays_so() {
+        let jail = Jail::build(iter::empty(), None).unwrap();
+
+        let (root, written) = jail.run(|| (names("/"), fs::write("/file", "x"))).unwrap();
+
+        assert_eq!(root, BTreeSet::new());
+        assert_eq!(written.unwrap_err().raw_os_error(), Some(libc::EROFS));
+    }
+
+    #[test]
+    #[ignore = "needs root"]
     fn no_way_leads_up_from_the_jail() {
         let folder = TempDir::new().unwrap();
         let jail = Jail::build(iter::once(folder.path()), None).unwrap();
@@ -301,7 +296,7 @@ mod tests {
     fn a_process_in_a_chroot_gets_the_same_jail() {
         let (host, folder) = (TempDir::new().unwrap(), TempDir::new().unwrap());
 
-        let (root, shared) = and_back(|| {
+        let (root, shared) = in_thread(|| {
             unshare(CloneFlags::CLONE_FS | CloneFlags::CLONE_NEWNS).unwrap();
             change("/", MsFlags::MS_REC | MsFlags::MS_PRIVATE).unwrap();
             let all = MsFlags::MS_BIND | MsFlags::MS_REC;

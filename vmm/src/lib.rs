@@ -49,7 +49,7 @@ pub use config::{
 };
 pub use confinement::{forbid_core_dumps, give_up_privileges, leave_namespaces};
 pub use control::Exit;
-pub use entry::enter;
+pub use entry::run_program;
 pub use error::{Error, chain};
 pub use footprint::{give_back_startup_memory, use_one_heap};
 pub use handle::VmHandle;

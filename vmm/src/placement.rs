@@ -316,7 +316,7 @@ fn connect_kicks(
     transport: &MmioTransport,
 ) -> Result<(), PlacementError> {
     let notify = IoEventAddress::Mmio(place.base.0 + QUEUE_NOTIFY);
-    for (queue, kick) in (0u32..).zip(&**transport.kicks()) {
+    for (queue, kick) in (0u32..).zip(transport.kicks().iter()) {
         if !transport.serves_at_once(queue as usize) {
             vm.register_ioevent(kick, &notify, queue)
                 .map_err(|source| PlacementError::Connect { what: "queue notification", source })?;
@@ -328,7 +328,7 @@ fn connect_kicks(
 /// Disconnects a device at `place` from KVM, however far it was connected.
 pub fn unwire(vm: &VmFd, place: &MmioDevice, transport: &MmioTransport, line: &IrqLine) {
     let notify = IoEventAddress::Mmio(place.base.0 + QUEUE_NOTIFY);
-    for (queue, kick) in (0u32..).zip(&**transport.kicks()) {
+    for (queue, kick) in (0u32..).zip(transport.kicks().iter()) {
         // It only fails for what is not connected.
         let _ = vm.unregister_ioevent(kick, &notify, queue);
     }

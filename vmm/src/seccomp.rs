@@ -57,10 +57,9 @@ pub fn is_available() -> bool {
 pub fn install(kind: Kind) -> Result<(), seccompiler::Error> {
     let Some(filters) = &FILTERS else { return Ok(()) };
     let mut program = filters.of(kind).to_vec();
-    let mut unfinished = program.iter_mut().filter(|step| step.k == OWN_PID).peekable();
-    if unfinished.peek().is_some() {
-        let own_pid = process::id();
-        unfinished.for_each(|step| step.k = own_pid);
+    let own_pid = process::id();
+    for step in program.iter_mut().filter(|step| step.k == OWN_PID) {
+        step.k = own_pid;
     }
     seccompiler::apply_filter(&program)
 }

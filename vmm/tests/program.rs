@@ -4,15 +4,17 @@ mod payload;
 #[path = "payload/program.rs"]
 mod program;
 
-use std::fs::OpenOptions;
+use std::fs::{self, OpenOptions};
 use std::io;
 use std::mem;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
+use std::thread;
 use std::time::{Duration, Instant};
 
-use payload::{DEVICES, END, HANG, Payload, print, print_for_ever, reach_devices, store};
+use payload::{DEVICES, END, HALT, HANG, Payload, print, print_for_ever, reach_devices, store};
 use program::end_code;
 use virtio_bindings::virtio_mmio::VIRTIO_MMIO_STATUS;
 
@@ -62,7 +64,7 @@ fn ended(mut program: Child) -> Option<i32> {
             program.kill().unwrap();
             panic!("it does not end");
         }
-        std::thread::yield_now();
+        thread::yield_now();
     }
 }
 
@@ -125,6 +127,31 @@ fn too_few_descriptors_are_an_error_that_says_so() {
         assert_eq!(output.status.code(), Some(1), "{message}");
         assert!(message.contains("Too many open files"), "{message}");
     }
+}
+
+#[test]
+#[ignore = "needs /dev/kvm"]
+fn no_file_takes_the_place_of_a_standard_stream_that_is_closed() {
+    let payload = Payload::of(&[HALT.to_vec()]);
+    let mut command = Command::new("sh");
+    command.args([
+        "-c",
+        "exec \"$0\" --kernel \"$1\" 0<&- 1>&- 2>&-",
+        env!("CARGO_BIN_EXE_coracle-vmm"),
+    ]);
+    let mut program = command.arg(payload.config().boot.kernel).spawn().unwrap();
+    let stream = |number: u32| fs::read_link(format!("/proc/{}/fd/{number}", program.id()));
+    let deadline = Instant::now() + PATIENCE;
+    // The machine runs once the file behind the streams' numbers is there.
+    while stream(3).is_err() && Instant::now() < deadline {
+        thread::sleep(Duration::from_millis(10));
+    }
+
+    let streams = [0, 1, 2].map(|number| stream(number).unwrap());
+
+    program.kill().unwrap();
+    program.wait().unwrap();
+    assert_eq!(streams, ["/dev/null"; 3].map(PathBuf::from));
 }
 
 #[test]

@@ -19,8 +19,9 @@ const RFLAGS_RESERVED: u64 = 2;
 
 /// Sets up vCPU `index` of `vcpus`. The first one starts at its `entry`; KVM keeps the others, which
 /// have none, waiting for the guest's INIT and SIPI, which set their registers. The rest stays
-/// as KVM makes it: the floating-point unit as after FNINIT, and the local APIC as after a reset, whose
-/// pins each kernel programs before it opens them.
+/// as KVM makes it: the floating-point unit as after FNINIT, and the local APIC as a PC's firmware leaves
+/// it, with the first one's pin for the legacy interrupt controller open (KVM_X86_QUIRK_LINT0_REENABLED).
+/// Each kernel programs the pins itself.
 pub fn reset(
     kvm: &Kvm,
     vcpu: &VcpuFd,

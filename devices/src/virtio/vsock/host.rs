@@ -12,7 +12,8 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
 /// The host's end of one stream. Every descriptor must be in non-blocking mode; a socket is given
-/// as two duplicates. The process must ignore SIGPIPE, as Rust programs do by default.
+/// as two duplicates. The process must ignore SIGPIPE, as Rust programs do by default and
+/// `vmm::run_program` does.
 #[derive(Debug, Default)]
 pub struct HostStream {
     /// Read, and sent to the guest. Its end is a half-close towards the guest and ends nothing else.

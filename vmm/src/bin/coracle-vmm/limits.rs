@@ -7,7 +7,6 @@ use std::path::Path;
 use std::str::FromStr;
 
 use log::warn;
-use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigHandler, Signal, signal};
 
@@ -67,12 +66,9 @@ pub fn set(limits: &[ResourceLimit]) -> nix::Result<()> {
 pub fn lower_descriptor_limit() -> io::Result<()> {
     // The kernel gives out the lowest number that is free.
     let next = File::open("/dev/null")?.as_raw_fd();
-    let needed = u64::from(next.unsigned_abs()) + SPARE_DESCRIPTORS;
-    match setrlimit(Resource::RLIMIT_NOFILE, needed, needed) {
-        // Only root may raise it: it was lower already.
-        Ok(()) | Err(Errno::EPERM) => Ok(()),
-        Err(error) => Err(error.into()),
-    }
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    let needed = most.min(u64::from(next.unsigned_abs()) + SPARE_DESCRIPTORS);
+    Ok(setrlimit(Resource::RLIMIT_NOFILE, needed, needed)?)
 }
 
 #[cfg(test)]

@@ -50,7 +50,7 @@ enum Ending {
 
 #[cfg_attr(not(test), unsafe(no_mangle))]
 extern "C" fn main() -> c_int {
-    vmm::enter(|| {
+    vmm::run_program(|| {
         vmm::use_one_heap();
         if log::set_logger(&logger::Stderr).is_ok() {
             log::set_max_level(LevelFilter::Warn);
