@@ -151,6 +151,14 @@ fn nothing_is_unwrapped_or_put_off() {
     assert_none("unwrap() or TODO in product code", &offenders);
 }
 
+/// Cargo drops a patch without a word if its version does not fit any more.
+#[test]
+fn no_crate_brings_the_large_regular_expressions() {
+    let lock = fs::read_to_string(repository().join("Cargo.lock")).expect("the tree has one");
+
+    assert!(!lock.contains("\"regex-automata\""), "the version in runtime-cli/regex does not fit");
+}
+
 #[test]
 fn crates_depend_in_one_direction() {
     let allowed: BTreeMap<&str, &[&str]> = BTreeMap::from([
