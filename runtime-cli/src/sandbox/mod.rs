@@ -41,6 +41,7 @@ mod start;
 mod stdio;
 mod streams;
 mod template;
+mod view;
 
 use std::fs::Permissions;
 use std::io::{self, Write};

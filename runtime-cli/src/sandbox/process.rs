@@ -29,7 +29,7 @@ use super::signals::Signals;
 use super::stdio::{self, Stdio};
 use super::streams::{Outputs, Owner, Running};
 use super::template::{self, Template};
-use super::{CreateOptions, control, disks, folder, hooks};
+use super::{CreateOptions, control, disks, folder, hooks, view};
 use crate::bundle::{self, Bundle};
 use crate::limits;
 use crate::logging::{self, chain};
@@ -78,6 +78,8 @@ enum Error {
     Network(#[from] network::Error),
     #[error(transparent)]
     Share(#[from] share::Error),
+    #[error(transparent)]
+    View(#[from] view::Error),
     #[error(transparent)]
     Disk(#[from] disks::Error),
     #[error("set up the virtual machine (`coracle check` says what is missing and what to do)")]
@@ -241,6 +243,7 @@ fn create(
     boot.ask("set up the guest", &Request::ConfigureSandbox(guest))?;
     let (init, console) = connect_stdio(&vm, &order.id, stdio)?;
     boot.ask("create the container in the guest", &Request::CreateContainer(container))?;
+    view::show(&tree)?;
     let parts = Parts {
         vm,
         room,

@@ -13,12 +13,6 @@ use nix::mount::{MsFlags, mount};
 
 use crate::translate::Bind;
 
-/// Name of the root file system in the tree.
-const ROOTFS: &str = "rootfs";
-
-/// Folder of the bind mounts' sources in the tree.
-const MOUNTS: &str = "mounts";
-
 /// The tmpfs holds mount points only.
 const TMPFS_OPTIONS: &str = "mode=0711,size=1m";
 
@@ -60,10 +54,16 @@ pub enum Error {
 #[derive(Debug)]
 pub(super) struct ShareTree {
     path: PathBuf,
-    mounts: u32,
+    /// Where the container has them.
+    mounts: Vec<PathBuf>,
 }
 
 impl ShareTree {
+    /// Name of the root file system in the tree.
+    pub(super) const ROOTFS: &str = "rootfs";
+    /// Folder of the bind mounts' sources in the tree; their names are numbers from 0 on.
+    pub(super) const MOUNTS: &str = "mounts";
+
     /// Makes an empty tree at `path` and puts the root file system in it. This process must be in
     /// a mount namespace of its own.
     pub(super) fn new(path: &Path, rootfs: &Path) -> Result<Self, Error> {
@@ -71,13 +71,13 @@ impl ShareTree {
             fs::create_dir_all(path)?;
             let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
             mount(Some("coracle"), path, Some("tmpfs"), flags, Some(TMPFS_OPTIONS))?;
-            fs::create_dir(path.join(ROOTFS))?;
-            fs::create_dir(path.join(MOUNTS))
+            fs::create_dir(path.join(Self::ROOTFS))?;
+            fs::create_dir(path.join(Self::MOUNTS))
         };
         made().map_err(|source| Error::Tree { path: path.into(), source })?;
-        bind(rootfs, &path.join(ROOTFS), true)
+        bind(rootfs, &path.join(Self::ROOTFS), true)
             .map_err(|source| Error::Bind { host: rootfs.into(), source })?;
-        Ok(Self { path: path.into(), mounts: 0 })
+        Ok(Self { path: path.into(), mounts: Vec::new() })
     }
 
     /// The folder to share.
@@ -85,9 +85,14 @@ impl ShareTree {
         &self.path
     }
 
+    /// Where the container has the bind mounts, in their order.
+    pub(super) fn mounts(&self) -> &[PathBuf] {
+        &self.mounts
+    }
+
     /// Guest path of the root file system.
     pub(super) fn rootfs() -> String {
-        format!("{SHARE_PATH}/{ROOTFS}")
+        format!("{SHARE_PATH}/{}", Self::ROOTFS)
     }
 
     /// Puts the source of a bind mount in the tree; its guest path.
@@ -99,7 +104,7 @@ impl ShareTree {
             destination: mount.destination.into(),
             source,
         })?;
-        let name = format!("{MOUNTS}/{}", self.mounts);
+        let name = format!("{}/{}", Self::MOUNTS, self.mounts.len());
         let target = self.path.join(&name);
         if metadata.is_dir() {
             fs::create_dir(&target).map_err(failed)?;
@@ -110,7 +115,7 @@ impl ShareTree {
         if mount.read_only {
             read_only(&target).map_err(failed)?;
         }
-        self.mounts += 1;
+        self.mounts.push(mount.destination.into());
         Ok(format!("{SHARE_PATH}/{name}"))
     }
 
@@ -152,13 +157,13 @@ fn per_mount_flags() -> MsFlags {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod testing {
     use nix::sched::{CloneFlags, unshare};
 
     use super::*;
 
     /// Runs `test` on a thread in a mount namespace of its own.
-    fn with_private_mounts(test: impl FnOnce() + Send + 'static) {
+    pub fn with_private_mounts(test: impl FnOnce() + Send + 'static) {
         let thread = std::thread::spawn(|| {
             unshare(CloneFlags::CLONE_FS | CloneFlags::CLONE_NEWNS).unwrap();
             let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
@@ -168,9 +173,16 @@ mod tests {
         thread.join().unwrap();
     }
 
-    fn mount_of<'a>(source: &'a Path, read_only: bool) -> Bind<'a> {
+    /// A mount of `source` that the container has at `/data`.
+    pub fn mount_of<'a>(source: &'a Path, read_only: bool) -> Bind<'a> {
         Bind { source, destination: Path::new("/data"), recursive: true, read_only }
     }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::testing::{mount_of, with_private_mounts};
+    use super::*;
 
     #[test]
     #[ignore = "needs root"]
@@ -212,7 +224,7 @@ mod tests {
 
     #[test]
     fn a_missing_source_is_named_in_the_wording_of_runc() {
-        let mut tree = ShareTree { path: "/nonexistent".into(), mounts: 0 };
+        let mut tree = ShareTree { path: "/nonexistent".into(), mounts: Vec::new() };
 
         let error = tree.add(&mount_of(Path::new("/nonexistent/source"), false)).unwrap_err();
 
