@@ -31,11 +31,20 @@ pub fn reset(
 ) -> Result<(), ArchError> {
     cpuid::set(kvm, vcpu, index, vcpus)?;
     msrs::set(vcpu)?;
-    if let Some(entry) = entry {
-        segments::set(vcpu, entry.protocol)?;
-        set_registers(vcpu, entry)?;
+    match entry {
+        Some(entry) => {
+            segments::set(vcpu, entry.protocol)?;
+            set_registers(vcpu, entry)
+        }
+        None => introduce(vcpu),
     }
-    Ok(())
+}
+
+/// Makes KVM find the local APIC of a vCPU that comes while the guest runs: it looks for them anew when the
+/// state of one is set, but not when one is made, and without that no INIT gets to it.
+fn introduce(vcpu: &VcpuFd) -> Result<(), ArchError> {
+    let apic = vcpu.get_lapic().map_err(ArchError::kvm("read the local APIC"))?;
+    vcpu.set_lapic(&apic).map_err(ArchError::kvm("set the local APIC"))
 }
 
 fn set_registers(vcpu: &VcpuFd, entry: &Entry) -> Result<(), ArchError> {
