@@ -31,6 +31,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use agent_protocol::{CONTROL_PORT, STDIO_PORT};
+use nix::errno::Errno;
 use nix::sys::reboot::{RebootMode, reboot};
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, VsockAddr, bind, connect, listen, socket,
@@ -45,6 +46,11 @@ pub const HOST_CID: u32 = libc::VMADDR_CID_HOST;
 /// Stdio streams the kernel holds until the agent accepts them, which it does not while it freezes
 /// or removes a cgroup. The kernel refuses more.
 const BACKLOG: i32 = 1024;
+
+/// `SO_VM_SOCKETS_CONNECT_TIMEOUT` of linux/vm_sockets.h, with the kernel's own kind of timeval.
+const CONNECT_TIMEOUT: libc::c_int = 6;
+/// How long the host may take to answer, in seconds: it gives up a guest that is not ready long before.
+const CONNECT_TIMEOUT_S: libc::time_t = 600;
 
 /// Where the kernel shows the firmware tables that tell it how to switch the machine off.
 const POWER_CONTROL: [&str; 2] = ["/sys/firmware/acpi", "/sys/firmware/devicetree/base"];
@@ -73,6 +79,7 @@ fn serve_host() -> Result<(), Box<dyn Error>> {
     listen(&listener, Backlog::new(BACKLOG)?)?;
     loop {
         let control = vsock()?;
+        be_patient(&control).context("have a connection wait")?;
         connect(control.as_raw_fd(), &VsockAddr::new(HOST_CID, CONTROL_PORT))
             .context("connect to the host")?;
         let cgroups = PathBuf::from(init::CGROUPS);
@@ -87,6 +94,19 @@ fn serve_host() -> Result<(), Box<dyn Error>> {
 
 fn vsock() -> nix::Result<OwnedFd> {
     socket(AddressFamily::Vsock, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)
+}
+
+/// Has the kernel wait for the host's answer for longer than the two seconds that it waits of its own
+/// accord: a host on which many guests start at once may take them, and has its own patience.
+fn be_patient(socket: &OwnedFd) -> nix::Result<()> {
+    let wait = libc::timeval { tv_sec: CONNECT_TIMEOUT_S, tv_usec: 0 };
+    let bytes = libc::socklen_t::try_from(size_of_val(&wait)).expect("it is small");
+    let value = (&raw const wait).cast();
+    // SAFETY: the value is a timeval of that size, and outlives the call that reads it.
+    let set = unsafe {
+        libc::setsockopt(socket.as_raw_fd(), libc::AF_VSOCK, CONNECT_TIMEOUT, value, bytes)
+    };
+    Errno::result(set).map(drop)
 }
 
 fn power_off() -> ExitCode {
