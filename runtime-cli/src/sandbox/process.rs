@@ -243,7 +243,6 @@ fn create(
     boot.ask("set up the guest", &Request::ConfigureSandbox(guest))?;
     let (init, console) = connect_stdio(&vm, &order.id, stdio)?;
     boot.ask("create the container in the guest", &Request::CreateContainer(container))?;
-    view::show(&tree)?;
     let parts = Parts {
         vm,
         room,
@@ -258,11 +257,12 @@ fn create(
         wiring,
         phases,
     };
-    keep_created(parts, dir)
+    keep_created(parts, &tree, dir)
 }
 
-/// Notes that the container is created, and what that took.
-fn keep_created(mut parts: Parts, dir: &ContainerDir) -> Result<Parts, Error> {
+/// Shows the files of the container, which is created, and notes that and what it took.
+fn keep_created(mut parts: Parts, tree: &ShareTree, dir: &ContainerDir) -> Result<Parts, Error> {
+    view::show(tree)?;
     parts.state.status = Status::Created;
     dir.save(&parts.state)?;
     parts.phases.end("create the container");
