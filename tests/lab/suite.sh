@@ -18,7 +18,8 @@ if [ "$arch" = "$(uname -m)" ]; then
   build cargo test --workspace
   build cargo test --package tests --test guest --test compare
 else
-  build "tests/lab/cross.sh" "$arch" cargo test --package arch --package devices --package vmm
+  build "tests/lab/cross.sh" "$arch" cargo test --package arch --package devices --package vmm \
+    --package coracle --package coracle-agent --package agent-protocol
   build "tests/lab/cross.sh" "$arch" cargo test --package tests --test guest
 fi
 mapfile -t executables < <(sed -n 's/.*Executable .*(\(.*\))$/\1/p' "$built" | sort -u)
@@ -47,8 +48,9 @@ for executable in "${executables[@]}"; do
     # The checklist itself runs in the guests.
     share-*) environment="TMPDIR=/tmp/shared"
        run "'$executable' --test-threads=1 --ignored --skip checklist:: $skip ${1:-}" ;;
-    # These need no KVM but the network or a plain machine: `make unit` runs them.
-    image-*|server-*) ;;
+    # These need no KVM but the network or a plain machine: `make unit` runs them on this one.
+    image-*) ;;
+    server-*) [ "$arch" = "$(uname -m)" ] || run "'$executable' --test-threads=1 --ignored ${1:-}" ;;
     *) if [ "$arch" != "$(uname -m)" ]; then
          environment="TMPDIR=/tmp/shared"
          run "'$executable' ${1:-}"
