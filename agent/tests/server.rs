@@ -617,12 +617,17 @@ fn a_start_hook_need_not_read_the_state() {
 #[test]
 #[ignore = "needs root"]
 fn a_seccomp_filter_is_in_force() {
-    // Loads the system call number and answers mkdir(2) with EPERM.
-    const FILTER: [(u16, u8, u8, u32); 4] =
-        [(0x20, 0, 0, 0), (0x15, 0, 1, 83), (0x06, 0, 0, 0x0005_0001), (0x06, 0, 0, 0x7fff_0000)];
+    // Loads the system call number and answers setpriority(2) with EPERM.
+    let number = u32::try_from(libc::SYS_setpriority).unwrap();
+    let filter: [(u16, u8, u8, u32); 4] = [
+        (0x20, 0, 0, 0),
+        (0x15, 0, 1, number),
+        (0x06, 0, 0, 0x0005_0001),
+        (0x06, 0, 0, 0x7fff_0000),
+    ];
     let mut host = Host::start();
-    let mut container = host.container(&["sh", "-c", "mkdir /x || echo refused"]);
-    let bytes = FILTER.iter().flat_map(|(code, jt, jf, k)| {
+    let mut container = host.container(&["sh", "-c", "nice true || echo refused"]);
+    let bytes = filter.iter().flat_map(|(code, jt, jf, k)| {
         [&code.to_ne_bytes()[..], &[*jt, *jf], &k.to_ne_bytes()[..]].concat()
     });
     let program = bytes.collect();

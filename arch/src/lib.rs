@@ -117,13 +117,13 @@ pub trait Arch {
 #[cfg(target_arch = "x86_64")]
 pub type Host = x86_64::X86_64;
 #[cfg(all(target_arch = "x86_64", feature = "testing"))]
-pub use x86_64::{expected, payload};
+pub use x86_64::{expected, payload, program};
 
 /// The architecture this build runs on.
 #[cfg(target_arch = "aarch64")]
 pub type Host = aarch64::Aarch64;
 #[cfg(all(target_arch = "aarch64", feature = "testing"))]
-pub use aarch64::{expected, payload};
+pub use aarch64::{expected, payload, program};
 
 #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 compile_error!(

@@ -19,9 +19,9 @@ pub const NEEDED: &[&str] = &[
     "ext4",
 ];
 
-/// What lets a guest's memory grow and go back to the host. A guest runs without, and kernels of some
-/// architectures have only one of them.
-const FOR_MEMORY: &[&str] = &["virtio_balloon", "virtio_mem"];
+/// What lets a guest's memory grow and go back to the host, and files of the host be memory. A guest runs
+/// without, and kernels of some architectures have not all of them.
+const FOR_MEMORY: &[&str] = &["virtio_balloon", "virtio_mem", "virtio_pmem", "nd_pmem"];
 
 /// Why the modules of a kernel could not be collected.
 #[derive(Debug, thiserror::Error)]

@@ -187,7 +187,8 @@ pub struct PmemConfig {
     /// The file, which must not become shorter while the guest runs.
     pub path: PathBuf,
     /// Whether the guest may only read it. What a guest writes that may do so is the guest's alone
-    /// and ends with it: the file stays as it is.
+    /// and ends with it: the file stays as it is. One that may not, and does, is not heard, where the
+    /// processor lets KVM pass over it; else its machine ends.
     #[serde(default)]
     pub read_only: bool,
 }

@@ -85,6 +85,9 @@ impl Vcpu {
                     libc::EFAULT if self.patch_windows() => continue,
                     // KVM had something else to do first.
                     libc::EAGAIN => continue,
+                    // The guest stored to where no memory is to be written, and the processor did not
+                    // tell what.
+                    libc::ENOSYS => return self.fail("KVM could not emulate an instruction"),
                     _ => return self.fail(&format!("run the guest: {error}")),
                 },
             };

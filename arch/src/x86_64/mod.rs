@@ -7,6 +7,9 @@ pub mod layout;
 #[cfg(feature = "testing")]
 #[path = "testing/payload.rs"]
 pub mod payload;
+#[cfg(feature = "testing")]
+#[path = "testing/program.rs"]
+pub mod program;
 #[cfg(target_arch = "x86_64")]
 pub mod tables;
 

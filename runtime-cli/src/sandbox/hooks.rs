@@ -198,7 +198,8 @@ mod tests {
 
     #[test]
     fn a_hook_without_environment_has_that_of_the_caller() {
-        let script = format!("test \"$CARGO_PKG_NAME\" = {}", env!("CARGO_PKG_NAME"));
+        let path = std::env::var("PATH").unwrap();
+        let script = format!("test \"$PATH\" = '{path}' && test -n \"$PATH\"");
         let hook = serde_json::json!({"path": "/bin/sh", "args": ["sh", "-c", script]});
 
         run("prestart", &[serde_json::from_value(hook).unwrap()], &state(), None).unwrap();

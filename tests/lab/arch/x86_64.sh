@@ -42,3 +42,6 @@ kvm_module=kvm-amd
 has_virtualization() { grep -qwE 'vmx|svm' /proc/cpuinfo; }
 # Tests that are for other architectures.
 foreign_tests=(aarch64)
+# Tests that cannot hold here, and such as need the tuned kernel as guest.
+unfit_tests=()
+tuned_tests=()

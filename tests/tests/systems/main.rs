@@ -11,7 +11,7 @@ use tests::{Outcome, docker, leftovers, shell};
 
 /// Runs a script that must succeed within `limit_s` seconds: whole systems start in an emulated guest.
 fn within(limit_s: u32, script: &str) -> Outcome {
-    let outcome = tests::run("timeout", &[&limit_s.to_string(), "bash", "-c", script], b"");
+    let outcome = tests::run("timeout", &[limit_s.to_string().as_str(), "bash", "-c", script], b"");
     assert_eq!(outcome.code, 0, "{outcome:?}");
     outcome
 }

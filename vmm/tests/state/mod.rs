@@ -8,6 +8,7 @@ use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use arch::program;
 use tempfile::{NamedTempFile, TempDir};
 use vmm::{
     BalloonConfig, DiskConfig, Error, MachineState, MemoryBacking, NetConfig, SavedMemory,
@@ -20,38 +21,8 @@ use crate::{assert_ended_by_guest, give_address, new_tap};
 const PORT: u32 = 5000;
 const SECTOR: usize = 512;
 
-/// A Linux program that connects to port 5000 of the host over a socket of the hypervisor, says hello
-/// there, and waits for an answer. It ends with the answer's length, or with the error's number.
-const TALK: &[u8] = &[
-    0xb8, 0x29, 0x00, 0x00, 0x00, // mov eax, 41 (socket)
-    0xbf, 0x28, 0x00, 0x00, 0x00, // mov edi, 40 (AF_VSOCK)
-    0xbe, 0x01, 0x00, 0x00, 0x00, // mov esi, 1 (SOCK_STREAM)
-    0x31, 0xd2, // xor edx, edx
-    0x0f, 0x05, // syscall
-    0x89, 0xc7, // mov edi, eax
-    0xb8, 0x2a, 0x00, 0x00, 0x00, // mov eax, 42 (connect)
-    0x48, 0x8d, 0x35, 0x39, 0x00, 0x00, 0x00, // lea rsi, [address]
-    0xba, 0x10, 0x00, 0x00, 0x00, // mov edx, 16
-    0x0f, 0x05, // syscall
-    0x85, 0xc0, // test eax, eax
-    0x78, 0x1f, // js end
-    0xb8, 0x01, 0x00, 0x00, 0x00, // mov eax, 1 (write)
-    0x48, 0x8d, 0x35, 0x32, 0x00, 0x00, 0x00, // lea rsi, [message]
-    0xba, 0x06, 0x00, 0x00, 0x00, // mov edx, 6
-    0x0f, 0x05, // syscall
-    0x31, 0xc0, // xor eax, eax (read)
-    0x48, 0x89, 0xe6, // mov rsi, rsp
-    0xba, 0x10, 0x00, 0x00, 0x00, // mov edx, 16
-    0x0f, 0x05, // syscall
-    0x85, 0xc0, // end: test eax, eax
-    0x79, 0x02, // jns +2
-    0xf7, 0xd8, // neg eax
-    0x89, 0xc7, // mov edi, eax
-    0xb8, 0x3c, 0x00, 0x00, 0x00, // mov eax, 60 (exit)
-    0x0f, 0x05, // syscall
-    40, 0, 0, 0, 0x88, 0x13, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0, // address: port 5000 of the host
-    b'h', b'e', b'l', b'l', b'o', b'\n', // message
-];
+/// What the program talks about: the address of port 5000 of the host, and what it says there.
+const TALK: (&[u8; 16], &[u8; 6]) = (b"\x28\0\0\0\x88\x13\0\0\x02\0\0\0\0\0\0\0", b"hello\n");
 
 /// Works with everything it has until the host says stop, once a second of the guest's patience.
 const WORK: &str = "
@@ -79,12 +50,15 @@ const WORK: &str = "
     exec 3>&- 4<&- 5>&-; umount /mnt && echo unmounted
     echo counted: $n";
 
-fn elf(code: &[u8]) -> Vec<u8> {
+/// A Linux program that says hello to the host and waits for an answer.
+fn talk() -> Vec<u8> {
     const BASE: u64 = 0x40_0000;
+    let code = [program::TALK, TALK.0, TALK.1].concat();
     let size = 120 + code.len() as u64;
+    let [low, high] = program::MACHINE.to_le_bytes();
     let mut elf = b"\x7fELF\x02\x01\x01".to_vec();
     elf.resize(16, 0);
-    elf.extend([2, 0, 62, 0, 1, 0, 0, 0]);
+    elf.extend([2, 0, low, high, 1, 0, 0, 0]);
     elf.extend([BASE + 120, 64, 0].map(u64::to_le_bytes).as_flattened());
     elf.extend([0, 0, 0, 0, 64, 0, 56, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
     elf.extend([1, 0, 0, 0, 5, 0, 0, 0]);
@@ -104,7 +78,7 @@ struct Worker {
 impl Worker {
     fn new(tap: &str, subnet: &str, vhost: VhostUse) -> Self {
         let work = WORK.replace("$ADDRESS", subnet);
-        let mut guest = Guest::with_program(&work, "talk", &elf(TALK));
+        let mut guest = Guest::with_program(&work, "talk", &talk());
         let folder = TempDir::new().unwrap();
         let share = folder.path().join("share");
         fs::create_dir(&share).unwrap();

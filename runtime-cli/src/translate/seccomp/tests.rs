@@ -109,11 +109,11 @@ fn calls_newer_than_the_profile_do_not_exist() {
 fn a_profile_that_denies_by_list_leaves_new_calls_alone() {
     let program = filter(
         r#"{"defaultAction": "SCMP_ACT_ALLOW",
-            "syscalls": [{"names": ["mkdir"], "action": "SCMP_ACT_ERRNO", "errnoRet": 13}]}"#,
+            "syscalls": [{"names": ["mkdirat"], "action": "SCMP_ACT_ERRNO", "errnoRet": 13}]}"#,
     );
 
     assert_eq!(verdict(&program, 4000, 0), ALLOW);
-    assert_eq!(verdict(&program, libc::SYS_mkdir, 0), errno(libc::EACCES));
+    assert_eq!(verdict(&program, libc::SYS_mkdirat, 0), errno(libc::EACCES));
 }
 
 #[test]
