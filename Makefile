@@ -29,9 +29,8 @@ run: build guest
 	@echo "==> docker run --runtime coracle (in the lab unless this machine has hardware virtualization)"
 	@$(LAB) run 'tests/lab/hello.sh'
 
-## Sets up and runs every test; those that boot guests run in the lab where they have to, and at the end
-## the main job of the other architecture. For another architecture, the tests of what is built for it, in
-## its lab.
+## Sets up and runs every test; those that boot guests run in the lab where they have to. For another
+## architecture, those of what is built for it, in its lab.
 ifdef FOREIGN
 test: guest
 	@echo "==> tests in the lab for $(ARCH)"
@@ -39,9 +38,6 @@ test: guest
 	@$(MAKE) --no-print-directory smoke
 else
 test: check unit fuzz guest-tests
-ifeq ($(MACHINE),x86_64)
-	@$(MAKE) --no-print-directory smoke ARCH=aarch64 KERNEL=distro
-endif
 endif
 
 ## The main job in the lab, of any architecture: a container is run by Docker and by Podman, entered,
