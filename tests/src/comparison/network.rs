@@ -24,7 +24,7 @@ const GROUPS: &[Group] = &[
             same("name servers, search list and options are the user's", "cat /etc/resolv.conf"),
             same(
                 "--add-host is in /etc/hosts",
-                "grep db /etc/hosts; grep -c $(hostname) /etc/hosts; grep localhost /etc/hosts",
+                "grep -w db /etc/hosts; grep -c $(hostname) /etc/hosts; grep localhost /etc/hosts",
             ),
             same(
                 "the gateway answers",
