@@ -1,18 +1,44 @@
 //! Compiles the system call filters of the architecture the machine is built for.
 //!
+//! seccompiler's filters compare the number of a call with one number after the other. When a filter is
+//! installed, Linux tries every number there is on it, which is most of what that takes. So a filter here
+//! is a search tree, with seccompiler's filters of a few calls as its leaves.
+//!
 //! An architecture without a file in `seccomp/` gets no filters at all, which the program can tell
 //! from filters that allow everything.
 
+use std::collections::BTreeMap;
 use std::env;
 use std::error::Error;
 use std::fmt::Write;
-use std::fs::{self, File};
+use std::fs;
 use std::path::Path;
 
-use seccompiler::{BpfMap, TargetArch, compile_from_json};
+use seccompiler::{BpfProgram, TargetArch, compile_from_json, sock_filter};
+use serde_json::{Value, json};
 
 /// Kinds of threads, as the JSON files and the fields of `Filters` call them.
 const KINDS: [&str; 4] = ["vcpu", "vmm", "io", "main"];
+
+/// System calls of one leaf.
+const LEAF_CALLS: usize = 4;
+
+/// What every filter of seccompiler begins with: it ends a process of another architecture, and loads the
+/// number of the call.
+const HEAD: usize = 4;
+
+/// `A = number of the call` (linux/filter.h, `BPF_LD | BPF_W | BPF_ABS` of `seccomp_data.nr`).
+const LOAD_NUMBER: sock_filter = sock_filter { code: 0x20, jt: 0, jf: 0, k: 0 };
+/// Jumps on a number that is at least `k` (`BPF_JMP | BPF_JGE | BPF_K`).
+const JUMP_FROM: u16 = 0x35;
+/// Jumps over `k` instructions (`BPF_JMP | BPF_JA`).
+const JUMP: u16 = 0x05;
+
+/// A part of a filter for calls from number `first` on.
+struct Leaf {
+    first: u32,
+    program: BpfProgram,
+}
 
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo::rerun-if-changed=seccomp");
@@ -20,9 +46,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     let source = format!("seccomp/{arch}.json");
     let filters = if Path::new(&source).exists() {
         let arch = TargetArch::try_from(arch.as_str())?;
-        let compiled = compile_from_json(File::open(&source)?, arch)
-            .map_err(|error| format!("{source}: {error}"))?;
-        format!("Some({})", literal(compiled).map_err(|error| format!("{source}: {error}"))?)
+        let kinds = serde_json::from_slice(&fs::read(&source)?)?;
+        let filters = literal(kinds, arch).map_err(|error| format!("{source}: {error}"))?;
+        format!("Some({filters})")
     } else {
         "None".to_owned()
     };
@@ -31,13 +57,13 @@ fn main() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// The filters as an expression of Rust.
-fn literal(mut compiled: BpfMap) -> Result<String, Box<dyn Error>> {
+/// The filters of all `kinds` of threads as an expression of Rust.
+fn literal(mut kinds: BTreeMap<String, Value>, arch: TargetArch) -> Result<String, Box<dyn Error>> {
     let mut code = "Filters {".to_owned();
     for kind in KINDS {
-        let program = compiled.remove(kind).ok_or(format!("no filter for {kind}"))?;
+        let filter = kinds.remove(kind).ok_or(format!("no filter for {kind}"))?;
         write!(code, "{kind}: &[")?;
-        for step in program {
+        for step in tree(&filter, arch).map_err(|error| format!("{kind}: {error}"))? {
             let (operation, if_true, if_false) = (step.code, step.jt, step.jf);
             write!(
                 code,
@@ -47,8 +73,72 @@ fn literal(mut compiled: BpfMap) -> Result<String, Box<dyn Error>> {
         }
         code.push_str("],");
     }
-    match compiled.into_keys().next() {
+    match kinds.into_keys().next() {
         Some(kind) => Err(format!("no thread is called {kind}").into()),
         None => Ok(code + "}"),
     }
+}
+
+/// What `filter` says, as a search tree.
+fn tree(filter: &Value, arch: TargetArch) -> Result<BpfProgram, Box<dyn Error>> {
+    let rules = filter["filter"].as_array().filter(|rules| !rules.is_empty());
+    let rules = rules.ok_or("no list of rules")?;
+    let mut by_call = BTreeMap::<&str, Vec<&Value>>::new();
+    for rule in rules {
+        let call = rule["syscall"].as_str().ok_or("a rule without a system call")?;
+        by_call.entry(call).or_default().push(rule);
+    }
+    // Sorted by the numbers of the calls, with which their filters begin.
+    let mut by_number = BTreeMap::new();
+    for rules in by_call.into_values() {
+        let alone = compile(filter, &rules, arch)?;
+        by_number.insert(alone.get(HEAD).ok_or("an empty filter")?.k, rules);
+    }
+    let by_number: Vec<_> = by_number.into_iter().collect();
+    let mut head = Vec::new();
+    let mut leaves = Vec::new();
+    for calls in by_number.chunks(LEAF_CALLS) {
+        let first = calls[0].0;
+        let rules: Vec<_> = calls.iter().flat_map(|(_, rules)| rules).copied().collect();
+        let mut program = compile(filter, &rules, arch)?;
+        let body = program.split_off(HEAD);
+        if program.last() != Some(&LOAD_NUMBER) {
+            return Err("a filter does not begin as those of seccompiler do".into());
+        }
+        head = program;
+        leaves.push(Leaf { first, program: body });
+    }
+    head.extend(search(&leaves));
+    Ok(head)
+}
+
+/// seccompiler's filter for some of the rules of `filter`.
+fn compile(
+    filter: &Value,
+    rules: &[&Value],
+    arch: TargetArch,
+) -> Result<BpfProgram, Box<dyn Error>> {
+    const NAME: &str = "filter";
+    let mut part = filter.clone();
+    part["filter"] = json!(rules);
+    let mut compiled = compile_from_json(json!({ NAME: part }).to_string().as_bytes(), arch)?;
+    Ok(compiled.remove(NAME).ok_or("no filter")?)
+}
+
+/// Goes to the leaf that may know the call, whose number is loaded.
+fn search(leaves: &[Leaf]) -> BpfProgram {
+    if let [leaf] = leaves {
+        return leaf.program.clone();
+    }
+    let (low, high) = leaves.split_at(leaves.len() / 2);
+    let (first, low, high) = (high[0].first, search(low), search(high));
+    // A jump on a condition does not reach far enough.
+    let over = u32::try_from(low.len()).expect("filters have some hundred instructions");
+    let mut program = vec![
+        sock_filter { code: JUMP_FROM, jt: 0, jf: 1, k: first },
+        sock_filter { code: JUMP, jt: 0, jf: 0, k: over },
+    ];
+    program.extend(low);
+    program.extend(high);
+    program
 }

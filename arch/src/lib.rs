@@ -5,6 +5,7 @@
 //! architecture are pure, and tested on x86_64 hosts for all. What talks to KVM exists on its own
 //! architecture only.
 
+mod contents;
 pub mod error;
 pub mod fdt;
 mod initrd;
@@ -62,7 +63,7 @@ pub trait Arch {
     fn after_vcpus(board: &mut Self::Board, vm: &VmFd, vcpus: u8) -> Result<(), ArchError>;
 
     /// Copies kernel and initrd into guest memory and says where the guest starts.
-    fn load(memory: &GuestMemoryMmap, boot: &mut BootFiles) -> Result<Entry, ArchError>;
+    fn load(memory: &GuestMemoryMmap, boot: &BootFiles) -> Result<Entry, ArchError>;
 
     /// Writes the tables from which the guest learns its command line, memory, processors and
     /// devices. Comes after [`Arch::load`].

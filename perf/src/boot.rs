@@ -103,17 +103,18 @@ pub fn measure(report: &mut Report, options: &Options) -> Result<()> {
     warm(distro)?;
     warm(tuned)?;
     let peers: Vec<_> = options.peers().into_iter().filter(Peer::is_vmm).collect();
-    let initrd = vmm_peer::marker_initrd()?;
+    let (kernel, initrd) = (distro.join("kernel"), vmm_peer::marker_initrd()?);
+    let ours_to_init = || vmm_peer::ours_to_init(&kernel, initrd.path());
+    let to_init = |peer| vmm_peer::to_init(peer, &kernel, initrd.path());
     let (mut with_tuned, mut with_distro) = (Samples::default(), Samples::default());
     let mut theirs = vec![Samples::default(); peers.len()];
     // The first round is not counted: the peer's binary and libraries come from the lab's slow
     // shared file system, and it waits for them for longer than it then runs.
     for run in 0..=*runs {
         // Alternating, so that whatever drifts does so for all.
-        let boots = [to_ready(tuned, *verbose)?.0, to_ready(distro, *verbose)?.0];
+        let boots = [to_ready(tuned, *verbose)?.0, ours_to_init()?];
         eprintln!("boot: run {run} of {runs}: {boots:.1?} ms");
-        let of_peer = |peer| vmm_peer::to_init(peer, &distro.join("kernel"), initrd.path());
-        let peers = peers.iter().map(of_peer).collect::<Result<Vec<_>>>()?;
+        let peers = peers.iter().map(to_init).collect::<Result<Vec<_>>>()?;
         if run > 0 {
             with_tuned.add(boots[0]);
             with_distro.add(boots[1]);
@@ -124,17 +125,28 @@ pub fn measure(report: &mut Report, options: &Options) -> Result<()> {
         let goal = (peer.kind == Kind::QemuMicrovm).then_some(GOAL_BOOT_RATIO);
         let name = format!("{peer}, distro kernel to init");
         report.pairs("boot to agent, tuned kernel", ("ms", &with_tuned), (&name, theirs), goal);
-        report.pairs("boot to agent, distro kernel", ("ms", &with_distro), (&name, theirs), None);
+        let name = peer.to_string();
+        report.pairs("boot to init, distro kernel", ("ms", &with_distro), (&name, theirs), None);
     }
     if report.counts_instructions() {
         let what = "instructions to agent, tuned kernel";
         report.samples(what, ("M", &with_tuned), Some(GOAL_INSTRUCTIONS_M));
-        let (_, in_guest_ms) = guest_time::during(|| to_ready(distro, *verbose))?;
-        let outside = with_distro.spread().map_or(0.0, |spread| spread.median) - in_guest_ms;
-        let what = "instructions outside the guest, distro kernel";
-        report.alone(what, "M", outside, Some(GOAL_OUTSIDE_M));
+        let what = "instructions outside the guest, distro kernel to init";
+        let ours = outside(&with_distro, ours_to_init)?;
+        report.alone(what, "M", ours, Some(GOAL_OUTSIDE_M));
+        for (peer, theirs) in peers.iter().zip(&theirs) {
+            let theirs = outside(theirs, || to_init(peer))?;
+            report.beside(what, ("M", ours), (&peer.to_string(), theirs), None);
+        }
     }
     Ok(())
+}
+
+/// How many of the milliseconds of the boots in `samples` no guest ran, as `boot` does once more.
+fn outside(samples: &Samples, boot: impl FnOnce() -> Result<f64>) -> Result<f64> {
+    let (_, in_guest_ms) = guest_time::during(boot)?;
+    let all = samples.spread().context("at least one boot was measured")?;
+    Ok(all.median - in_guest_ms)
 }
 
 /// Starts `coracle-perf guest` and gives the milliseconds until its agent was ready.

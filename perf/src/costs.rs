@@ -1,8 +1,7 @@
 //! What a boot costs that repeats however busy the machine is.
 
-use std::env;
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -16,6 +15,7 @@ use crate::boot::to_ready;
 use crate::containers::rest;
 use crate::report::Report;
 use crate::samples::Samples;
+use crate::vmm_peer::coracle_vmm;
 use crate::{Options, environment, syscalls};
 
 /// Most exits to user space until the agent is ready, with a container's devices.
@@ -112,11 +112,8 @@ fn tiny_kernel(code: &[u8]) -> Result<NamedTempFile> {
     Ok(kernel)
 }
 
-/// The program that was built with this one, or the one that is installed.
 fn tiny_machine(kernel: &Path) -> Result<Command> {
-    const PROGRAM: &str = "coracle-vmm";
-    let sibling = env::current_exe()?.with_file_name(PROGRAM);
-    let mut command = Command::new(if sibling.exists() { sibling } else { PathBuf::from(PROGRAM) });
+    let mut command = Command::new(coracle_vmm()?);
     command.arg("--kernel").arg(kernel).args(["--memory", "256"]).stdin(Stdio::null());
     Ok(command)
 }

@@ -1,9 +1,10 @@
-//! Other VMMs: each boots Debian's kernel with an initrd whose init says one line on the console.
+//! VMMs side by side: each boots Debian's kernel with an initrd whose init says one line on the console.
 
+use std::env;
 use std::fs::{self, Permissions};
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
@@ -36,6 +37,25 @@ pub fn to_init(peer: &Peer, kernel: &Path, initrd: &Path) -> Result<f64> {
         Kind::Runc | Kind::Crun | Kind::Kata => bail!("{peer} boots no kernel"),
     }
     until_marker(&mut command)
+}
+
+/// Milliseconds from the start of `coracle-vmm` to the line of the same init.
+pub fn ours_to_init(kernel: &Path, initrd: &Path) -> Result<f64> {
+    let mut command = Command::new(coracle_vmm()?);
+    command
+        .args(["--console", "--serial", "--memory", &MEMORY_MIB.to_string(), "--cmdline", CMDLINE])
+        .arg("--kernel")
+        .arg(kernel)
+        .arg("--initrd")
+        .arg(initrd);
+    until_marker(&mut command)
+}
+
+/// The program that was built with this one, or the one that is installed.
+pub fn coracle_vmm() -> Result<PathBuf> {
+    const PROGRAM: &str = "coracle-vmm";
+    let sibling = env::current_exe()?.with_file_name(PROGRAM);
+    Ok(if sibling.exists() { sibling } else { PROGRAM.into() })
 }
 
 fn qemu(command: &mut Command, kernel: &Path, initrd: &Path) {

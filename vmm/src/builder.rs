@@ -2,11 +2,13 @@
 
 use std::fs::File;
 use std::mem;
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
-use arch::machine::{BootFiles, Entry, Machine, MmioDevice};
+use arch::machine::{BootFiles, Entry, Machine, MemoryMap, MmioDevice};
 use arch::{Arch, Host, Kvm, VcpuFd, VmFd};
+use vm_memory::GuestMemoryMmap;
 
 use crate::attachment::Slots;
 use crate::check::{check_memory, parent};
@@ -18,12 +20,12 @@ use crate::dax;
 use crate::error::Error;
 use crate::event_loop::EventLoop;
 use crate::handle::VmHandle;
-use crate::jail::Jail;
+use crate::jail::{Jail, beside};
 use crate::memory::{GuestRam, MemoryError, SavedMemory, Store};
 use crate::metrics::{Metrics, Record, now_ns};
 use crate::peripherals::{self, Ends};
 use crate::placement::{Placed, Placement};
-use crate::pmem;
+use crate::pmem::{self, MappedFile};
 use crate::posted::PostedWrites;
 use crate::processors::{Processors, Shared};
 use crate::seccomp::{self, Kind};
@@ -65,12 +67,14 @@ impl Vmm {
         }
         check_memory(&config.memory)?;
         Confinement::check(&config)?;
-        let mut boot = open_boot_files(&config.boot)?;
-        let mut vmm = Vmm::assemble(&config, started_ns, || Store::create(&config.memory.backing))?;
+        let boot = open_boot_files(&config.boot)?;
+        let load = |memory: &GuestMemoryMmap| {
+            Host::load(memory, &boot)
+                .map_err(|source| Error::LoadKernel { path: config.boot.kernel.clone(), source })
+        };
+        let store = || Store::create(&config.memory.backing);
+        let (mut vmm, entry) = Vmm::assemble(&config, started_ns, store, load)?;
 
-        let entry = Host::load(vmm.ram.memory(), &mut boot)
-            .map_err(|source| Error::LoadKernel { path: config.boot.kernel.clone(), source })?;
-        vmm.record.loaded_ns = now_ns();
         vmm.describe(&config, entry)?;
         for (index, vcpu) in (0..).zip(vmm.vcpus.iter().chain(&vmm.spare_vcpus)) {
             vmm.reset_vcpu(vcpu, index, (index == 0).then_some(&entry))?;
@@ -95,7 +99,8 @@ impl Vmm {
         config.validate()?;
         check_memory(&config.memory)?;
         state.compare(&config)?;
-        let mut vmm = Vmm::assemble(&config, started_ns, || Ok(Store::of_saved(memory)))?;
+        let store = || Ok(Store::of_saved(memory));
+        let (mut vmm, ()) = Vmm::assemble(&config, started_ns, store, |_| Ok(()))?;
 
         for (vcpu, state) in vmm.vcpus.iter().zip(&state.vcpus) {
             Host::restore_vcpu(&vmm.vm, vcpu, state).map_err(step("restore a vCPU"))?;
@@ -111,66 +116,67 @@ impl Vmm {
         Ok(vmm)
     }
 
-    /// A machine with memory, devices, and vCPUs without registers.
-    fn assemble(
+    /// A machine with memory, devices, and vCPUs without registers, and what `fill` gives, which puts
+    /// into memory what the guest starts with.
+    ///
+    /// KVM makes a machine in some milliseconds of waiting, for grace periods of the host's kernel. So
+    /// do mount namespaces. What can be done meanwhile is.
+    fn assemble<T: Send>(
         config: &VmConfig,
         started_ns: u64,
         store: impl FnOnce() -> Result<Store, MemoryError>,
-    ) -> Result<Vmm, Error> {
+        fill: impl FnOnce(&GuestMemoryMmap) -> Result<T, Error> + Send,
+    ) -> Result<(Vmm, T), Error> {
         let mut record = Record { started_ns, ..Record::default() };
-        let kvm = open_kvm()?;
-        let vm = create_vm(&kvm)?;
-
         let mut map = Host::memory_map(u64::from(config.memory.size_mib) << 20);
         let mut ram = GuestRam::allocate(&map, &config.memory, store()?)?;
-        ram.register(&vm)?;
-        let pluggable = ram.add_pluggable(&vm, &mut map.extension_window, &config.memory)?;
-        let windows = dax::take_addresses(&config.shares, &mut map.extension_window)
-            .map_err(peripherals::device("shares"))?;
-        let files = pmem::map_all(&config.pmem, &map.extension_window, &mut ram, &vm)?;
-        let mut board =
-            Host::before_vcpus(&kvm, &vm).map_err(step("prepare the machine for vCPUs"))?;
-        // Before the devices, because there are no interrupt lines yet.
-        let mut vcpus = create_vcpus(config, &vm, &mut board)?;
-        let spare_vcpus = vcpus.split_off(config.vcpus.into());
-        let posted = open_posted(&vm, &vcpus)?;
-        record.machine_ns = now_ns();
+        let memory = ram.memory().clone();
+        let (filled, core) = beside(
+            || build_jail(config).and_then(|jail| Ok((jail, fill(&memory)?))),
+            || Core::create(config, &mut map, &mut ram).map(|core| (core, now_ns())),
+        )
+        .map_err(|source| Error::Start { what: "a thread", source })?;
+        let (core, machine_ns) = core?;
+        let (jail, filled) = filled?;
+        record.machine_ns = machine_ns;
+        record.loaded_ns = now_ns();
 
         let console = peripherals::open_console(&config.console)?;
         let (window, gsis) = (&map.device_window, &Host::device_gsis());
-        let mut placement = Placement::new(&vm, &posted, ram.device_memory(), window, gsis)
-            .map_err(|source| Error::Place { name: "(any)".to_owned(), source })?
-            .with_dax_at(windows);
+        let mut placement =
+            Placement::new(&core.vm, &core.posted, ram.device_memory(), window, gsis)
+                .map_err(|source| Error::Place { name: "(any)".to_owned(), source })?
+                .with_dax_at(core.windows);
         let control = Control::new(config.vcpus)
             .map_err(|source| Error::Start { what: "the machine's control", source })?;
-        let jail = build_jail(config)?;
         let ends = peripherals::place_all(
             config,
             &console,
             jail.as_deref(),
-            &files,
-            pluggable,
+            &core.files,
+            core.pluggable,
             &mut placement,
         )?;
         let mut placed = placement.finish();
         record.devices_ns = now_ns();
         record.activities = mem::take(&mut placed.activities);
-        Ok(Vmm {
+        let vmm = Vmm {
             control: Arc::new(control),
-            vcpus,
-            spare_vcpus,
-            posted,
+            vcpus: core.vcpus,
+            spare_vcpus: core.spare_vcpus,
+            posted: core.posted,
             placed,
             console,
             ends,
             record,
             confinement: Confinement::of(config, jail),
             shape: Shape::of(config),
-            kvm,
-            board,
-            vm,
+            kvm: core.kvm,
+            board: core.board,
+            vm: core.vm,
             ram,
-        })
+        };
+        Ok((vmm, filled))
     }
 
     fn describe(&self, config: &VmConfig, entry: Entry) -> Result<(), Error> {
@@ -238,6 +244,41 @@ impl Vmm {
             handle.processors.start(vcpu).map_err(start)?;
         }
         Ok(handle)
+    }
+}
+
+/// What KVM has of a machine.
+struct Core {
+    posted: PostedWrites,
+    vcpus: Vec<VcpuFd>,
+    spare_vcpus: Vec<VcpuFd>,
+    board: <Host as Arch>::Board,
+    /// Where memory can be plugged in.
+    pluggable: Option<Range<u64>>,
+    /// Where the windows of the shares are.
+    windows: Range<u64>,
+    files: Vec<MappedFile>,
+    vm: VmFd,
+    kvm: Kvm,
+}
+
+impl Core {
+    /// Makes one with the memory `ram`, to which all is added that extends it, at addresses out of `map`.
+    fn create(config: &VmConfig, map: &mut MemoryMap, ram: &mut GuestRam) -> Result<Self, Error> {
+        let kvm = open_kvm()?;
+        let vm = create_vm(&kvm)?;
+        ram.register(&vm)?;
+        let pluggable = ram.add_pluggable(&vm, &mut map.extension_window, &config.memory)?;
+        let windows = dax::take_addresses(&config.shares, &mut map.extension_window)
+            .map_err(peripherals::device("shares"))?;
+        let files = pmem::map_all(&config.pmem, &map.extension_window, ram, &vm)?;
+        let mut board =
+            Host::before_vcpus(&kvm, &vm).map_err(step("prepare the machine for vCPUs"))?;
+        // Before the devices, because there are no interrupt lines yet.
+        let mut vcpus = create_vcpus(config, &vm, &mut board)?;
+        let spare_vcpus = vcpus.split_off(config.vcpus.into());
+        let posted = open_posted(&vm, &vcpus)?;
+        Ok(Core { posted, vcpus, spare_vcpus, board, pluggable, windows, files, vm, kvm })
     }
 }
 

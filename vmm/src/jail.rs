@@ -1,6 +1,6 @@
 //! A mount namespace with the directories that are shared with the guest, and nothing else.
 //!
-//! Every thread of the machine lives there; the thread that made it stays where it was. The file
+//! Every thread of the machine lives there, but for the one that started it. The file
 //! server's library needs `/proc/self/fd`: where files are shared, that directory is there, too, but not
 //! the rest of `/proc`.
 
@@ -78,16 +78,15 @@ impl Jail {
         has(CapabilitySet::SYS_ADMIN | CapabilitySet::SYS_CHROOT)
     }
 
-    /// Builds a jail in which `directories`, with everything mounted in them, are at
-    /// [`Jail::path_of`] their positions, and the files of the folder `sockets` are at
-    /// [`Jail::socket_path`].
+    /// Builds a jail around the calling thread, which had better be one for this. In it `directories`,
+    /// with everything mounted in them, are at [`Jail::path_of`] their positions, and the files of the
+    /// folder `sockets` are at [`Jail::socket_path`].
     pub fn build<'a>(
         directories: impl Iterator<Item = &'a Path>,
         sockets: Option<&Path>,
     ) -> Result<Self, JailError> {
         let directories: Vec<_> = directories.collect();
-        in_thread(|| build(&directories, sockets))
-            .map_err(|source| JailError::Build { step: "start a thread", source })?
+        build(&directories, sockets)
     }
 
     /// Where in the jail the directory is that was the `index`th when it was built.
@@ -114,7 +113,7 @@ impl Jail {
 
     /// What `body` gives in the jail.
     pub fn run<T: Send>(&self, body: impl FnOnce() -> T + Send) -> io::Result<T> {
-        in_thread(|| self.enter().map(|()| body()))?
+        beside(|| self.enter().map(|()| body()), || ())?.0
     }
 }
 
@@ -126,16 +125,20 @@ fn open_directory(path: &Path) -> Result<File, JailError> {
         .map_err(|source| JailError::Open { path: path.to_owned(), source })
 }
 
-/// What `body` gives in a thread of its own.
-fn in_thread<T: Send>(body: impl FnOnce() -> T + Send) -> io::Result<T> {
+/// What `body` gives in a thread of its own, and what `meanwhile` gives in this one at the same time.
+pub fn beside<A: Send, B>(
+    body: impl FnOnce() -> A + Send,
+    meanwhile: impl FnOnce() -> B,
+) -> io::Result<(A, B)> {
     thread::scope(|scope| {
         let builder = thread::Builder::new().stack_size(STACK_BYTES);
         let thread = builder.spawn_scoped(scope, body)?;
-        thread.join().map_err(|_| io::Error::other("the thread died"))
+        let here = meanwhile();
+        let there = thread.join().map_err(|_| io::Error::other("the thread died"))?;
+        Ok((there, here))
     })
 }
 
-/// Builds the jail around the calling thread.
 fn build(directories: &[&Path], sockets: Option<&Path>) -> Result<Jail, JailError> {
     let step = |step| move |source| JailError::Build { step, source };
     let refused = |step| move |error: nix::Error| JailError::Build { step, source: error.into() };
@@ -211,6 +214,13 @@ mod tests {
 
     use super::*;
 
+    fn build_in_thread<'a>(
+        directories: impl Iterator<Item = &'a Path> + Send,
+        sockets: Option<&Path>,
+    ) -> Result<Jail, JailError> {
+        beside(|| Jail::build(directories, sockets), || ()).unwrap().0
+    }
+
     fn names(path: &str) -> BTreeSet<String> {
         let entries = fs::read_dir(path).unwrap();
         entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
@@ -221,7 +231,7 @@ mod tests {
     fn a_jail_holds_what_is_shared_and_nothing_else() {
         let folder = TempDir::new().unwrap();
         fs::write(folder.path().join("file"), "shared").unwrap();
-        let jail = Jail::build(iter::once(folder.path()), None).unwrap();
+        let jail = build_in_thread(iter::once(folder.path()), None).unwrap();
 
         let (root, proc, process, shared) = jail
             .run(|| (names("/"), names("/proc"), names("/proc/self"), names("/share/0")))
@@ -236,7 +246,7 @@ mod tests {
     #[test]
     #[ignore = "needs root"]
     fn a_jail_without_shares_is_empty_and_stays_so() {
-        let jail = Jail::build(iter::empty(), None).unwrap();
+        let jail = build_in_thread(iter::empty(), None).unwrap();
 
         let (root, written) = jail.run(|| (names("/"), fs::write("/file", "x"))).unwrap();
 
@@ -248,7 +258,7 @@ mod tests {
     #[ignore = "needs root"]
     fn no_way_leads_up_from_the_jail() {
         let folder = TempDir::new().unwrap();
-        let jail = Jail::build(iter::once(folder.path()), None).unwrap();
+        let jail = build_in_thread(iter::once(folder.path()), None).unwrap();
 
         let above = jail
             .run(|| {
@@ -265,7 +275,7 @@ mod tests {
     #[ignore = "needs root"]
     fn what_is_shared_can_be_written_and_the_jail_cannot() {
         let folder = TempDir::new().unwrap();
-        let jail = Jail::build(iter::once(folder.path()), None).unwrap();
+        let jail = build_in_thread(iter::once(folder.path()), None).unwrap();
 
         let (inside, outside) =
             jail.run(|| (fs::write("/share/0/file", "x"), fs::write("/file", "x"))).unwrap();
@@ -281,7 +291,7 @@ mod tests {
         let folder = TempDir::new().unwrap();
         let path = folder.path().join("socket");
         let _listener = UnixListener::bind(&path).unwrap();
-        let jail = Jail::build(iter::empty(), Some(folder.path())).unwrap();
+        let jail = build_in_thread(iter::empty(), Some(folder.path())).unwrap();
         let seen_at = Jail::socket_path(&path);
 
         let (connected, removed) =
@@ -296,16 +306,19 @@ mod tests {
     fn a_process_in_a_chroot_gets_the_same_jail() {
         let (host, folder) = (TempDir::new().unwrap(), TempDir::new().unwrap());
 
-        let (root, shared) = in_thread(|| {
-            unshare(CloneFlags::CLONE_FS | CloneFlags::CLONE_NEWNS).unwrap();
-            change("/", MsFlags::MS_REC | MsFlags::MS_PRIVATE).unwrap();
-            let all = MsFlags::MS_BIND | MsFlags::MS_REC;
-            mount(Some("/"), host.path(), None::<&str>, all, None::<&str>).unwrap();
-            chroot(host.path()).unwrap();
-            chdir("/").unwrap();
-            let jail = Jail::build(iter::once(folder.path()), None).unwrap();
-            jail.run(|| (names("/"), names("/share"))).unwrap()
-        })
+        let ((root, shared), ()) = beside(
+            || {
+                unshare(CloneFlags::CLONE_FS | CloneFlags::CLONE_NEWNS).unwrap();
+                change("/", MsFlags::MS_REC | MsFlags::MS_PRIVATE).unwrap();
+                let all = MsFlags::MS_BIND | MsFlags::MS_REC;
+                mount(Some("/"), host.path(), None::<&str>, all, None::<&str>).unwrap();
+                chroot(host.path()).unwrap();
+                chdir("/").unwrap();
+                let jail = build_in_thread(iter::once(folder.path()), None).unwrap();
+                jail.run(|| (names("/"), names("/share"))).unwrap()
+            },
+            || (),
+        )
         .unwrap();
 
         assert_eq!(root, ["proc", "share"].map(String::from).into());
@@ -317,7 +330,7 @@ mod tests {
     fn whoever_builds_a_jail_stays_outside() {
         let before = fs::read_link("/proc/thread-self/ns/mnt").unwrap();
 
-        Jail::build(iter::empty(), None).unwrap();
+        build_in_thread(iter::empty(), None).unwrap();
 
         assert_eq!(fs::read_link("/proc/thread-self/ns/mnt").unwrap(), before);
         assert!(Path::new("/dev/null").exists());
@@ -326,7 +339,7 @@ mod tests {
     #[test]
     #[ignore = "needs root"]
     fn a_missing_directory_is_named() {
-        let error = Jail::build(iter::once(Path::new("/nowhere")), None).unwrap_err();
+        let error = build_in_thread(iter::once(Path::new("/nowhere")), None).unwrap_err();
 
         assert_eq!(error.to_string(), "open directory \"/nowhere\"");
     }

@@ -17,10 +17,11 @@ pub struct Metrics {
     pub started_ns: u64,
     /// When KVM's machine, its vCPUs and guest RAM were there, on the same clock.
     pub machine_ns: u64,
+    /// When what is done beside that was done, too, on the same clock: the kernel and the initrd are in
+    /// guest RAM, and the jail is there.
+    pub loaded_ns: u64,
     /// When every device was open and had its place, on the same clock.
     pub devices_ns: u64,
-    /// When the kernel and the initrd were in guest RAM, on the same clock.
-    pub loaded_ns: u64,
     /// When the machine was complete, on the same clock.
     pub built_ns: u64,
     /// When the first vCPU entered the guest, on the same clock; 0 before.
@@ -82,10 +83,10 @@ pub struct Record {
     pub started_ns: u64,
     /// See [`Metrics::machine_ns`].
     pub machine_ns: u64,
-    /// See [`Metrics::devices_ns`].
-    pub devices_ns: u64,
     /// See [`Metrics::loaded_ns`].
     pub loaded_ns: u64,
+    /// See [`Metrics::devices_ns`].
+    pub devices_ns: u64,
     /// See [`Metrics::built_ns`].
     pub built_ns: u64,
     /// The name and the counters of each virtio device.
@@ -99,8 +100,8 @@ impl Record {
         Metrics {
             started_ns: self.started_ns,
             machine_ns: self.machine_ns,
-            devices_ns: self.devices_ns,
             loaded_ns: self.loaded_ns,
+            devices_ns: self.devices_ns,
             built_ns: self.built_ns,
             devices: devices
                 .map(|(name, activity)| (name.clone(), DeviceCounts::of(activity)))

@@ -37,8 +37,8 @@ impl Metrics {
         family(&mut text, "boot_seconds", "gauge", help);
         let stages = [
             ("machine", self.machine_ns),
-            ("devices", self.devices_ns),
             ("loaded", self.loaded_ns),
+            ("devices", self.devices_ns),
             ("built", self.built_ns),
             ("first_entry", self.first_entry_ns),
         ];

@@ -67,7 +67,7 @@ mod host {
             gic.finish(vcpus)
         }
 
-        fn load(memory: &GuestMemoryMmap, boot: &mut BootFiles) -> Result<Entry, ArchError> {
+        fn load(memory: &GuestMemoryMmap, boot: &BootFiles) -> Result<Entry, ArchError> {
             boot::load(memory, boot)
         }
 

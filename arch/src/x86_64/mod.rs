@@ -83,7 +83,7 @@ mod host {
             Ok(()) // KVM's APICs come with the vCPUs
         }
 
-        fn load(memory: &GuestMemoryMmap, boot: &mut BootFiles) -> Result<Entry, ArchError> {
+        fn load(memory: &GuestMemoryMmap, boot: &BootFiles) -> Result<Entry, ArchError> {
             boot::load(memory, boot)
         }
 

@@ -349,14 +349,13 @@ fn start_machine(
 fn end_machine(phases: &mut Phases, vm: &VmHandle, origin: &Origin) {
     let metrics = vm.metrics();
     phases.end_at("create the machine", metrics.machine_ns);
+    let (beside, last) = match origin {
+        Origin::Template(_) => ("wait for the jail", "restore the machine"),
+        Origin::Boot(_) => ("load the kernel", "create the processors"),
+    };
+    phases.end_at(beside, metrics.loaded_ns);
     phases.end_at("create the devices", metrics.devices_ns);
-    match origin {
-        Origin::Template(_) => phases.end_at("restore the machine", metrics.built_ns),
-        Origin::Boot(_) => {
-            phases.end_at("load the kernel", metrics.loaded_ns);
-            phases.end_at("create the processors", metrics.built_ns);
-        }
-    }
+    phases.end_at(last, metrics.built_ns);
     phases.end("start the threads");
 }
 
