@@ -38,6 +38,9 @@ test: guest
 	@$(MAKE) --no-print-directory smoke
 else
 test: check unit fuzz guest-tests
+ifeq ($(MACHINE),x86_64)
+	@$(MAKE) --no-print-directory smoke ARCH=aarch64 KERNEL=distro
+endif
 endif
 
 ## The main job in the lab, of any architecture: a container is run by Docker and by Podman, entered,
@@ -109,11 +112,17 @@ endif
 
 ## What Coracle costs beside its peers; one emulated instruction counts as 1 ns. Writes
 ## perf/report.json and the plots beside it. The start of a machine is measured here, where its guest
-## needs no lab.
+## needs no lab. For another architecture only boots, to perf/ARCH.
+ifdef FOREIGN
+perf: guest
+	@tests/lab/cross.sh $(ARCH) cargo build --release --package coracle-perf --bins
+	@$(COUNTING) LAB_OUTPUT=$(CURDIR)/perf/$(ARCH) $(LAB) run 'coracle-perf boot --output "$$LAB_RESULTS"'
+else
 perf: guest-images
 	@here=; if [ -w /dev/kvm ]; then here='--add $(CACHE)/startup/report.json'; \
 		$(TARGET)/release/coracle-perf startup --output $(CACHE)/startup || exit; fi; \
 	$(COUNTING) LAB_OUTPUT=$(CURDIR)/perf $(LAB) run "coracle-perf all $$here --output \"\$$LAB_RESULTS\""
+endif
 
 ## Binaries and guest image for this machine's own engines.
 install: guest

@@ -16,7 +16,7 @@ use vmm::vsock::HostStream;
 use vmm::{BalloonConfig, Metrics, ShareConfig, VmConfig, VmHandle, Vmm, VsockConfig};
 
 use crate::Options;
-use crate::guest_time;
+use crate::guest_time::{self, Guests};
 use crate::memory::OwnMemory;
 use crate::peer::{Kind, Peer};
 use crate::report::Report;
@@ -100,8 +100,9 @@ fn await_ready(vm: &VmHandle, agent: &UnixStream) -> Result<()> {
 /// Measures and adds the rows.
 pub fn measure(report: &mut Report, options: &Options) -> Result<()> {
     let Options { distro, tuned, runs, verbose, .. } = options;
-    warm(distro)?;
-    warm(tuned)?;
+    // It takes a compiler to have it.
+    let tuned = Some(tuned).filter(|tuned| tuned.exists());
+    [Some(distro), tuned].into_iter().flatten().try_for_each(|image| warm(image))?;
     let peers: Vec<_> = options.peers().into_iter().filter(Peer::is_vmm).collect();
     let (kernel, initrd) = (distro.join("kernel"), vmm_peer::marker_initrd()?);
     let ours_to_init = || vmm_peer::ours_to_init(&kernel, initrd.path());
@@ -112,17 +113,18 @@ pub fn measure(report: &mut Report, options: &Options) -> Result<()> {
     // shared file system, and it waits for them for longer than it then runs.
     for run in 0..=*runs {
         // Alternating, so that whatever drifts does so for all.
-        let boots = [to_ready(tuned, *verbose)?.0, ours_to_init()?];
-        eprintln!("boot: run {run} of {runs}: {boots:.1?} ms");
+        let ready = tuned.map(|tuned| to_ready(tuned, *verbose)).transpose()?.map(|ready| ready.0);
+        let init = ours_to_init()?;
+        eprintln!("boot: run {run} of {runs}: {ready:.1?} ms to the agent, {init:.1} ms to init");
         let peers = peers.iter().map(to_init).collect::<Result<Vec<_>>>()?;
         if run > 0 {
-            with_tuned.add(boots[0]);
-            with_distro.add(boots[1]);
+            ready.into_iter().for_each(|value| with_tuned.add(value));
+            with_distro.add(init);
             theirs.iter_mut().zip(peers).for_each(|(samples, value)| samples.add(value));
         }
     }
     for (peer, theirs) in peers.iter().zip(&theirs) {
-        let goal = (peer.kind == Kind::QemuMicrovm).then_some(GOAL_BOOT_RATIO);
+        let goal = (peer.kind == Kind::Qemu).then_some(GOAL_BOOT_RATIO);
         let name = format!("{peer}, distro kernel to init");
         report.pairs("boot to agent, tuned kernel", ("ms", &with_tuned), (&name, theirs), goal);
         let name = peer.to_string();
@@ -131,22 +133,25 @@ pub fn measure(report: &mut Report, options: &Options) -> Result<()> {
     if report.counts_instructions() {
         let what = "instructions to agent, tuned kernel";
         report.samples(what, ("M", &with_tuned), Some(GOAL_INSTRUCTIONS_M));
+        let (_, ours) = guest_time::during(ours_to_init)?;
+        let outside = |samples: &Samples, guests: &Guests| {
+            samples.spread().map_or(0.0, |all| all.median - guests.ms)
+        };
+        let ours_outside = outside(&with_distro, &ours);
         let what = "instructions outside the guest, distro kernel to init";
-        let ours = outside(&with_distro, ours_to_init)?;
-        report.alone(what, "M", ours, Some(GOAL_OUTSIDE_M));
-        for (peer, theirs) in peers.iter().zip(&theirs) {
-            let theirs = outside(theirs, || to_init(peer))?;
-            report.beside(what, ("M", ours), (&peer.to_string(), theirs), None);
+        report.alone(what, "M", ours_outside, Some(GOAL_OUTSIDE_M));
+        for (peer, samples) in peers.iter().zip(&theirs) {
+            let name = peer.to_string();
+            let (_, theirs) = guest_time::during(|| to_init(peer))?;
+            let theirs_outside = outside(samples, &theirs);
+            report.beside(what, ("M", ours_outside), (&name, theirs_outside), None);
+            let what = "exits of the guest, distro kernel to init";
+            report.beside(what, ("exits", ours.exits), (&name, theirs.exits), None);
+            let what = "exits to user space, distro kernel to init";
+            report.beside(what, ("exits", ours.exits_to_user), (&name, theirs.exits_to_user), None);
         }
     }
     Ok(())
-}
-
-/// How many of the milliseconds of the boots in `samples` no guest ran, as `boot` does once more.
-fn outside(samples: &Samples, boot: impl FnOnce() -> Result<f64>) -> Result<f64> {
-    let (_, in_guest_ms) = guest_time::during(boot)?;
-    let all = samples.spread().context("at least one boot was measured")?;
-    Ok(all.median - in_guest_ms)
 }
 
 /// Starts `coracle-perf guest` and gives the milliseconds until its agent was ready.

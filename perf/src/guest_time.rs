@@ -1,5 +1,5 @@
-//! How long a virtual processor was in its guest, by the tracepoints of the host's KVM
-//! (Documentation/trace/ftrace.rst).
+//! How long virtual processors were in their guests, and how often they left them, by the tracepoints
+//! of the host's KVM (Documentation/trace/ftrace.rst).
 
 use std::collections::HashMap;
 use std::fs;
@@ -9,13 +9,29 @@ use anyhow::{Context, Result, bail};
 use nix::mount::{MsFlags, mount};
 
 const TRACING: &str = "/sys/kernel/tracing";
-const EVENTS: [&str; 2] = ["kvm_entry", "kvm_exit"];
+const EVENTS: [&str; 3] = [ENTRY, EXIT, EXIT_TO_USER];
+const ENTRY: &str = "kvm_entry";
+const EXIT: &str = "kvm_exit";
+const EXIT_TO_USER: &str = "kvm_userspace_exit";
+/// What the last one says, unless a signal or an error ended the guest's run.
+const EXIT_REASON: &str = "reason KVM_EXIT_";
 /// Room for each processor's events: some hundred thousand.
 const BUFFER_KIB: &str = "65536";
 
-/// What `body` gives, and for how many milliseconds guests ran meanwhile. The host's way from one
-/// tracepoint into the guest and from the guest to the other one is counted as the guest's.
-pub fn during<T>(body: impl FnOnce() -> Result<T>) -> Result<(T, f64)> {
+/// What guests did for a while.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Guests {
+    /// For how many milliseconds they ran. The host's way from one tracepoint into the guest and from the
+    /// guest to the other one is counted as theirs.
+    pub ms: f64,
+    /// How often they were left.
+    pub exits: f64,
+    /// How often for the process that they belong to.
+    pub exits_to_user: f64,
+}
+
+/// What `body` gives, and what guests did meanwhile.
+pub fn during<T>(body: impl FnOnce() -> Result<T>) -> Result<(T, Guests)> {
     if !Path::new(TRACING).join("trace").exists() {
         mount(Some("tracefs"), TRACING, Some("tracefs"), MsFlags::empty(), None::<&str>)
             .with_context(|| format!("mount {TRACING}"))?;
@@ -29,7 +45,7 @@ pub fn during<T>(body: impl FnOnce() -> Result<T>) -> Result<(T, f64)> {
     let trace = fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
     // The smallest there is.
     set("buffer_size_kb", "1")?;
-    Ok((result?, guest_ms(&trace)?))
+    Ok((result?, guests(&trace)?))
 }
 
 fn enable(is_wanted: bool) -> Result<()> {
@@ -42,10 +58,10 @@ fn set(file: &str, value: &str) -> Result<()> {
     fs::write(&path, value).with_context(|| format!("write {}", path.display()))
 }
 
-/// Sums up the time from each entry to the exit that follows it, for each thread.
-fn guest_ms(trace: &str) -> Result<f64> {
+/// Counts, and sums up the time from each entry to the exit that follows it, for each thread.
+fn guests(trace: &str) -> Result<Guests> {
     let mut entries = HashMap::new();
-    let mut sum = 0.0;
+    let mut guests = Guests::default();
     for line in trace.lines() {
         if let Some((_, counts)) = line.split_once("entries-in-buffer/entries-written: ") {
             let counts = counts.split_whitespace().next().unwrap_or_default();
@@ -60,43 +76,53 @@ fn guest_ms(trace: &str) -> Result<f64> {
         let (thread, rest) = line.split_once(" [").context("a line of the trace")?;
         let seconds = rest.split(": ").next().and_then(|head| head.split_whitespace().last());
         let seconds: f64 = seconds.context("the time of an event")?.parse()?;
-        if *event == EVENTS[0] {
-            entries.insert(thread.trim().to_owned(), seconds);
-        } else if let Some(entered) = entries.remove(thread.trim()) {
-            sum += seconds - entered;
+        match *event {
+            ENTRY => drop(entries.insert(thread.trim().to_owned(), seconds)),
+            EXIT_TO_USER if rest.contains(EXIT_REASON) => guests.exits_to_user += 1.0,
+            EXIT => {
+                guests.exits += 1.0;
+                guests.ms +=
+                    entries.remove(thread.trim()).map_or(0.0, |entered| seconds - entered) * 1e3;
+            }
+            _ => {}
         }
     }
-    if sum == 0.0 {
+    if guests.ms == 0.0 {
         bail!("the trace says of no guest that it ran");
     }
-    Ok(sum * 1e3)
+    Ok(guests)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    const TRACE: &str = "# entries-in-buffer/entries-written: 4/4   #P:1\n\
+    const TRACE: &str = "# entries-in-buffer/entries-written: 6/6   #P:1\n\
         #           TASK-PID     CPU#  |||||  TIMESTAMP  FUNCTION\n\
         \x20         vcpu 0-123     [000] d..1.     7.000100: kvm_entry: vcpu 0, rip 0x1\n\
         \x20         vcpu 0-123     [000] d..1.     7.002100: kvm_exit: vcpu 0 reason npf\n\
         \x20         vcpu 0-123     [000] d..1.     7.003000: kvm_entry: vcpu 0, rip 0x1\n\
-        \x20         vcpu 0-123     [000] d..1.     7.003500: kvm_exit: vcpu 0 reason hlt\n";
+        \x20         vcpu 0-123     [000] d..1.     7.003500: kvm_exit: vcpu 0 reason io\n\
+        \x20         vcpu 0-123     [000] ...1.     7.003600: kvm_userspace_exit: reason KVM_EXIT_IO (2)\n\
+        \x20         vcpu 0-123     [000] ...1.     7.003700: kvm_userspace_exit: reason restart (4)\n";
 
     #[test]
     fn the_time_in_the_guest_is_that_between_entries_and_exits() {
-        assert_eq!((guest_ms(TRACE).unwrap() * 1e3).round(), 2500.0);
+        let guests = guests(TRACE).unwrap();
+
+        assert_eq!((guests.ms * 1e3).round(), 2500.0);
+        assert_eq!((guests.exits, guests.exits_to_user), (2.0, 1.0));
     }
 
     #[test]
     fn a_trace_with_holes_gives_no_figure() {
-        let error = guest_ms(&TRACE.replace("4/4", "4/9")).unwrap_err().to_string();
+        let error = guests(&TRACE.replace("6/6", "6/9")).unwrap_err().to_string();
 
-        assert_eq!(error, "the trace lost events: 4/9");
+        assert_eq!(error, "the trace lost events: 6/9");
     }
 
     #[test]
     fn a_trace_without_a_guest_gives_no_figure() {
-        assert!(guest_ms("# entries-in-buffer/entries-written: 0/0   #P:1\n").is_err());
+        assert!(guests("# entries-in-buffer/entries-written: 0/0   #P:1\n").is_err());
     }
 }

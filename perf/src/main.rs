@@ -26,6 +26,7 @@ mod vsock;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
+use arch::expected;
 use clap::{Parser, Subcommand};
 
 use crate::containers::Phase;
@@ -34,7 +35,7 @@ use crate::peer::Peer;
 use crate::report::Report;
 
 /// Programs whose versions say what was compared.
-const PROGRAMS: [&str; 4] = ["coracle", "runc", "crun", "qemu-system-x86_64"];
+const PROGRAMS: [&str; 4] = ["coracle", "runc", "crun", expected::QEMU.1];
 
 /// Measures Coracle beside its peers.
 #[derive(Debug, Parser)]
@@ -44,7 +45,8 @@ struct Options {
     #[arg(long, global = true, default_value_t = 3)]
     runs: u32,
     /// Whom to stand beside, as NAME or NAME=PROGRAM; may be given again: runc, crun, kata (by Docker),
-    /// qemu-microvm, firecracker, cloud-hypervisor [default: runc and qemu-microvm, if installed].
+    /// qemu-microvm (on Arm qemu-virt), firecracker, cloud-hypervisor [default: runc and QEMU, if
+    /// installed].
     #[arg(long = "peer", global = true, value_name = "NAME[=PROGRAM]")]
     peers: Vec<Peer>,
     /// Prints the figures as JSON instead of a table.

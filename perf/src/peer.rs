@@ -5,6 +5,8 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
+use arch::expected;
+
 /// What a peer is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
@@ -14,8 +16,8 @@ pub enum Kind {
     Crun,
     /// Containers in virtual machines; started by an engine only.
     Kata,
-    /// `qemu-system-x86_64 -M microvm`.
-    QemuMicrovm,
+    /// QEMU's machine that is closest to ours, as [`expected::QEMU`] says.
+    Qemu,
     /// A VMM.
     Firecracker,
     /// A VMM.
@@ -27,13 +29,13 @@ const KINDS: [(&str, &str, Kind); 6] = [
     ("runc", "runc", Kind::Runc),
     ("crun", "crun", Kind::Crun),
     ("kata", "containerd-shim-kata-v2", Kind::Kata),
-    ("qemu-microvm", "qemu-system-x86_64", Kind::QemuMicrovm),
+    (expected::QEMU.0, expected::QEMU.1, Kind::Qemu),
     ("firecracker", "firecracker", Kind::Firecracker),
     ("cloud-hypervisor", "cloud-hypervisor", Kind::CloudHypervisor),
 ];
 
 /// Those that measurements stand beside if nobody names others.
-const USUAL: [&str; 2] = ["runc", "qemu-microvm"];
+const USUAL: [&str; 2] = ["runc", expected::QEMU.0];
 
 /// One peer.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -91,7 +93,7 @@ impl Peer {
 
     /// Whether it boots a kernel that it is given.
     pub fn is_vmm(&self) -> bool {
-        matches!(self.kind, Kind::QemuMicrovm | Kind::Firecracker | Kind::CloudHypervisor)
+        matches!(self.kind, Kind::Qemu | Kind::Firecracker | Kind::CloudHypervisor)
     }
 
     /// Its name for Docker.

@@ -9,6 +9,7 @@ use std::process::{Command, Stdio};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
+use arch::expected;
 use serde_json::json;
 use tempfile::NamedTempFile;
 
@@ -18,9 +19,6 @@ use crate::peer::{Kind, Peer};
 /// What the peer's init says.
 const MARKER: &str = "init-is-here";
 
-/// What every peer's kernel is told.
-const CMDLINE: &str = "console=ttyS0 quiet panic=-1 reboot=t";
-
 /// Guest memory, in MiB.
 const MEMORY_MIB: u32 = 256;
 
@@ -29,7 +27,7 @@ pub fn to_init(peer: &Peer, kernel: &Path, initrd: &Path) -> Result<f64> {
     let config = firecracker_config(kernel, initrd)?;
     let mut command = Command::new(peer.program());
     match peer.kind {
-        Kind::QemuMicrovm => qemu(&mut command, kernel, initrd),
+        Kind::Qemu => qemu(&mut command, kernel, initrd),
         Kind::Firecracker => {
             command.args(["--no-api", "--config-file"]).arg(config.path());
         }
@@ -43,7 +41,14 @@ pub fn to_init(peer: &Peer, kernel: &Path, initrd: &Path) -> Result<f64> {
 pub fn ours_to_init(kernel: &Path, initrd: &Path) -> Result<f64> {
     let mut command = Command::new(coracle_vmm()?);
     command
-        .args(["--console", "--serial", "--memory", &MEMORY_MIB.to_string(), "--cmdline", CMDLINE])
+        .args([
+            "--console",
+            "--serial",
+            "--memory",
+            &MEMORY_MIB.to_string(),
+            "--cmdline",
+            &cmdline(),
+        ])
         .arg("--kernel")
         .arg(kernel)
         .arg("--initrd")
@@ -58,13 +63,17 @@ pub fn coracle_vmm() -> Result<PathBuf> {
     Ok(if sibling.exists() { sibling } else { PROGRAM.into() })
 }
 
+/// What every kernel is told.
+fn cmdline() -> String {
+    format!("console={} quiet panic=-1 reboot=t", expected::SERIAL_PORT)
+}
+
 fn qemu(command: &mut Command, kernel: &Path, initrd: &Path) {
-    // With a clock, although KVM guests get none by default: Debian's kernel waits 1.2 s for it.
     command
-        .args(["-M", "microvm,accel=kvm,rtc=on", "-cpu", "host", "-smp", "1"])
-        .args(["-m", &MEMORY_MIB.to_string()])
+        .args(expected::QEMU.2)
+        .args(["-cpu", "host", "-smp", "1", "-m", &MEMORY_MIB.to_string()])
         .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"])
-        .args(["-serial", "stdio", "-append", CMDLINE])
+        .args(["-serial", "stdio", "-append", &cmdline()])
         .arg("-kernel")
         .arg(kernel)
         .arg("-initrd")
@@ -74,7 +83,7 @@ fn qemu(command: &mut Command, kernel: &Path, initrd: &Path) {
 fn cloud_hypervisor(command: &mut Command, kernel: &Path, initrd: &Path) {
     command
         .args(["--cpus", "boot=1", "--memory", &format!("size={MEMORY_MIB}M")])
-        .args(["--serial", "tty", "--console", "off", "--cmdline", CMDLINE])
+        .args(["--serial", "tty", "--console", "off", "--cmdline", &cmdline()])
         .arg("--kernel")
         .arg(kernel)
         .arg("--initramfs")
@@ -84,7 +93,7 @@ fn cloud_hypervisor(command: &mut Command, kernel: &Path, initrd: &Path) {
 fn firecracker_config(kernel: &Path, initrd: &Path) -> Result<NamedTempFile> {
     let config = json!({
         "boot-source": {
-            "kernel_image_path": kernel, "initrd_path": initrd, "boot_args": CMDLINE,
+            "kernel_image_path": kernel, "initrd_path": initrd, "boot_args": cmdline(),
         },
         "drives": [],
         "machine-config": { "vcpu_count": 1, "mem_size_mib": MEMORY_MIB },

@@ -18,6 +18,8 @@ packages=(
   cpio e2fsprogs iproute2 iptables kmod
   # the engines
   conmon containerd crun docker.io netavark podman runc uidmap
+  # who is measured beside Coracle
+  "$qemu_package"
 )
 
 stamp=$(sha256sum "${BASH_SOURCE[0]}" | cut -c1-16)
