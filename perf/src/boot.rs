@@ -12,16 +12,17 @@ use agent_protocol::{CONTROL_PORT, Event, Message, frame};
 use anyhow::{Context, Result, bail};
 use nix::poll::{PollFd, PollFlags, poll};
 use serde::{Deserialize, Serialize};
+use stats_alloc::Region;
 use vmm::vsock::HostStream;
 use vmm::{BalloonConfig, Metrics, ShareConfig, VmConfig, VmHandle, Vmm, VsockConfig};
 
-use crate::Options;
 use crate::guest_time::{self, Guests};
 use crate::memory::OwnMemory;
 use crate::peer::{Kind, Peer};
 use crate::report::Report;
 use crate::samples::Samples;
 use crate::vmm_peer;
+use crate::{ALLOCATOR, Options};
 
 /// Most instructions of host and guest until the agent is ready, in millions.
 const GOAL_INSTRUCTIONS_M: f64 = 350.0;
@@ -37,6 +38,8 @@ const BOOT_TIMEOUT_MS: u16 = 60_000;
 pub struct Boot {
     /// Exits of all vCPUs to user space until ready.
     pub exits: u64,
+    /// How often the host process took memory from its heap until ready.
+    pub allocations: usize,
     /// The host process's own memory, with the guest idle.
     pub memory: OwnMemory,
 }
@@ -45,6 +48,7 @@ pub struct Boot {
 /// `verbose` says where the exits come from.
 pub fn guest(image: &Path, verbose: bool) -> Result<()> {
     vmm::use_one_heap();
+    let heap = Region::new(ALLOCATOR);
     let mut config = VmConfig::new(image.join("kernel"));
     config.boot.initrd = Some(image.join("initrd"));
     config.memory.size_mib = 256;
@@ -67,10 +71,12 @@ pub fn guest(image: &Path, verbose: bool) -> Result<()> {
         vm.stop();
         return Err(error.context(format!("the guest's end: {:?}", vm.wait())));
     }
+    let allocations = heap.change().allocations;
     // The line is the moment the parent's clock stops; what follows is not part of the boot.
     println!("ready");
     let Metrics { exits, .. } = vm.metrics();
-    let boot = Boot { exits: exits.total(), memory: OwnMemory::of(std::process::id())? };
+    let boot =
+        Boot { exits: exits.total(), allocations, memory: OwnMemory::of(std::process::id())? };
     println!("{}", serde_json::to_string(&boot)?);
     if verbose {
         for (address, count) in &exits.by_address {
@@ -134,24 +140,31 @@ pub fn measure(report: &mut Report, options: &Options) -> Result<()> {
         let what = "instructions to agent, tuned kernel";
         report.samples(what, ("M", &with_tuned), Some(GOAL_INSTRUCTIONS_M));
         let (_, ours) = guest_time::during(ours_to_init)?;
-        let outside = |samples: &Samples, guests: &Guests| {
-            samples.spread().map_or(0.0, |all| all.median - guests.ms)
-        };
-        let ours_outside = outside(&with_distro, &ours);
+        let ours_outside = outside(&with_distro, &ours)?;
         let what = "instructions outside the guest, distro kernel to init";
         report.alone(what, "M", ours_outside, Some(GOAL_OUTSIDE_M));
         for (peer, samples) in peers.iter().zip(&theirs) {
             let name = peer.to_string();
             let (_, theirs) = guest_time::during(|| to_init(peer))?;
-            let theirs_outside = outside(samples, &theirs);
+            let theirs_outside = outside(samples, &theirs)?;
             report.beside(what, ("M", ours_outside), (&name, theirs_outside), None);
             let what = "exits of the guest, distro kernel to init";
-            report.beside(what, ("exits", ours.exits), (&name, theirs.exits), None);
+            let exits = [&ours, &theirs].map(|guests| f64::from(guests.all_exits()));
+            report.beside(what, ("exits", exits[0]), (&name, exits[1]), None);
             let what = "exits to user space, distro kernel to init";
-            report.beside(what, ("exits", ours.exits_to_user), (&name, theirs.exits_to_user), None);
+            let exits = [&ours, &theirs].map(|guests| f64::from(guests.exits_to_user));
+            report.beside(what, ("exits", exits[0]), (&name, exits[1]), None);
         }
     }
     Ok(())
+}
+
+/// How many milliseconds of the boots in `samples` went by outside the guest, which ran as `guests` says.
+fn outside(samples: &Samples, guests: &Guests) -> Result<f64> {
+    if guests.ms == 0.0 {
+        bail!("the trace says of no guest that it ran");
+    }
+    Ok(samples.spread().map_or(0.0, |all| all.median - guests.ms))
 }
 
 /// Starts `coracle-perf guest` and gives the milliseconds until its agent was ready.

@@ -16,7 +16,7 @@ use crate::containers::rest;
 use crate::report::Report;
 use crate::samples::Samples;
 use crate::vmm_peer::coracle_vmm;
-use crate::{Options, environment, syscalls};
+use crate::{Options, environment, guest_time, syscalls};
 
 /// Most exits to user space until the agent is ready, with a container's devices.
 const GOAL_EXITS: f64 = 200.0;
@@ -68,6 +68,7 @@ fn of_boot(options: &Options) -> Result<(f64, Vec<Cost>)> {
         cost("exits to agent, tuned kernel", "exits", boot.exits as f64, Some(GOAL_EXITS)),
         cost(SYSTEM_CALLS, "calls", calls, Some(GOAL_SYSTEM_CALLS)),
         cost("guest memory touched at ready", "MiB", touched_mib, Some(GOAL_TOUCHED_MIB)),
+        cost("allocations to agent, tuned kernel", "calls", boot.allocations as f64, None),
     ];
     Ok((ready_ms, costs))
 }
@@ -77,6 +78,12 @@ pub fn measure(report: &mut Report, options: &Options) -> Result<()> {
     eprintln!("costs: one boot");
     for Cost { name, unit, value, goal } in of_boot(options)?.1 {
         report.alone(name, unit, value, goal);
+    }
+    if report.counts_instructions() {
+        let (_, guests) = guest_time::during(|| to_ready(&options.tuned, false))?;
+        for (reason, count) in &guests.exits {
+            report.alone(&format!("exits to agent for {reason}"), "exits", f64::from(*count), None);
+        }
     }
     Ok(())
 }

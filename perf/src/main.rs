@@ -23,11 +23,13 @@ mod syscalls;
 mod vmm_peer;
 mod vsock;
 
+use std::alloc::System;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use arch::expected;
 use clap::{Parser, Subcommand};
+use stats_alloc::{INSTRUMENTED_SYSTEM, StatsAlloc};
 
 use crate::containers::Phase;
 use crate::environment::Environment;
@@ -36,6 +38,10 @@ use crate::report::Report;
 
 /// Programs whose versions say what was compared.
 const PROGRAMS: [&str; 4] = ["coracle", "runc", "crun", expected::QEMU.1];
+
+/// Counts what a guest's process takes from its heap.
+#[global_allocator]
+static ALLOCATOR: &StatsAlloc<System> = &INSTRUMENTED_SYSTEM;
 
 /// Measures Coracle beside its peers.
 #[derive(Debug, Parser)]
@@ -77,7 +83,8 @@ enum Measurement {
     All,
     /// Guest boot to agent ready, beside other VMMs to init.
     Boot,
-    /// What repeats on a busy machine: exits and system calls until ready, memory touched.
+    /// What repeats on a busy machine until the agent is ready: exits, system calls, allocations, memory
+    /// touched.
     Costs,
     /// `run` of `true`, beside other runtimes.
     Start,

@@ -128,12 +128,14 @@ impl Vmm {
         fill: impl FnOnce(&GuestMemoryMmap) -> Result<T, Error> + Send,
     ) -> Result<(Vmm, T), Error> {
         let mut record = Record { started_ns, ..Record::default() };
+        // First, because a host without KVM must not be left with a file for memory.
+        let kvm = open_kvm()?;
         let mut map = Host::memory_map(u64::from(config.memory.size_mib) << 20);
         let mut ram = GuestRam::allocate(&map, &config.memory, store()?)?;
         let memory = ram.memory().clone();
         let (filled, core) = beside(
             || build_jail(config).and_then(|jail| Ok((jail, fill(&memory)?))),
-            || Core::create(config, &mut map, &mut ram).map(|core| (core, now_ns())),
+            || Core::create(&kvm, config, &mut map, &mut ram).map(|core| (core, now_ns())),
         )
         .map_err(|source| Error::Start { what: "a thread", source })?;
         let (core, machine_ns) = core?;
@@ -171,7 +173,7 @@ impl Vmm {
             record,
             confinement: Confinement::of(config, jail),
             shape: Shape::of(config),
-            kvm: core.kvm,
+            kvm,
             board: core.board,
             vm: core.vm,
             ram,
@@ -259,26 +261,29 @@ struct Core {
     windows: Range<u64>,
     files: Vec<MappedFile>,
     vm: VmFd,
-    kvm: Kvm,
 }
 
 impl Core {
     /// Makes one with the memory `ram`, to which all is added that extends it, at addresses out of `map`.
-    fn create(config: &VmConfig, map: &mut MemoryMap, ram: &mut GuestRam) -> Result<Self, Error> {
-        let kvm = open_kvm()?;
-        let vm = create_vm(&kvm)?;
+    fn create(
+        kvm: &Kvm,
+        config: &VmConfig,
+        map: &mut MemoryMap,
+        ram: &mut GuestRam,
+    ) -> Result<Self, Error> {
+        let vm = create_vm(kvm)?;
         ram.register(&vm)?;
         let pluggable = ram.add_pluggable(&vm, &mut map.extension_window, &config.memory)?;
         let windows = dax::take_addresses(&config.shares, &mut map.extension_window)
             .map_err(peripherals::device("shares"))?;
         let files = pmem::map_all(&config.pmem, &map.extension_window, ram, &vm)?;
         let mut board =
-            Host::before_vcpus(&kvm, &vm).map_err(step("prepare the machine for vCPUs"))?;
+            Host::before_vcpus(kvm, &vm).map_err(step("prepare the machine for vCPUs"))?;
         // Before the devices, because there are no interrupt lines yet.
         let mut vcpus = create_vcpus(config, &vm, &mut board)?;
         let spare_vcpus = vcpus.split_off(config.vcpus.into());
         let posted = open_posted(&vm, &vcpus)?;
-        Ok(Core { posted, vcpus, spare_vcpus, board, pluggable, windows, files, vm, kvm })
+        Ok(Core { posted, vcpus, spare_vcpus, board, pluggable, windows, files, vm })
     }
 }
 

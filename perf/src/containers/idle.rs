@@ -1,4 +1,4 @@
-//! How often the threads of a container wake up that has nothing to do.
+//! How often the threads of a container wake up that has nothing to do, and its guest is left.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -7,8 +7,8 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 
 use super::{Background, Bundle, Runtime, rest};
-use crate::Options;
 use crate::report::Report;
+use crate::{Options, guest_time};
 
 /// Most wake-ups a second that we are content with: none, to the nearest whole number. Once a minute the
 /// guest's kernel asks the host for entropy.
@@ -25,7 +25,16 @@ pub fn measure(report: &mut Report, options: &Options) -> Result<()> {
     let pid = container.pid()?;
     rest(SETTLE);
     let before = wake_ups(pid)?;
-    rest(WATCH);
+    let exits = if report.counts_instructions() {
+        let ((), guests) = guest_time::during(|| {
+            rest(WATCH);
+            Ok(())
+        })?;
+        Some(f64::from(guests.all_exits()))
+    } else {
+        rest(WATCH);
+        None
+    };
     let after = wake_ups(pid)?;
     let mut all = 0;
     for (thread, count) in &after {
@@ -37,6 +46,9 @@ pub fn measure(report: &mut Report, options: &Options) -> Result<()> {
     }
     let per_second = f64::from(all) / WATCH.as_secs_f64();
     report.alone("wake-ups while the guest is idle", "1/s", per_second, Some(GOAL));
+    if let Some(exits) = exits {
+        report.alone("exits while the guest is idle", "1/s", exits / WATCH.as_secs_f64(), None);
+    }
     Ok(())
 }
 
