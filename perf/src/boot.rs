@@ -121,7 +121,9 @@ pub fn measure(report: &mut Report, options: &Options) -> Result<()> {
         // Alternating, so that whatever drifts does so for all.
         let ready = tuned.map(|tuned| to_ready(tuned, *verbose)).transpose()?.map(|ready| ready.0);
         let init = ours_to_init()?;
-        eprintln!("boot: run {run} of {runs}: {ready:.1?} ms to the agent, {init:.1} ms to init");
+        let ready_text =
+            ready.map(|ready| format!("{ready:.1} ms to the agent, ")).unwrap_or_default();
+        eprintln!("boot: run {run} of {runs}: {ready_text}{init:.1} ms to init");
         let peers = peers.iter().map(to_init).collect::<Result<Vec<_>>>()?;
         if run > 0 {
             ready.into_iter().for_each(|value| with_tuned.add(value));

@@ -28,13 +28,17 @@ impl Environment {
     /// That of this process, for a run that compares `programs`.
     pub fn of(programs: &[&str]) -> Self {
         let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-        let machine = value(&cpuinfo, "model name").unwrap_or("unknown").to_owned();
+        // Machines that are described by a device tree have no such line.
+        let model = fs::read_to_string("/sys/firmware/devicetree/base/model").unwrap_or_default();
+        let model = Some(model.trim_end_matches('\0')).filter(|model| !model.is_empty());
+        let machine = value(&cpuinfo, "model name").or(model).unwrap_or("unknown").to_owned();
         let meminfo = fs::read_to_string("/proc/meminfo").unwrap_or_default();
         let memory_kib = value(&meminfo, "MemTotal")
             .and_then(|text| text.split_whitespace().next()?.parse::<u64>().ok());
         let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
         Environment {
-            emulated: machine.contains("QEMU") || machine.contains("TCG"),
+            emulated: counts_instructions()
+                || ["QEMU", "TCG", "dummy-virt"].iter().any(|name| machine.contains(name)),
             machine,
             processors: std::thread::available_parallelism().map_or(1, usize::from),
             memory_mib: memory_kib.unwrap_or(0) / 1024,
