@@ -30,7 +30,7 @@ run: build guest
 	@$(LAB) run 'tests/lab/hello.sh'
 
 ## Sets up and runs every test; those that boot guests run in the lab where they have to. For another
-## architecture, those of what is built for it, in its lab.
+## architecture, those of what is built for it, in its lab. On x86_64 the main job of aarch64 comes last.
 ifdef FOREIGN
 test: guest
 	@echo "==> tests in the lab for $(ARCH)"
@@ -114,7 +114,8 @@ endif
 ## perf/report.json and the plots beside it. The start of a machine is measured here, where its guest
 ## needs no lab. For another architecture only boots, to perf/ARCH.
 ifdef FOREIGN
-perf: guest
+perf: build
+	@$(MAKE) --no-print-directory guest KERNEL=distro
 	@tests/lab/cross.sh $(ARCH) cargo build --release --package coracle-perf --bins
 	@$(COUNTING) LAB_OUTPUT=$(CURDIR)/perf/$(ARCH) $(LAB) run 'coracle-perf boot --output "$$LAB_RESULTS"'
 else

@@ -20,12 +20,12 @@ use serde_json::{Value, json};
 /// Kinds of threads, as the JSON files and the fields of `Filters` call them.
 const KINDS: [&str; 4] = ["vcpu", "vmm", "io", "main"];
 
-/// System calls of one leaf.
+/// System calls of one leaf: fewer make the filter longer, and more make it slower.
 const LEAF_CALLS: usize = 4;
 
-/// What every filter of seccompiler begins with: it ends a process of another architecture, and loads the
-/// number of the call.
-const HEAD: usize = 4;
+/// How many instructions every filter of seccompiler begins with: they end a process of another
+/// architecture, and load the number of the call.
+const HEAD_INSTRUCTIONS: usize = 4;
 
 /// `A = number of the call` (linux/filter.h, `BPF_LD | BPF_W | BPF_ABS` of `seccomp_data.nr`).
 const LOAD_NUMBER: sock_filter = sock_filter { code: 0x20, jt: 0, jf: 0, k: 0 };
@@ -33,12 +33,8 @@ const LOAD_NUMBER: sock_filter = sock_filter { code: 0x20, jt: 0, jf: 0, k: 0 };
 const JUMP_FROM: u16 = 0x35;
 /// Jumps over `k` instructions (`BPF_JMP | BPF_JA`).
 const JUMP: u16 = 0x05;
-
-/// A part of a filter for calls from number `first` on.
-struct Leaf {
-    first: u32,
-    program: BpfProgram,
-}
+/// Most instructions of a filter (linux/bpf_common.h, `BPF_MAXINSNS`).
+const MAX_INSTRUCTIONS: usize = 4096;
 
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo::rerun-if-changed=seccomp");
@@ -46,8 +42,11 @@ fn main() -> Result<(), Box<dyn Error>> {
     let source = format!("seccomp/{arch}.json");
     let filters = if Path::new(&source).exists() {
         let arch = TargetArch::try_from(arch.as_str())?;
-        let kinds = serde_json::from_slice(&fs::read(&source)?)?;
-        let filters = literal(kinds, arch).map_err(|error| format!("{source}: {error}"))?;
+        let text = fs::read(&source)?;
+        let failed = |error: Box<dyn Error>| format!("{source}: {error}");
+        // seccompiler refuses what would be lost in between: keys that are there twice.
+        compile_from_json(&text[..], arch).map_err(|error| failed(error.into()))?;
+        let filters = literal(serde_json::from_slice(&text)?, arch).map_err(failed)?;
         format!("Some({filters})")
     } else {
         "None".to_owned()
@@ -90,48 +89,52 @@ fn tree(filter: &Value, arch: TargetArch) -> Result<BpfProgram, Box<dyn Error>> 
     }
     // Sorted by the numbers of the calls, with which their filters begin.
     let mut by_number = BTreeMap::new();
-    for rules in by_call.into_values() {
-        let alone = compile(filter, &rules, arch)?;
-        by_number.insert(alone.get(HEAD).ok_or("an empty filter")?.k, rules);
-    }
-    let by_number: Vec<_> = by_number.into_iter().collect();
-    let mut head = Vec::new();
-    let mut leaves = Vec::new();
-    for calls in by_number.chunks(LEAF_CALLS) {
-        let first = calls[0].0;
-        let rules: Vec<_> = calls.iter().flat_map(|(_, rules)| rules).copied().collect();
-        let mut program = compile(filter, &rules, arch)?;
-        let body = program.split_off(HEAD);
-        if program.last() != Some(&LOAD_NUMBER) {
-            return Err("a filter does not begin as those of seccompiler do".into());
+    for (call, rules) in by_call {
+        let (_, alone) = compile(filter, &rules, arch)?;
+        if by_number.insert(alone.first().ok_or("an empty filter")?.k, rules).is_some() {
+            return Err(format!("{call} is another name of a call that has rules").into());
         }
-        head = program;
-        leaves.push(Leaf { first, program: body });
     }
-    head.extend(search(&leaves));
-    Ok(head)
+    let by_number: Vec<_> = by_number.into_values().collect();
+    let leaves = by_number
+        .chunks(LEAF_CALLS)
+        .map(|calls| compile(filter, &calls.concat(), arch))
+        .collect::<Result<Vec<_>, _>>()?;
+    let (heads, leaves): (Vec<_>, Vec<_>) = leaves.into_iter().unzip();
+    let mut program = heads.into_iter().next().ok_or("no rules")?;
+    program.extend(search(&leaves));
+    if program.len() > MAX_INSTRUCTIONS {
+        return Err(format!("{} instructions, more than Linux takes", program.len()).into());
+    }
+    Ok(program)
 }
 
-/// seccompiler's filter for some of the rules of `filter`.
+/// seccompiler's filter for some of the rules of `filter`: what all begin with, and the rest, which begins
+/// with the comparison with the lowest number of a call.
 fn compile(
     filter: &Value,
     rules: &[&Value],
     arch: TargetArch,
-) -> Result<BpfProgram, Box<dyn Error>> {
+) -> Result<(BpfProgram, BpfProgram), Box<dyn Error>> {
     const NAME: &str = "filter";
     let mut part = filter.clone();
     part["filter"] = json!(rules);
     let mut compiled = compile_from_json(json!({ NAME: part }).to_string().as_bytes(), arch)?;
-    Ok(compiled.remove(NAME).ok_or("no filter")?)
+    let mut head = compiled.remove(NAME).ok_or("no filter")?;
+    let rest = head.split_off(HEAD_INSTRUCTIONS.min(head.len()));
+    if head.last() != Some(&LOAD_NUMBER) {
+        return Err("a filter does not begin as those of seccompiler do".into());
+    }
+    Ok((head, rest))
 }
 
 /// Goes to the leaf that may know the call, whose number is loaded.
-fn search(leaves: &[Leaf]) -> BpfProgram {
+fn search(leaves: &[BpfProgram]) -> BpfProgram {
     if let [leaf] = leaves {
-        return leaf.program.clone();
+        return leaf.clone();
     }
     let (low, high) = leaves.split_at(leaves.len() / 2);
-    let (first, low, high) = (high[0].first, search(low), search(high));
+    let (first, low, high) = (high[0][0].k, search(low), search(high));
     // A jump on a condition does not reach far enough.
     let over = u32::try_from(low.len()).expect("filters have some hundred instructions");
     let mut program = vec![

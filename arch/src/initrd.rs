@@ -1,12 +1,12 @@
 //! The initial RAM disk into guest memory, as every architecture places it.
 
 use std::fs::File;
+use std::io::{self, ErrorKind, Seek};
 use std::ops::Range;
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use crate::ArchError;
-use crate::contents::Contents;
 
 const PAGE: u64 = 0x1000;
 
@@ -14,14 +14,17 @@ const PAGE: u64 = 0x1000;
 /// it is and of how many bytes.
 pub(crate) fn load(
     memory: &GuestMemoryMmap,
-    initrd: &File,
+    initrd: &mut File,
     room: &Range<u64>,
 ) -> Result<(GuestAddress, u64), ArchError> {
-    let initrd =
-        Contents::of(initrd).map_err(|source| ArchError::Read { what: "initrd", source })?;
-    let size = initrd.len() as u64;
+    let read = |source| ArchError::Read { what: "initrd", source };
+    let size = initrd.metadata().map_err(read)?.len();
     let base = place(size, room).ok_or(ArchError::InitrdTooBig { size })?;
-    memory.write_slice(&initrd, base).map_err(ArchError::memory("the initrd", base))?;
+    let length = usize::try_from(size).map_err(|_| ArchError::InitrdTooBig { size })?;
+    initrd.rewind().map_err(read)?;
+    memory
+        .read_exact_volatile_from(base, initrd, length)
+        .map_err(|error| read(io::Error::new(ErrorKind::UnexpectedEof, error)))?;
     Ok((base, size))
 }
 

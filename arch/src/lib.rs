@@ -5,10 +5,10 @@
 //! architecture are pure, and tested on x86_64 hosts for all. What talks to KVM exists on its own
 //! architecture only.
 
-mod contents;
 pub mod error;
 pub mod fdt;
 mod initrd;
+mod kernel_file;
 pub mod kvm;
 pub mod machine;
 
@@ -63,7 +63,7 @@ pub trait Arch {
     fn after_vcpus(board: &mut Self::Board, vm: &VmFd, vcpus: u8) -> Result<(), ArchError>;
 
     /// Copies kernel and initrd into guest memory and says where the guest starts.
-    fn load(memory: &GuestMemoryMmap, boot: &BootFiles) -> Result<Entry, ArchError>;
+    fn load(memory: &GuestMemoryMmap, boot: &mut BootFiles) -> Result<Entry, ArchError>;
 
     /// Writes the tables from which the guest learns its command line, memory, processors and
     /// devices. Comes after [`Arch::load`].
@@ -118,19 +118,32 @@ pub trait Arch {
 #[cfg(target_arch = "x86_64")]
 pub type Host = x86_64::X86_64;
 #[cfg(all(target_arch = "x86_64", feature = "testing"))]
-pub use x86_64::{expected, payload, program};
+pub use x86_64::{expected, payload, peer, program};
 
 /// The architecture this build runs on.
 #[cfg(target_arch = "aarch64")]
 pub type Host = aarch64::Aarch64;
 #[cfg(all(target_arch = "aarch64", feature = "testing"))]
-pub use aarch64::{expected, payload, program};
+pub use aarch64::{expected, payload, peer, program};
 
 #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 compile_error!(
     "crate `arch` has no KVM backend for this target yet: implement `Arch` in its folder \
      and select it as `Host` in arch/src/lib.rs"
 );
+
+/// How QEMU is told to be a machine like ours.
+#[cfg(feature = "testing")]
+pub struct Qemu {
+    /// What it is called among the peers.
+    pub name: &'static str,
+    /// Its program.
+    pub program: &'static str,
+    /// Its argument `-M`.
+    pub machine: &'static str,
+    /// What Linux calls its serial port.
+    pub serial_port: &'static str,
+}
 
 /// An address below 4 GiB as a payload has it in its instructions.
 #[cfg(feature = "testing")]

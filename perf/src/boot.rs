@@ -1,4 +1,4 @@
-//! Guest boot to agent ready, beside other VMMs with Debian's kernel to init.
+//! Guest boot to agent ready, and with Debian's kernel to init, beside other VMMs with that.
 
 use std::fs;
 use std::io::{BufRead, BufReader};
@@ -16,7 +16,7 @@ use stats_alloc::Region;
 use vmm::vsock::HostStream;
 use vmm::{BalloonConfig, Metrics, ShareConfig, VmConfig, VmHandle, Vmm, VsockConfig};
 
-use crate::guest_time::{self, Guests};
+use crate::guest_time::{Guests, Watch};
 use crate::memory::OwnMemory;
 use crate::peer::{Kind, Peer};
 use crate::report::Report;
@@ -26,7 +26,7 @@ use crate::{ALLOCATOR, Options};
 
 /// Most instructions of host and guest until the agent is ready, in millions.
 const GOAL_INSTRUCTIONS_M: f64 = 350.0;
-/// Most of them outside the guest, with Debian's kernel, in millions.
+/// Most instructions outside the guest until Debian's kernel has started init, in millions.
 const GOAL_OUTSIDE_M: f64 = 60.0;
 /// Highest ratio of our boot with the tuned kernel to QEMU's with Debian's.
 const GOAL_BOOT_RATIO: f64 = 0.4;
@@ -38,7 +38,8 @@ const BOOT_TIMEOUT_MS: u16 = 60_000;
 pub struct Boot {
     /// Exits of all vCPUs to user space until ready.
     pub exits: u64,
-    /// How often the host process took memory from its heap until ready.
+    /// How often the host process's Rust code took memory from its heap, or made a piece of it larger, until
+    /// ready.
     pub allocations: usize,
     /// The host process's own memory, with the guest idle.
     pub memory: OwnMemory,
@@ -71,7 +72,8 @@ pub fn guest(image: &Path, verbose: bool) -> Result<()> {
         vm.stop();
         return Err(error.context(format!("the guest's end: {:?}", vm.wait())));
     }
-    let allocations = heap.change().allocations;
+    let taken = heap.change();
+    let allocations = taken.allocations + taken.reallocations;
     // The line is the moment the parent's clock stops; what follows is not part of the boot.
     println!("ready");
     let Metrics { exits, .. } = vm.metrics();
@@ -106,9 +108,13 @@ fn await_ready(vm: &VmHandle, agent: &UnixStream) -> Result<()> {
 /// Measures and adds the rows.
 pub fn measure(report: &mut Report, options: &Options) -> Result<()> {
     let Options { distro, tuned, runs, verbose, .. } = options;
-    // It takes a compiler to have it.
+    warm(distro)?;
     let tuned = Some(tuned).filter(|tuned| tuned.exists());
-    [Some(distro), tuned].into_iter().flatten().try_for_each(|image| warm(image))?;
+    match tuned {
+        Some(tuned) => warm(tuned)?,
+        // It takes minutes to compile one.
+        None => eprintln!("boot: there is no image of the tuned kernel, so no boot to the agent"),
+    }
     let peers: Vec<_> = options.peers().into_iter().filter(Peer::is_vmm).collect();
     let (kernel, initrd) = (distro.join("kernel"), vmm_peer::marker_initrd()?);
     let ours_to_init = || vmm_peer::ours_to_init(&kernel, initrd.path());
@@ -119,7 +125,8 @@ pub fn measure(report: &mut Report, options: &Options) -> Result<()> {
     // shared file system, and it waits for them for longer than it then runs.
     for run in 0..=*runs {
         // Alternating, so that whatever drifts does so for all.
-        let ready = tuned.map(|tuned| to_ready(tuned, *verbose)).transpose()?.map(|ready| ready.0);
+        let ready = tuned.map(|tuned| to_ready(tuned, *verbose, || Ok(()))).transpose()?;
+        let ready = ready.map(|(ready, ..)| ready);
         let init = ours_to_init()?;
         let ready_text =
             ready.map(|ready| format!("{ready:.1} ms to the agent, ")).unwrap_or_default();
@@ -141,36 +148,47 @@ pub fn measure(report: &mut Report, options: &Options) -> Result<()> {
     if report.counts_instructions() {
         let what = "instructions to agent, tuned kernel";
         report.samples(what, ("M", &with_tuned), Some(GOAL_INSTRUCTIONS_M));
-        let (_, ours) = guest_time::during(ours_to_init)?;
-        let ours_outside = outside(&with_distro, &ours)?;
+        let ours = watched(ours_to_init)?;
+        let ours_outside = outside(&with_distro, &ours);
         let what = "instructions outside the guest, distro kernel to init";
         report.alone(what, "M", ours_outside, Some(GOAL_OUTSIDE_M));
         for (peer, samples) in peers.iter().zip(&theirs) {
             let name = peer.to_string();
-            let (_, theirs) = guest_time::during(|| to_init(peer))?;
-            let theirs_outside = outside(samples, &theirs)?;
-            report.beside(what, ("M", ours_outside), (&name, theirs_outside), None);
-            let what = "exits of the guest, distro kernel to init";
+            let theirs = watched(|| to_init(peer))?;
+            let what = "instructions outside the guest beside a peer's";
+            report.beside(what, ("M", ours_outside), (&name, outside(samples, &theirs)), None);
             let exits = [&ours, &theirs].map(|guests| f64::from(guests.all_exits()));
+            let what = "exits of the guest, distro kernel to init";
             report.beside(what, ("exits", exits[0]), (&name, exits[1]), None);
-            let what = "exits to user space, distro kernel to init";
             let exits = [&ours, &theirs].map(|guests| f64::from(guests.exits_to_user));
+            let what = "exits to user space, distro kernel to init";
             report.beside(what, ("exits", exits[0]), (&name, exits[1]), None);
         }
     }
     Ok(())
 }
 
-/// How many milliseconds of the boots in `samples` went by outside the guest, which ran as `guests` says.
-fn outside(samples: &Samples, guests: &Guests) -> Result<f64> {
-    if guests.ms == 0.0 {
-        bail!("the trace says of no guest that it ran");
-    }
-    Ok(samples.spread().map_or(0.0, |all| all.median - guests.ms))
+/// What guests do in one more `boot`.
+fn watched(boot: impl FnOnce() -> Result<f64>) -> Result<Guests> {
+    let watch = Watch::start()?;
+    boot()?;
+    watch.stop()
 }
 
-/// Starts `coracle-perf guest` and gives the milliseconds until its agent was ready.
-pub fn to_ready(image: &Path, verbose: bool) -> Result<(f64, Boot)> {
+/// How many milliseconds of the boots in `samples` went by outside the guest, which ran as `guests` says.
+/// To note that costs time, so it is not done in those; half of what it costs, less than a hundredth of
+/// this, is taken for the guest's.
+fn outside(samples: &Samples, guests: &Guests) -> f64 {
+    samples.spread().map_or(0.0, |all| all.median - guests.ms)
+}
+
+/// Starts `coracle-perf guest` and gives the milliseconds until its agent was ready, and what `at_ready`
+/// gives then.
+pub fn to_ready<T>(
+    image: &Path,
+    verbose: bool,
+    at_ready: impl FnOnce() -> Result<T>,
+) -> Result<(f64, Boot, T)> {
     let program = std::env::current_exe()?;
     let mut command = Command::new(program);
     command.arg("guest").arg("--tuned").arg(image);
@@ -186,9 +204,10 @@ pub fn to_ready(image: &Path, verbose: bool) -> Result<(f64, Boot)> {
     if first != "ready" {
         bail!("the guest's process said {first:?}");
     }
+    let then = at_ready()?;
     let boot = serde_json::from_str(&lines.next().context("no figures")??)?;
     child.wait()?;
-    Ok((ready_ms, boot))
+    Ok((ready_ms, boot, then))
 }
 
 /// Reads an image once, so that no run pays for a cold page cache.

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context, Result, bail};
+use arch::peer::QEMU;
 use tempfile::NamedTempFile;
 
 /// What a line of the guest begins with that holds a figure: a name and a number follow.
@@ -113,10 +114,10 @@ impl Guest {
     }
 
     fn qemu(&self, device: Device<'_>) -> Result<Command> {
-        let mut command = Command::new("qemu-system-x86_64");
+        let mut command = Command::new(QEMU.program);
         command
             // Without ACPI, which the tuned kernel has not: it finds devices on its command line.
-            .args(["-M", "microvm,accel=kvm,rtc=on,acpi=off", "-cpu", "host", "-smp", "1"])
+            .args(["-M", &format!("{},acpi=off", QEMU.machine), "-cpu", "host", "-smp", "1"])
             .args(["-m", MEMORY_MIB, "-nodefaults", "-no-user-config", "-display", "none"])
             // Not the registers from before virtio 1.0, which are its default.
             .args(["-no-reboot", "-global", "virtio-mmio.force-legacy=false", "-serial", "stdio"])

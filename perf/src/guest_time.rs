@@ -37,22 +37,38 @@ impl Guests {
     }
 }
 
-/// What `body` gives, and what guests did meanwhile.
-pub fn during<T>(body: impl FnOnce() -> Result<T>) -> Result<(T, Guests)> {
-    if !Path::new(TRACING).join("trace").exists() {
-        mount(Some("tracefs"), TRACING, Some("tracefs"), MsFlags::empty(), None::<&str>)
-            .with_context(|| format!("mount {TRACING}"))?;
+/// What the host's KVM notes of guests, for as long as this is there.
+pub struct Watch(());
+
+impl Watch {
+    /// Begins to note.
+    pub fn start() -> Result<Self> {
+        if !Path::new(TRACING).join("trace").exists() {
+            mount(Some("tracefs"), TRACING, Some("tracefs"), MsFlags::empty(), None::<&str>)
+                .with_context(|| format!("mount {TRACING}"))?;
+        }
+        set("buffer_size_kb", BUFFER_KIB)?;
+        set("trace", "")?;
+        let watch = Watch(());
+        enable(true)?;
+        Ok(watch)
     }
-    set("buffer_size_kb", BUFFER_KIB)?;
-    set("trace", "")?;
-    enable(true)?;
-    let result = body();
-    enable(false)?;
-    let path = Path::new(TRACING).join("trace");
-    let trace = fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
-    // The smallest there is.
-    set("buffer_size_kb", "1")?;
-    Ok((result?, guests(&trace)?))
+
+    /// What guests did since then.
+    pub fn stop(self) -> Result<Guests> {
+        enable(false)?;
+        let path = Path::new(TRACING).join("trace");
+        let trace =
+            fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
+        guests(&trace)
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        // The smallest there is. What fails here was reported where it was begun.
+        let _ = enable(false).and_then(|()| set("buffer_size_kb", "1"));
+    }
 }
 
 fn enable(is_wanted: bool) -> Result<()> {
@@ -94,6 +110,9 @@ fn guests(trace: &str) -> Result<Guests> {
             }
             _ => {}
         }
+    }
+    if guests.exits.is_empty() {
+        bail!("the trace says of no guest that it ran");
     }
     Ok(guests)
 }
@@ -139,6 +158,11 @@ mod tests {
         let error = guests(&TRACE.replace("6/6", "6/9")).unwrap_err().to_string();
 
         assert_eq!(error, "the trace lost events: 6/9");
+    }
+
+    #[test]
+    fn a_trace_without_a_guest_gives_no_figure() {
+        assert!(guests("# entries-in-buffer/entries-written: 0/0   #P:1\n").is_err());
     }
 
     #[test]

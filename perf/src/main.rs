@@ -27,7 +27,7 @@ use std::alloc::System;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use arch::expected;
+use arch::peer::QEMU;
 use clap::{Parser, Subcommand};
 use stats_alloc::{INSTRUMENTED_SYSTEM, StatsAlloc};
 
@@ -37,7 +37,7 @@ use crate::peer::Peer;
 use crate::report::Report;
 
 /// Programs whose versions say what was compared.
-const PROGRAMS: [&str; 4] = ["coracle", "runc", "crun", expected::QEMU.1];
+const PROGRAMS: [&str; 4] = ["coracle", "runc", "crun", QEMU.program];
 
 /// Counts what a guest's process takes from its heap.
 #[global_allocator]
@@ -81,7 +81,7 @@ struct Options {
 enum Measurement {
     /// Boot, costs, start, exec, phases, memory, density, idle and parallel; the others take long.
     All,
-    /// Guest boot to agent ready, beside other VMMs to init.
+    /// Guest boot to agent ready, and to init beside other VMMs: time, and exits in the counting lab.
     Boot,
     /// What repeats on a busy machine until the agent is ready: exits, system calls, allocations, memory
     /// touched.
@@ -96,7 +96,7 @@ enum Measurement {
     Stdio,
     /// What each of several idle containers costs the host.
     Density,
-    /// How often the threads of an idle container wake up.
+    /// How often the threads of an idle container wake up, and its guest is left.
     Idle,
     /// Fifty containers that start at once.
     Parallel,

@@ -5,7 +5,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use arch::expected;
+use arch::peer::QEMU;
 
 /// What a peer is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -16,7 +16,7 @@ pub enum Kind {
     Crun,
     /// Containers in virtual machines; started by an engine only.
     Kata,
-    /// QEMU's machine that is closest to ours, as [`expected::QEMU`] says.
+    /// QEMU's machine that is closest to ours, as [`QEMU`] says.
     Qemu,
     /// A VMM.
     Firecracker,
@@ -29,13 +29,13 @@ const KINDS: [(&str, &str, Kind); 6] = [
     ("runc", "runc", Kind::Runc),
     ("crun", "crun", Kind::Crun),
     ("kata", "containerd-shim-kata-v2", Kind::Kata),
-    (expected::QEMU.0, expected::QEMU.1, Kind::Qemu),
+    (QEMU.name, QEMU.program, Kind::Qemu),
     ("firecracker", "firecracker", Kind::Firecracker),
     ("cloud-hypervisor", "cloud-hypervisor", Kind::CloudHypervisor),
 ];
 
 /// Those that measurements stand beside if nobody names others.
-const USUAL: [&str; 2] = ["runc", expected::QEMU.0];
+const USUAL: [&str; 2] = ["runc", QEMU.name];
 
 /// One peer.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -90,7 +90,7 @@ impl Report {
     /// Adds a figure that stands alone; `target` is in its unit.
     pub fn alone(&mut self, name: &str, unit: &'static str, ours: f64, target: Option<f64>) {
         let row = self.row(name, unit, ours, target);
-        self.rows.push(row);
+        self.rows.push(Row { runs: 1, ..row });
     }
 
     /// Adds a figure of which each run gave a pair. What is said of each side is its median, and the

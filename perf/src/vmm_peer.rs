@@ -9,7 +9,8 @@ use std::process::{Command, Stdio};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
-use arch::expected;
+use arch::peer::QEMU;
+use arch::{Arch, Host};
 use serde_json::json;
 use tempfile::NamedTempFile;
 
@@ -18,6 +19,9 @@ use crate::peer::{Kind, Peer};
 
 /// What the peer's init says.
 const MARKER: &str = "init-is-here";
+
+/// What every kernel is told beside what `coracle-vmm` tells its own.
+const WORDS: &str = "quiet reboot=t";
 
 /// Guest memory, in MiB.
 const MEMORY_MIB: u32 = 256;
@@ -41,14 +45,7 @@ pub fn to_init(peer: &Peer, kernel: &Path, initrd: &Path) -> Result<f64> {
 pub fn ours_to_init(kernel: &Path, initrd: &Path) -> Result<f64> {
     let mut command = Command::new(coracle_vmm()?);
     command
-        .args([
-            "--console",
-            "--serial",
-            "--memory",
-            &MEMORY_MIB.to_string(),
-            "--cmdline",
-            &cmdline(),
-        ])
+        .args(["--console", "--serial", "--memory", &MEMORY_MIB.to_string(), "--cmdline", WORDS])
         .arg("--kernel")
         .arg(kernel)
         .arg("--initrd")
@@ -63,15 +60,14 @@ pub fn coracle_vmm() -> Result<PathBuf> {
     Ok(if sibling.exists() { sibling } else { PROGRAM.into() })
 }
 
-/// What every kernel is told.
+/// What a peer's kernel is told: what ours is, so that it skips the same.
 fn cmdline() -> String {
-    format!("console={} quiet panic=-1 reboot=t", expected::SERIAL_PORT)
+    format!("{} console={} {WORDS}", Host::DEFAULT_CMDLINE, QEMU.serial_port)
 }
 
 fn qemu(command: &mut Command, kernel: &Path, initrd: &Path) {
     command
-        .args(expected::QEMU.2)
-        .args(["-cpu", "host", "-smp", "1", "-m", &MEMORY_MIB.to_string()])
+        .args(["-M", QEMU.machine, "-cpu", "host", "-smp", "1", "-m", &MEMORY_MIB.to_string()])
         .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"])
         .args(["-serial", "stdio", "-append", &cmdline()])
         .arg("-kernel")
@@ -127,7 +123,7 @@ pub fn marker_initrd() -> Result<NamedTempFile> {
         fs::create_dir(tree.path().join(directory))?;
     }
     fs::copy("/bin/busybox", tree.path().join("bin/busybox"))
-        .context("/bin/busybox of busybox-static is the peer's init")?;
+        .context("/bin/busybox of busybox-static is init")?;
     let init = format!(
         "#!/bin/busybox sh\n/bin/busybox mount -t devtmpfs dev /dev\n\
          echo {MARKER} > /dev/console\nexec /bin/busybox sleep 1000\n"

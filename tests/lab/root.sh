@@ -22,7 +22,7 @@ packages=(
   "$qemu_package"
 )
 
-stamp=$(sha256sum "${BASH_SOURCE[0]}" | cut -c1-16)
+stamp=$(cat "${BASH_SOURCE[0]}" - <<< "${packages[*]}" | sha256sum | cut -c1-16)
 [ "$(cat "$folder.stamp" 2>/dev/null)" = "$stamp" ] && exit
 command -v mmdebstrap >/dev/null || { echo "lab: no mmdebstrap: run 'make setup'" >&2; exit 2; }
 codename=$(debian_codename)

@@ -12,7 +12,7 @@ use vm_memory::GuestMemoryMmap;
 
 use crate::attachment::Slots;
 use crate::check::{check_memory, parent};
-use crate::config::{BootConfig, VmConfig};
+use crate::config::{BootConfig, MemoryBacking, VmConfig};
 use crate::confinement::Confinement;
 use crate::console::ConsoleLog;
 use crate::control::Control;
@@ -60,22 +60,39 @@ impl Vmm {
     /// Opens and builds everything `config` names. The guest does not run yet.
     #[expect(clippy::needless_pass_by_value, reason = "one configuration makes one machine")]
     pub fn new(config: VmConfig) -> Result<Vmm, Error> {
+        let mut memory_file = None;
+        let built = Vmm::build(&config, &mut memory_file);
+        // Whoever tries again wants it made again.
+        if let (Err(_), Some(path)) = (&built, memory_file) {
+            let _ = std::fs::remove_file(path);
+        }
+        built
+    }
+
+    /// Does what [`Vmm::new`] says, and says whether it made a file for the memory.
+    fn build<'a>(config: &'a VmConfig, memory_file: &mut Option<&'a Path>) -> Result<Vmm, Error> {
         let started_ns = now_ns();
         config.validate()?;
         if config.seccomp && !seccomp::is_available() {
             return Err(Error::NoFilter);
         }
         check_memory(&config.memory)?;
-        Confinement::check(&config)?;
-        let boot = open_boot_files(&config.boot)?;
+        Confinement::check(config)?;
+        let mut boot = open_boot_files(&config.boot)?;
         let load = |memory: &GuestMemoryMmap| {
-            Host::load(memory, &boot)
+            Host::load(memory, &mut boot)
                 .map_err(|source| Error::LoadKernel { path: config.boot.kernel.clone(), source })
         };
-        let store = || Store::create(&config.memory.backing);
-        let (mut vmm, entry) = Vmm::assemble(&config, started_ns, store, load)?;
+        let store = || {
+            let store = Store::create(&config.memory.backing)?;
+            if let MemoryBacking::File(path) = &config.memory.backing {
+                *memory_file = Some(path);
+            }
+            Ok(store)
+        };
+        let (mut vmm, entry) = Vmm::assemble(config, started_ns, store, load)?;
 
-        vmm.describe(&config, entry)?;
+        vmm.describe(config, entry)?;
         for (index, vcpu) in (0..).zip(vmm.vcpus.iter().chain(&vmm.spare_vcpus)) {
             vmm.reset_vcpu(vcpu, index, (index == 0).then_some(&entry))?;
         }
@@ -128,20 +145,19 @@ impl Vmm {
         fill: impl FnOnce(&GuestMemoryMmap) -> Result<T, Error> + Send,
     ) -> Result<(Vmm, T), Error> {
         let mut record = Record { started_ns, ..Record::default() };
-        // First, because a host without KVM must not be left with a file for memory.
         let kvm = open_kvm()?;
         let mut map = Host::memory_map(u64::from(config.memory.size_mib) << 20);
         let mut ram = GuestRam::allocate(&map, &config.memory, store()?)?;
         let memory = ram.memory().clone();
         let (filled, core) = beside(
-            || build_jail(config).and_then(|jail| Ok((jail, fill(&memory)?))),
-            || Core::create(&kvm, config, &mut map, &mut ram).map(|core| (core, now_ns())),
+            || build_jail(config).and_then(|jail| Ok((jail, fill(&memory)?, now_ns()))),
+            || Core::create(&kvm, config, &mut map, &mut ram),
         )
         .map_err(|source| Error::Start { what: "a thread", source })?;
-        let (core, machine_ns) = core?;
-        let (jail, filled) = filled?;
-        record.machine_ns = machine_ns;
-        record.loaded_ns = now_ns();
+        let core = core?;
+        let (jail, filled, loaded_ns) = filled?;
+        record.loaded_ns = loaded_ns;
+        record.machine_ns = now_ns();
 
         let console = peripherals::open_console(&config.console)?;
         let (window, gsis) = (&map.device_window, &Host::device_gsis());
@@ -305,7 +321,7 @@ fn build_jail(config: &VmConfig) -> Result<Option<Arc<Jail>>, Error> {
     }
     let shares = config.shares.iter().map(|share| share.path.as_path());
     let socket = config.vsock.as_ref().and_then(|vsock| vsock.socket.as_deref());
-    Ok(Some(Arc::new(Jail::build(shares, socket.map(parent))?)))
+    Ok(Some(Arc::new(Jail::build_around_this_thread(shares, socket.map(parent))?)))
 }
 
 fn open_boot_files(boot: &BootConfig) -> Result<BootFiles, Error> {

@@ -83,11 +83,11 @@ fn check_boot(config: &VmConfig, found: &mut Vec<ConfigError>) {
             None
         }
     };
-    let Some(files) = opened.filter(|_| found.is_empty()) else { return };
+    let Some(mut files) = opened.filter(|_| found.is_empty()) else { return };
     let map = Host::memory_map(u64::from(config.memory.size_mib) << 20);
     found.extend(match GuestRam::allocate(&map, &config.memory, Store::anonymous()) {
         Ok(ram) => {
-            let loaded = Host::load(ram.memory(), &files);
+            let loaded = Host::load(ram.memory(), &mut files);
             loaded.err().map(|error| refusal("boot.kernel", chain(&error)))
         }
         Err(error) => Some(refusal("memory.size_mib", chain(&error))),

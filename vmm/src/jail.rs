@@ -29,7 +29,7 @@ const DESCRIPTORS: &str = "/proc/self/fd";
 /// here it is empty.
 const MOUNTS: &str = "/proc/self/mountinfo";
 
-/// Address space of the stack of a thread that is there for a moment.
+/// Address space of the stack of a thread that is there for a moment, and may unpack a kernel.
 const STACK_BYTES: usize = 256 << 10;
 
 /// The folder with the unix sockets that the guest can connect to.
@@ -78,10 +78,10 @@ impl Jail {
         has(CapabilitySet::SYS_ADMIN | CapabilitySet::SYS_CHROOT)
     }
 
-    /// Builds a jail around the calling thread, which had better be one for this. In it `directories`,
-    /// with everything mounted in them, are at [`Jail::path_of`] their positions, and the files of the
-    /// folder `sockets` are at [`Jail::socket_path`].
-    pub fn build<'a>(
+    /// Builds a jail around the calling thread, which stays there: it should be one that is there for
+    /// this. In the jail `directories`, with everything mounted in them, are at [`Jail::path_of`] their
+    /// positions, and the files of the folder `sockets` are at [`Jail::socket_path`].
+    pub fn build_around_this_thread<'a>(
         directories: impl Iterator<Item = &'a Path>,
         sockets: Option<&Path>,
     ) -> Result<Self, JailError> {
@@ -139,6 +139,7 @@ pub fn beside<A: Send, B>(
     })
 }
 
+/// See [`Jail::build_around_this_thread`].
 fn build(directories: &[&Path], sockets: Option<&Path>) -> Result<Jail, JailError> {
     let step = |step| move |source| JailError::Build { step, source };
     let refused = |step| move |error: nix::Error| JailError::Build { step, source: error.into() };
@@ -218,7 +219,7 @@ mod tests {
         directories: impl Iterator<Item = &'a Path> + Send,
         sockets: Option<&Path>,
     ) -> Result<Jail, JailError> {
-        beside(|| Jail::build(directories, sockets), || ()).unwrap().0
+        beside(|| Jail::build_around_this_thread(directories, sockets), || ()).unwrap().0
     }
 
     fn names(path: &str) -> BTreeSet<String> {
@@ -327,7 +328,7 @@ mod tests {
 
     #[test]
     #[ignore = "needs root"]
-    fn whoever_builds_a_jail_stays_outside() {
+    fn the_thread_that_starts_the_builder_stays_outside() {
         let before = fs::read_link("/proc/thread-self/ns/mnt").unwrap();
 
         build_in_thread(iter::empty(), None).unwrap();

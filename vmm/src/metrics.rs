@@ -15,11 +15,11 @@ const MAX_ADDRESSES: usize = 64;
 pub struct Metrics {
     /// When [`crate::Vmm::new`] was called, in nanoseconds of CLOCK_MONOTONIC.
     pub started_ns: u64,
-    /// When KVM's machine, its vCPUs and guest RAM were there, on the same clock.
-    pub machine_ns: u64,
-    /// When what is done beside that was done, too, on the same clock: the kernel and the initrd are in
-    /// guest RAM, and the jail is there.
+    /// When the kernel and the initrd were in guest RAM, on the same clock, which is done beside what
+    /// comes next.
     pub loaded_ns: u64,
+    /// When KVM's machine, its vCPUs, guest RAM, what is in it, and the jail were there, on the same clock.
+    pub machine_ns: u64,
     /// When every device was open and had its place, on the same clock.
     pub devices_ns: u64,
     /// When the machine was complete, on the same clock.
@@ -81,10 +81,10 @@ impl ExitCounts {
 pub struct Record {
     /// See [`Metrics::started_ns`].
     pub started_ns: u64,
-    /// See [`Metrics::machine_ns`].
-    pub machine_ns: u64,
     /// See [`Metrics::loaded_ns`].
     pub loaded_ns: u64,
+    /// See [`Metrics::machine_ns`].
+    pub machine_ns: u64,
     /// See [`Metrics::devices_ns`].
     pub devices_ns: u64,
     /// See [`Metrics::built_ns`].
@@ -99,8 +99,8 @@ impl Record {
         let devices = self.activities.iter();
         Metrics {
             started_ns: self.started_ns,
-            machine_ns: self.machine_ns,
             loaded_ns: self.loaded_ns,
+            machine_ns: self.machine_ns,
             devices_ns: self.devices_ns,
             built_ns: self.built_ns,
             devices: devices

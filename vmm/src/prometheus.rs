@@ -36,8 +36,8 @@ impl Metrics {
         let help = "When the boot passed this stage, since its begin.";
         family(&mut text, "boot_seconds", "gauge", help);
         let stages = [
-            ("machine", self.machine_ns),
             ("loaded", self.loaded_ns),
+            ("machine", self.machine_ns),
             ("devices", self.devices_ns),
             ("built", self.built_ns),
             ("first_entry", self.first_entry_ns),

@@ -2,11 +2,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::env::consts::ARCH;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::{fs, ptr};
 
 use libc::{c_int, c_long};
 use libseccomp::ScmpSyscall;
+use seccompiler::compile_from_json;
 use serde_json::Value;
 
 use super::*;
@@ -26,11 +27,15 @@ const X32: c_long = 0x4000_0000;
 /// Stands for a signal to the process itself, whose pid only the process knows.
 const OWN_ABORT: c_long = -1;
 
+/// The file with the rules.
+fn path() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("seccomp").join(format!("{ARCH}.json"))
+}
+
 /// The rules of each kind of threads, as they were written down.
 fn rules() -> BTreeMap<String, Vec<Value>> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("seccomp").join(format!("{ARCH}.json"));
     let kinds: BTreeMap<String, Value> =
-        serde_json::from_str(&fs::read_to_string(path).unwrap()).unwrap();
+        serde_json::from_str(&fs::read_to_string(path()).unwrap()).unwrap();
     kinds.into_iter().map(|(k, v)| (k, v["filter"].as_array().unwrap().clone())).collect()
 }
 
@@ -90,6 +95,75 @@ fn a_system_call_that_is_not_listed_kills() {
             .collect();
 
         assert!(survived.is_empty(), "{kind:?}: {survived:?}");
+    }
+}
+
+/// What the kernel does by `program` with a system call: the value that it returns
+/// (Documentation/networking/filter.rst).
+fn verdict(program: &[sock_filter], arch: u32, number: u32, arguments: [u64; 6]) -> u32 {
+    // struct seccomp_data.
+    let mut data = [number.to_le_bytes(), arch.to_le_bytes()].concat();
+    data.extend([0; 8]);
+    data.extend(arguments.iter().flat_map(|argument| argument.to_le_bytes()));
+    let (mut at, mut value) = (0, 0);
+    loop {
+        let step = &program[at];
+        at += 1;
+        let mut branch = |is_true| at += usize::from(if is_true { step.jt } else { step.jf });
+        match step.code {
+            0x20 => {
+                let offset = usize::try_from(step.k).unwrap();
+                value = u32::from_le_bytes(data[offset..offset + 4].try_into().unwrap());
+            }
+            0x54 => value &= step.k,
+            0x05 => at += usize::try_from(step.k).unwrap(),
+            0x15 => branch(value == step.k),
+            0x25 => branch(value > step.k),
+            0x35 => branch(value >= step.k),
+            0x06 => return step.k,
+            code => panic!("an instruction of code {code:#x}"),
+        }
+    }
+}
+
+/// Arguments of system calls: those of rules, and their neighbours.
+fn all_arguments(rules: &[Value]) -> Vec<[u64; 6]> {
+    let mut all = vec![[0; 6], [u64::MAX; 6]];
+    for rule in rules {
+        for off in [0, 1, u64::MAX, 1 << 32] {
+            let mut arguments = [0; 6];
+            for condition in rule["args"].as_array().into_iter().flatten() {
+                let index = usize::try_from(condition["index"].as_u64().unwrap()).unwrap();
+                arguments[index] = condition["val"].as_u64().unwrap().wrapping_add(off);
+            }
+            all.push(arguments);
+        }
+    }
+    all
+}
+
+#[test]
+fn the_search_trees_say_what_the_filters_of_seccompiler_say() {
+    let arch = ARCH.try_into().unwrap();
+    let plain = compile_from_json(fs::File::open(path()).unwrap(), arch).unwrap();
+    let rules = rules();
+    for kind in KINDS {
+        let all_arguments = all_arguments(&rules[kind.name()]);
+        let (tree, plain) = (FILTERS.as_ref().unwrap().of(kind), &plain[kind.name()]);
+        let own = plain.iter().find(|step| step.code == 0x15).unwrap().k;
+        let numbers = (0..512).flat_map(|number| [number, number | 0x4000_0000]);
+
+        for number in numbers.chain([u32::MAX, u32::MAX - 1]) {
+            for &arguments in &all_arguments {
+                for arch in [own, own ^ 1] {
+                    assert_eq!(
+                        verdict(tree, arch, number, arguments),
+                        verdict(plain, arch, number, arguments),
+                        "{kind:?}: {number} {arguments:x?} of {arch:#x}"
+                    );
+                }
+            }
+        }
     }
 }
 

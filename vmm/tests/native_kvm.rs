@@ -4,11 +4,12 @@
 mod driver;
 mod payload;
 
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use driver::Driver;
 use payload::{END, HANG, Payload, end, print, print_alphabet_for_ever, reach_devices};
-use tempfile::NamedTempFile;
+use tempfile::{NamedTempFile, TempDir};
 use vmm::{
     ConsoleOutput, DiskConfig, Error, Exit, MemoryBacking, NetConfig, SavedMemory, ShareConfig,
     Sharing, VhostUse, VmConfig, VmHandle, Vmm, VsockConfig,
@@ -158,6 +159,27 @@ fn a_text_file_is_no_kernel() {
 
 #[test]
 #[ignore = "needs /dev/kvm"]
+fn a_machine_that_is_not_built_leaves_no_file_for_its_memory() {
+    let (folder, text) = (TempDir::new().unwrap(), NamedTempFile::new().unwrap());
+    let path = folder.path().join("memory");
+    let with_memory = |kernel: &Path| {
+        let mut config = VmConfig::new(kernel.to_owned());
+        config.memory.backing = MemoryBacking::File(path.clone());
+        config
+    };
+
+    assert!(Vmm::new(with_memory(text.path())).is_err());
+
+    assert!(!path.exists());
+    let payload = Payload::of(&[END.to_vec()]);
+    Vmm::new(with_memory(&payload.config().boot.kernel)).unwrap();
+    // It is another machine's now.
+    assert!(Vmm::new(with_memory(&payload.config().boot.kernel)).is_err());
+    assert!(path.exists());
+}
+
+#[test]
+#[ignore = "needs /dev/kvm"]
 fn a_tap_that_does_not_exist_is_an_error_and_hurts_no_other_machine() {
     let running = Payload::of(&[HANG.to_vec()]);
     let vm = start(running.config());
@@ -179,7 +201,7 @@ fn a_tap_that_does_not_exist_is_an_error_and_hurts_no_other_machine() {
 fn a_guest_that_breaks_every_device_can_reset_and_use_each() {
     let disk = NamedTempFile::new().unwrap();
     disk.as_file().set_len(1 << 20).unwrap();
-    let share = tempfile::TempDir::new().unwrap();
+    let share = TempDir::new().unwrap();
     // In the order of their windows: console, entropy, socket, disk, share, network.
     let queues = [1, 0, 1, 0, 1, 1];
     let mut code = vec![reach_devices()];

@@ -139,7 +139,10 @@ fn no_file_takes_the_place_of_a_standard_stream_that_is_closed() {
         "exec \"$0\" --kernel \"$1\" 0<&- 1>&- 2>&-",
         env!("CARGO_BIN_EXE_coracle-vmm"),
     ]);
-    let mut program = command.arg(payload.config().boot.kernel).spawn().unwrap();
+    command.arg(payload.config().boot.kernel);
+    // None of the shell's own is what is looked for.
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut program = command.spawn().unwrap();
     let wanted = [0, 1, 2].map(|_| Some(PathBuf::from("/dev/null")));
     let stream = |number| fs::read_link(format!("/proc/{}/fd/{number}", program.id())).ok();
     let streams = || [0, 1, 2].map(stream);

@@ -2,14 +2,14 @@
 //! (Documentation/arch/arm64/booting.rst).
 #![cfg(target_arch = "aarch64")]
 
-use std::io::{self, Read};
+use std::fs::File;
+use std::io::{self, Read, Seek};
 
 use flate2::read::GzDecoder;
 use linux_loader::loader::pe::arm64_image_header;
 use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion};
 
 use super::layout;
-use crate::contents::Contents;
 use crate::machine::{BootFiles, Entry, Protocol};
 use crate::{ArchError, initrd};
 
@@ -25,26 +25,25 @@ const OLD_TEXT_OFFSET: u64 = 0x8_0000;
 /// What is unpacked at a time.
 const CHUNK_BYTES: usize = 256 << 10;
 
+/// A kernel file, however it is packed.
+enum Kernel<'a> {
+    Plain(&'a mut File),
+    Packed(GzDecoder<&'a mut File>),
+}
+
 /// Loads what `boot` names.
-pub fn load(memory: &GuestMemoryMmap, boot: &BootFiles) -> Result<Entry, ArchError> {
+pub fn load(memory: &GuestMemoryMmap, boot: &mut BootFiles) -> Result<Entry, ArchError> {
     if boot.protocol == Some(Protocol::Pvh) {
         let found = "whatever it is, this processor has no PVH";
         return Err(ArchError::NotAKernel { found, accepted: ACCEPTED });
     }
     let ram_end = memory.find_region(layout::RAM).map_or(0, |ram| layout::RAM.0 + ram.len());
-    let file = Contents::of(&boot.kernel).map_err(unreadable)?;
-    let is_packed = file.starts_with(&GZIP);
-    let header = if is_packed { header(GzDecoder::new(&*file)) } else { header(&*file) };
-    let (start, size) = place(&header?)?;
+    let mut kernel = Kernel::open(&mut boot.kernel)?;
+    let (start, size) = place(&kernel.header()?)?;
     check_room(start, size, ram_end)?;
-    let end = if is_packed {
-        unpack(&file, memory, start, ram_end)?
-    } else {
-        copy(&file, memory, start, ram_end)?
-    };
-    let end = end.max(start.0 + size);
+    let end = kernel.load(memory, start, ram_end)?.max(start.0 + size);
     let room = end..ram_end.min(layout::INITRD_END);
-    let initrd = boot.initrd.as_ref().map(|file| initrd::load(memory, file, &room)).transpose()?;
+    let initrd = boot.initrd.as_mut().map(|file| initrd::load(memory, file, &room)).transpose()?;
     Ok(Entry { address: start, initrd, protocol: Protocol::Linux })
 }
 
@@ -65,37 +64,66 @@ fn place(header: &arm64_image_header) -> Result<(GuestAddress, u64), ArchError> 
     }
 }
 
-/// The header of the Image that `file` begins with.
-fn header(mut file: impl Read) -> Result<arm64_image_header, ArchError> {
-    let mut header = arm64_image_header::default();
-    let length = read_up_to(&mut file, header.as_mut_slice()).map_err(unreadable)?;
-    if length < size_of_val(&header) {
-        let found = "a file too short for a kernel";
-        return Err(ArchError::NotAKernel { found, accepted: ACCEPTED });
+impl<'a> Kernel<'a> {
+    fn open(file: &'a mut File) -> Result<Self, ArchError> {
+        let mut head = [0; GZIP.len()];
+        let length =
+            file.rewind().and_then(|()| read_up_to(file, &mut head)).map_err(unreadable)?;
+        if head[..length] == GZIP { Self::packed(file) } else { Ok(Self::Plain(file)) }
     }
-    Ok(header)
-}
 
-/// Copies the Image in `file` to `start`, and says where it ends.
-fn copy(
-    file: &[u8],
-    memory: &GuestMemoryMmap,
-    start: GuestAddress,
-    ram_end: u64,
-) -> Result<u64, ArchError> {
-    let size = file.len() as u64;
-    check_room(start, size, ram_end)?;
-    memory.write_slice(file, start).map_err(ArchError::memory("the kernel", start))?;
-    Ok(start.0 + size)
+    fn packed(file: &'a mut File) -> Result<Self, ArchError> {
+        file.rewind().map_err(unreadable)?;
+        Ok(Self::Packed(GzDecoder::new(file)))
+    }
+
+    /// The Image's header, from the start of the file; what comes next is read by [`Kernel::load`].
+    fn header(&mut self) -> Result<arm64_image_header, ArchError> {
+        let mut header = arm64_image_header::default();
+        let length = match self {
+            Self::Plain(file) => {
+                file.rewind().and_then(|()| read_up_to(file, header.as_mut_slice()))
+            }
+            Self::Packed(file) => read_up_to(file, header.as_mut_slice()),
+        };
+        if length.map_err(unreadable)? < size_of_val(&header) {
+            let found = "a file too short for a kernel";
+            return Err(ArchError::NotAKernel { found, accepted: ACCEPTED });
+        }
+        Ok(header)
+    }
+
+    /// Puts the whole Image at `start`, and says where the file ends there.
+    fn load(
+        self,
+        memory: &GuestMemoryMmap,
+        start: GuestAddress,
+        ram_end: u64,
+    ) -> Result<u64, ArchError> {
+        match self {
+            Self::Plain(file) => {
+                let size = file.metadata().map_err(unreadable)?.len();
+                check_room(start, size, ram_end)?;
+                file.rewind().map_err(unreadable)?;
+                let length = usize::try_from(size).expect("it fits in RAM");
+                memory.read_exact_volatile_from(start, file, length).map_err(|error| {
+                    unreadable(io::Error::new(io::ErrorKind::UnexpectedEof, error))
+                })?;
+                Ok(start.0 + size)
+            }
+            Self::Packed(file) => unpack(file.into_inner(), memory, start, ram_end),
+        }
+    }
 }
 
 /// Unpacks `file` to `start`, as far as there is RAM, and says where it ends.
 fn unpack(
-    file: &[u8],
+    file: &mut File,
     memory: &GuestMemoryMmap,
     start: GuestAddress,
     ram_end: u64,
 ) -> Result<u64, ArchError> {
+    file.rewind().map_err(unreadable)?;
     let mut unpacked = GzDecoder::new(file);
     let mut chunk = vec![0; CHUNK_BYTES];
     let mut size = 0;
@@ -140,7 +168,6 @@ fn unreadable(source: io::Error) -> ArchError {
 
 #[cfg(test)]
 mod tests {
-    use std::fs::File;
     use std::io::Write;
 
     use flate2::Compression;
@@ -179,8 +206,8 @@ mod tests {
     ) -> Result<(Entry, GuestMemoryMmap), ArchError> {
         let memory = GuestMemoryMmap::from_ranges(&[(layout::RAM, RAM)]).unwrap();
         let initrd = initrd.map(file);
-        let boot = BootFiles { kernel: file(kernel), initrd, protocol: None };
-        load(&memory, &boot).map(|entry| (entry, memory))
+        let mut boot = BootFiles { kernel: file(kernel), initrd, protocol: None };
+        load(&memory, &mut boot).map(|entry| (entry, memory))
     }
 
     #[test]

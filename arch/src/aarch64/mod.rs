@@ -8,6 +8,9 @@ pub mod layout;
 #[path = "testing/payload.rs"]
 pub mod payload;
 #[cfg(feature = "testing")]
+#[path = "testing/peer.rs"]
+pub mod peer;
+#[cfg(feature = "testing")]
 #[path = "testing/program.rs"]
 pub mod program;
 pub mod tables;
@@ -67,7 +70,7 @@ mod host {
             gic.finish(vcpus)
         }
 
-        fn load(memory: &GuestMemoryMmap, boot: &BootFiles) -> Result<Entry, ArchError> {
+        fn load(memory: &GuestMemoryMmap, boot: &mut BootFiles) -> Result<Entry, ArchError> {
             boot::load(memory, boot)
         }
 

@@ -1,8 +1,6 @@
 //! Kernel and initrd into guest memory: an ELF kernel or a bzImage, entered in 64-bit mode or by PVH.
 #![cfg(target_arch = "x86_64")]
 
-use std::io::Cursor;
-
 use linux_loader::loader::bootparam::setup_header;
 use linux_loader::loader::elf::PvhBootCapability;
 use linux_loader::loader::{BzImage, Elf, KernelLoader, KernelLoaderResult};
@@ -11,7 +9,7 @@ use vm_memory::{ByteValued, GuestAddress, GuestMemory, GuestMemoryMmap, GuestMem
 use super::layout;
 use super::tables::zero_page;
 use super::vcpu::segments;
-use crate::contents::Contents;
+use crate::kernel_file::KernelFile;
 use crate::machine::{BootFiles, Entry, Protocol};
 use crate::{ArchError, initrd};
 
@@ -48,17 +46,17 @@ struct Loaded {
 }
 
 /// Loads what `boot` names, and what the first vCPU needs to run it.
-pub fn load(memory: &GuestMemoryMmap, boot: &BootFiles) -> Result<Entry, ArchError> {
+pub fn load(memory: &GuestMemoryMmap, boot: &mut BootFiles) -> Result<Entry, ArchError> {
     let ram_end = memory.find_region(layout::HIGH_RAM).map_or(0, |ram| ram.len());
-    let file =
-        Contents::of(&boot.kernel).map_err(|source| ArchError::Read { what: "kernel", source })?;
-    let kernel = match identify(&file)? {
-        Format::Elf => load_elf(memory, &file, ram_end, boot.protocol)?,
+    let mut file = KernelFile::open(&boot.kernel)
+        .map_err(|source| ArchError::Read { what: "kernel", source })?;
+    let kernel = match identify(file.head())? {
+        Format::Elf => load_elf(memory, &mut file, ram_end, boot.protocol)?,
         Format::BzImage if boot.protocol == Some(Protocol::Pvh) => {
             let found = "a bzImage, which is not entered by PVH";
             return Err(ArchError::NotAKernel { found, accepted: ACCEPTED_BY_PVH });
         }
-        Format::BzImage => load_bzimage(memory, &file, ram_end)?,
+        Format::BzImage => load_bzimage(memory, &mut file, ram_end)?,
     };
     if kernel.end > ram_end {
         return Err(ArchError::KernelTooBig {
@@ -67,34 +65,34 @@ pub fn load(memory: &GuestMemoryMmap, boot: &BootFiles) -> Result<Entry, ArchErr
         });
     }
     let room = kernel.end..ram_end.min(kernel.initrd_max.saturating_add(1));
-    let initrd = boot.initrd.as_ref().map(|file| initrd::load(memory, file, &room)).transpose()?;
+    let initrd = boot.initrd.as_mut().map(|file| initrd::load(memory, file, &room)).transpose()?;
     zero_page::write_header(memory, kernel.header.as_slice())?;
     segments::write(memory)?;
     Ok(Entry { address: kernel.entry, initrd, protocol: kernel.protocol })
 }
 
-/// The format of a file.
-fn identify(file: &[u8]) -> Result<Format, ArchError> {
+/// The format of the file that begins with `head`.
+fn identify(head: &[u8]) -> Result<Format, ArchError> {
     const EM_X86_64: u16 = 62;
-    let byte = |at: usize| file.get(at).copied().unwrap_or(0);
+    let byte = |at: usize| head.get(at).copied().unwrap_or(0);
     let word = |at: usize| u16::from_le_bytes([byte(at), byte(at + 1)]);
-    let found = if file.starts_with(b"\x7fELF") {
+    let found = if head.starts_with(b"\x7fELF") {
         let (class, machine) = (byte(4), word(18));
         match (class, machine) {
             (2, EM_X86_64) => return Ok(Format::Elf),
             (2, _) => "an ELF file for another processor",
             _ => "a 32-bit ELF file",
         }
-    } else if file.get(0x202..0x206) == Some(b"HdrS") {
+    } else if head.get(0x202..0x206) == Some(b"HdrS") {
         if word(0x206) >= PROTOCOL_2_12 && word(0x236) & XLF_KERNEL_64 != 0 {
             return Ok(Format::BzImage);
         }
         "a bzImage without a 64-bit entry"
-    } else if file.get(0x38..0x3c) == Some(b"ARM\x64") {
+    } else if head.get(0x38..0x3c) == Some(b"ARM\x64") {
         "an arm64 Image"
-    } else if file.starts_with(b"\x1f\x8b") {
+    } else if head.starts_with(b"\x1f\x8b") {
         "a gzip file"
-    } else if file.is_empty() {
+    } else if head.is_empty() {
         "an empty file"
     } else {
         "a file of another kind"
@@ -104,11 +102,11 @@ fn identify(file: &[u8]) -> Result<Format, ArchError> {
 
 fn load_elf(
     memory: &GuestMemoryMmap,
-    kernel: &[u8],
+    kernel: &mut KernelFile<'_>,
     ram_end: u64,
     wanted: Option<Protocol>,
 ) -> Result<Loaded, ArchError> {
-    let loaded = Elf::load(memory, None, &mut Cursor::new(kernel), Some(layout::HIGH_RAM))
+    let loaded = Elf::load(memory, None, kernel, Some(layout::HIGH_RAM))
         .map_err(|source| ArchError::LoadKernel { ram_mib: ram_end >> 20, source })?;
     let (entry, protocol) = elf_entry(&loaded, wanted)?;
     Ok(Loaded {
@@ -160,10 +158,10 @@ fn vmlinux_header() -> setup_header {
 
 fn load_bzimage(
     memory: &GuestMemoryMmap,
-    kernel: &[u8],
+    kernel: &mut KernelFile<'_>,
     ram_end: u64,
 ) -> Result<Loaded, ArchError> {
-    let loaded = BzImage::load(memory, None, &mut Cursor::new(kernel), Some(layout::HIGH_RAM))
+    let loaded = BzImage::load(memory, None, kernel, Some(layout::HIGH_RAM))
         .map_err(|source| ArchError::LoadKernel { ram_mib: ram_end >> 20, source })?;
     let header = loaded.setup_header.expect("a bzImage has a setup header");
     // It unpacks itself at its preferred address, and needs `init_size` bytes from there on.
@@ -267,11 +265,11 @@ mod tests {
 
     fn load_files(kernel: &[u8], initrd: Option<&[u8]>) -> Result<Entry, ArchError> {
         let kernel = file(kernel);
-        load(&memory(), &BootFiles { kernel, initrd: initrd.map(file), protocol: None })
+        load(&memory(), &mut BootFiles { kernel, initrd: initrd.map(file), protocol: None })
     }
 
     fn load_by(protocol: Option<Protocol>, kernel: &[u8]) -> Result<Entry, ArchError> {
-        load(&memory(), &BootFiles { kernel: file(kernel), initrd: None, protocol })
+        load(&memory(), &mut BootFiles { kernel: file(kernel), initrd: None, protocol })
     }
 
     const PVH_ENTRY: u32 = 0x100_0100;
@@ -333,9 +331,9 @@ mod tests {
     #[test]
     fn the_code_of_a_bzimage_is_loaded() {
         let memory = memory();
-        let boot = BootFiles { kernel: file(&bzimage(1 << 20)), initrd: None, protocol: None };
+        let mut boot = BootFiles { kernel: file(&bzimage(1 << 20)), initrd: None, protocol: None };
 
-        load(&memory, &boot).unwrap();
+        load(&memory, &mut boot).unwrap();
 
         assert_eq!(memory.read_obj::<u8>(GuestAddress(0x10_0000)).unwrap(), 0xf4);
     }

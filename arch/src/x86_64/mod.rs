@@ -8,6 +8,9 @@ pub mod layout;
 #[path = "testing/payload.rs"]
 pub mod payload;
 #[cfg(feature = "testing")]
+#[path = "testing/peer.rs"]
+pub mod peer;
+#[cfg(feature = "testing")]
 #[path = "testing/program.rs"]
 pub mod program;
 #[cfg(target_arch = "x86_64")]
@@ -83,7 +86,7 @@ mod host {
             Ok(()) // KVM's APICs come with the vCPUs
         }
 
-        fn load(memory: &GuestMemoryMmap, boot: &BootFiles) -> Result<Entry, ArchError> {
+        fn load(memory: &GuestMemoryMmap, boot: &mut BootFiles) -> Result<Entry, ArchError> {
             boot::load(memory, boot)
         }
 

@@ -34,8 +34,8 @@ impl Guest {
     pub fn boot(&mut self, code: &[u8]) -> Entry {
         let mut kernel = tempfile::tempfile().unwrap();
         kernel.write_all(&payload::kernel(code)).unwrap();
-        let boot = BootFiles { kernel, initrd: None, protocol: None };
-        let entry = Host::load(&self.memory, &boot).unwrap();
+        let mut boot = BootFiles { kernel, initrd: None, protocol: None };
+        let entry = Host::load(&self.memory, &mut boot).unwrap();
         let vcpus = u8::try_from(self.vcpus.len()).unwrap();
         let machine = Machine { vcpus, cmdline: "quiet", entry, devices: &[] };
         Host::describe(&self.board, &self.memory, &machine).unwrap();

@@ -7,8 +7,9 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 
 use super::{Background, Bundle, Runtime, rest};
+use crate::Options;
+use crate::guest_time::Watch;
 use crate::report::Report;
-use crate::{Options, guest_time};
 
 /// Most wake-ups a second that we are content with: none, to the nearest whole number. Once a minute the
 /// guest's kernel asks the host for entropy.
@@ -18,24 +19,17 @@ const SETTLE: Duration = Duration::from_secs(120);
 /// How long its threads are watched.
 const WATCH: Duration = Duration::from_secs(120);
 
-/// Measures and adds the row.
+/// Measures and adds the rows.
 pub fn measure(report: &mut Report, options: &Options) -> Result<()> {
     let bundle = Bundle::new(&options.tuned, &["sleep", "1000000"])?;
     let container = Background::start(&Runtime::coracle(&bundle), &bundle)?;
     let pid = container.pid()?;
     rest(SETTLE);
+    let watch = report.counts_instructions().then(Watch::start).transpose()?;
     let before = wake_ups(pid)?;
-    let exits = if report.counts_instructions() {
-        let ((), guests) = guest_time::during(|| {
-            rest(WATCH);
-            Ok(())
-        })?;
-        Some(f64::from(guests.all_exits()))
-    } else {
-        rest(WATCH);
-        None
-    };
+    rest(WATCH);
     let after = wake_ups(pid)?;
+    let guests = watch.map(Watch::stop).transpose()?;
     let mut all = 0;
     for (thread, count) in &after {
         let more = count - before.get(thread).unwrap_or(&0);
@@ -46,8 +40,9 @@ pub fn measure(report: &mut Report, options: &Options) -> Result<()> {
     }
     let per_second = f64::from(all) / WATCH.as_secs_f64();
     report.alone("wake-ups while the guest is idle", "1/s", per_second, Some(GOAL));
-    if let Some(exits) = exits {
-        report.alone("exits while the guest is idle", "1/s", exits / WATCH.as_secs_f64(), None);
+    if let Some(guests) = guests {
+        let per_second = f64::from(guests.all_exits()) / WATCH.as_secs_f64();
+        report.alone("exits while the guest is idle", "1/s", per_second, None);
     }
     Ok(())
 }

@@ -348,12 +348,11 @@ fn start_machine(
 /// Ends the phases of a machine up to the first instruction of its guest.
 fn end_machine(phases: &mut Phases, vm: &VmHandle, origin: &Origin) {
     let metrics = vm.metrics();
-    phases.end_at("create the machine", metrics.machine_ns);
-    let (beside, last) = match origin {
-        Origin::Template(_) => ("wait for the jail", "restore the machine"),
-        Origin::Boot(_) => ("load the kernel", "create the processors"),
+    let (first, last) = match origin {
+        Origin::Template(_) => ("create the machine", "restore the machine"),
+        Origin::Boot(_) => ("create the machine and load the kernel", "create the processors"),
     };
-    phases.end_at(beside, metrics.loaded_ns);
+    phases.end_at(first, metrics.machine_ns);
     phases.end_at("create the devices", metrics.devices_ns);
     phases.end_at(last, metrics.built_ns);
     phases.end("start the threads");

@@ -16,10 +16,3 @@ pub const PROTOCOLS: &[Protocol] = &[Protocol::Linux];
 
 /// What its virtio device number 3 may be called.
 pub const DEVICE_3: &[&str] = &["10003000.virtio_mmio"];
-
-/// QEMU's machine that is closest to ours: what it is called here, its program, and its arguments.
-pub const QEMU: (&str, &str, &[&str]) =
-    ("qemu-virt", "qemu-system-aarch64", &["-M", "virt,accel=kvm,gic-version=host"]);
-
-/// What its kernel calls the first serial port.
-pub const SERIAL_PORT: &str = "ttyAMA0";

@@ -31,11 +31,3 @@ pub const PROTOCOLS: &[Protocol] = &[Protocol::Linux, Protocol::Pvh];
 
 /// What its virtio device number 3 may be called.
 pub const DEVICE_3: &[&str] = &["virtio-mmio.3", "LNRO0005:03"];
-
-/// QEMU's machine that is closest to ours: what it is called here, its program, and its arguments. It has
-/// the clock that KVM guests get by default nowhere else: Debian's kernel waits 1.2 s for it.
-pub const QEMU: (&str, &str, &[&str]) =
-    ("qemu-microvm", "qemu-system-x86_64", &["-M", "microvm,accel=kvm,rtc=on"]);
-
-/// What its kernel calls the first serial port.
-pub const SERIAL_PORT: &str = "ttyS0";
