@@ -41,11 +41,20 @@ pub fn to_init(peer: &Peer, kernel: &Path, initrd: &Path) -> Result<f64> {
     until_marker(&mut command)
 }
 
-/// Milliseconds from the start of `coracle-vmm` to the line of the same init.
+/// Milliseconds from the start of `coracle-vmm` to the line of the same init, with the same devices: none
+/// but a serial port.
 pub fn ours_to_init(kernel: &Path, initrd: &Path) -> Result<f64> {
     let mut command = Command::new(coracle_vmm()?);
     command
-        .args(["--console", "--serial", "--memory", &MEMORY_MIB.to_string(), "--cmdline", WORDS])
+        .args([
+            "--console",
+            "--serial",
+            "--no-rng",
+            "--memory",
+            &MEMORY_MIB.to_string(),
+            "--cmdline",
+            WORDS,
+        ])
         .arg("--kernel")
         .arg(kernel)
         .arg("--initrd")
