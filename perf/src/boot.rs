@@ -118,7 +118,7 @@ pub fn measure(report: &mut Report, options: &Options) -> Result<()> {
     let peers: Vec<_> = options.peers().into_iter().filter(Peer::is_vmm).collect();
     let (kernel, initrd) = (distro.join("kernel"), vmm_peer::marker_initrd()?);
     let ours_to_init = || vmm_peer::ours_to_init(&kernel, initrd.path());
-    let to_init = |peer| vmm_peer::to_init(peer, &kernel, initrd.path());
+    let to_init = |peer: &Peer| vmm_peer::to_init(peer, &kernel, initrd.path());
     let (mut with_tuned, mut with_distro) = (Samples::default(), Samples::default());
     let mut theirs = vec![Samples::default(); peers.len()];
     // The first round is not counted: the peer's binary and libraries come from the lab's slow
@@ -131,7 +131,7 @@ pub fn measure(report: &mut Report, options: &Options) -> Result<()> {
         let ready_text =
             ready.map(|ready| format!("{ready:.1} ms to the agent, ")).unwrap_or_default();
         eprintln!("boot: run {run} of {runs}: {ready_text}{init:.1} ms to init");
-        let peers = peers.iter().map(to_init).collect::<Result<Vec<_>>>()?;
+        let peers = peers.iter().map(&to_init).collect::<Result<Vec<_>>>()?;
         if run > 0 {
             ready.into_iter().for_each(|value| with_tuned.add(value));
             with_distro.add(init);
@@ -148,22 +148,33 @@ pub fn measure(report: &mut Report, options: &Options) -> Result<()> {
     if report.counts_instructions() {
         let what = "instructions to agent, tuned kernel";
         report.samples(what, ("M", &with_tuned), Some(GOAL_INSTRUCTIONS_M));
-        let ours = watched(ours_to_init)?;
-        let ours_outside = outside(&with_distro, &ours);
-        let what = "instructions outside the guest, distro kernel to init";
-        report.alone(what, "M", ours_outside, Some(GOAL_OUTSIDE_M));
-        for (peer, samples) in peers.iter().zip(&theirs) {
-            let name = peer.to_string();
-            let theirs = watched(|| to_init(peer))?;
-            let what = "instructions outside the guest beside a peer's";
-            report.beside(what, ("M", ours_outside), (&name, outside(samples, &theirs)), None);
-            let exits = [&ours, &theirs].map(|guests| f64::from(guests.all_exits()));
-            let what = "exits of the guest, distro kernel to init";
-            report.beside(what, ("exits", exits[0]), (&name, exits[1]), None);
-            let exits = [&ours, &theirs].map(|guests| f64::from(guests.exits_to_user));
-            let what = "exits to user space, distro kernel to init";
-            report.beside(what, ("exits", exits[0]), (&name, exits[1]), None);
-        }
+        add_watched(report, (&with_distro, ours_to_init), (&peers, &theirs, to_init))?;
+    }
+    Ok(())
+}
+
+/// Adds what the host's KVM notes of one more boot of ours and of each peer, beside the samples of those
+/// that it noted nothing of.
+fn add_watched(
+    report: &mut Report,
+    (our_samples, ours_to_init): (&Samples, impl FnOnce() -> Result<f64>),
+    (peers, peer_samples, to_init): (&[Peer], &[Samples], impl Fn(&Peer) -> Result<f64>),
+) -> Result<()> {
+    let ours = watched(ours_to_init)?;
+    let ours_outside = outside(our_samples, &ours);
+    let what = "instructions outside the guest, distro kernel to init";
+    report.alone(what, "M", ours_outside, Some(GOAL_OUTSIDE_M));
+    for (peer, samples) in peers.iter().zip(peer_samples) {
+        let name = peer.to_string();
+        let theirs = watched(|| to_init(peer))?;
+        let what = "instructions outside the guest beside a peer's";
+        report.beside(what, ("M", ours_outside), (&name, outside(samples, &theirs)), None);
+        let exits = [&ours, &theirs].map(|guests| f64::from(guests.all_exits()));
+        let what = "exits of the guest, distro kernel to init";
+        report.beside(what, ("exits", exits[0]), (&name, exits[1]), None);
+        let exits = [&ours, &theirs].map(|guests| f64::from(guests.exits_to_user));
+        let what = "exits to user space, distro kernel to init";
+        report.beside(what, ("exits", exits[0]), (&name, exits[1]), None);
     }
     Ok(())
 }
