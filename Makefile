@@ -114,7 +114,7 @@ endif
 ## perf/report.json and the plots beside it. The start of a machine is measured here, where its guest
 ## needs no lab. For another architecture only boots, to perf/ARCH.
 ifdef FOREIGN
-perf: build
+perf:
 	@$(MAKE) --no-print-directory guest KERNEL=distro
 	@tests/lab/cross.sh $(ARCH) cargo build --release --package coracle-perf --bins
 	@$(COUNTING) LAB_OUTPUT=$(CURDIR)/perf/$(ARCH) $(LAB) run 'coracle-perf boot --output "$$LAB_RESULTS"'

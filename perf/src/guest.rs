@@ -11,6 +11,8 @@ use anyhow::{Context, Result, bail};
 use arch::peer::QEMU;
 use tempfile::NamedTempFile;
 
+use crate::vmm_peer::coracle_vmm;
+
 /// What a line of the guest begins with that holds a figure: a name and a number follow.
 const FIGURE: &str = "FIGURE";
 /// The guest's last word.
@@ -77,7 +79,7 @@ impl Guest {
     /// Starts it on `machine`.
     pub fn start(&self, machine: Machine, device: Device<'_>) -> Result<Running> {
         let mut command = match machine {
-            Machine::Coracle => self.coracle(device),
+            Machine::Coracle => self.coracle(device)?,
             Machine::Qemu => self.qemu(device)?,
         };
         let child = command
@@ -88,8 +90,8 @@ impl Guest {
         Ok(Running { child })
     }
 
-    fn coracle(&self, device: Device<'_>) -> Command {
-        let mut command = Command::new("coracle-vmm");
+    fn coracle(&self, device: Device<'_>) -> Result<Command> {
+        let mut command = Command::new(coracle_vmm()?);
         command.args(["--console", "--memory", MEMORY_MIB, "--cmdline", "rdinit=/init"]);
         command.arg("--kernel").arg(&self.kernel).arg("--initrd").arg(self.initrd.path());
         match device {
@@ -110,7 +112,7 @@ impl Guest {
             }
             Device::None => &mut command,
         };
-        command
+        Ok(command)
     }
 
     fn qemu(&self, device: Device<'_>) -> Result<Command> {

@@ -85,8 +85,48 @@ impl Jail {
         directories: impl Iterator<Item = &'a Path>,
         sockets: Option<&Path>,
     ) -> Result<Self, JailError> {
-        let directories: Vec<_> = directories.collect();
-        build(&directories, sockets)
+        let step = |step| move |source| JailError::Build { step, source };
+        let refused =
+            |step| move |error: nix::Error| JailError::Build { step, source: error.into() };
+        unshare(CloneFlags::CLONE_FS | CloneFlags::CLONE_NEWNS)
+            .map_err(refused("leave the mount namespace"))?;
+        let namespace =
+            File::open("/proc/thread-self/ns/mnt").map_err(step("open the mount namespace"))?;
+        // Now, because only what was opened in this namespace can be bound in it, and the site hides
+        // what is below it.
+        let directories: Vec<_> = directories.map(open_directory).collect::<Result<_, _>>()?;
+        let sockets = sockets.map(open_directory).transpose()?;
+        // Slaves: what the host mounts and unmounts in a shared directory goes on showing there.
+        change("/", MsFlags::MS_REC | MsFlags::MS_SLAVE)
+            .map_err(refused("keep mounts from the host"))?;
+        let is_empty = directories.is_empty() && sockets.is_none();
+        let flags = if is_empty { SEALED } else { MsFlags::empty() };
+        mount(Some("jail"), SITE, Some("tmpfs"), flags, Some(OPTIONS))
+            .map_err(refused("mount the jail's root"))?;
+
+        if !directories.is_empty() {
+            bind(DESCRIPTORS, DESCRIPTORS).map_err(step("keep the names of open files"))?;
+            File::create(format!("{SITE}{MOUNTS}"))
+                .map_err(step("make an empty list of mounts"))?;
+        }
+        for (index, directory) in directories.iter().enumerate() {
+            let source = format!("{DESCRIPTORS}/{}", directory.as_raw_fd());
+            bind(&source, &Jail::path_of(index).to_string_lossy())
+                .map_err(step("keep a shared directory"))?;
+        }
+        if let Some(sockets) = sockets {
+            bind_sockets(&sockets).map_err(step("keep the folder of the sockets"))?;
+        }
+
+        chdir(SITE).map_err(refused("go to the jail"))?;
+        // The old root comes to lie on the new one, and is taken off it (pivot_root(2), NOTES).
+        pivot_root(".", ".").map_err(refused("make the jail the root directory"))?;
+        umount2(".", MntFlags::MNT_DETACH).map_err(refused("unmount the host's file systems"))?;
+        if !is_empty {
+            change("/", MsFlags::MS_REMOUNT | SEALED).map_err(refused("seal the jail"))?;
+        }
+        let root = open_directory(Path::new("/"))?;
+        Ok(Jail { namespace, root })
     }
 
     /// Where in the jail the directory is that was the `index`th when it was built.
@@ -113,7 +153,7 @@ impl Jail {
 
     /// What `body` gives in the jail.
     pub fn run<T: Send>(&self, body: impl FnOnce() -> T + Send) -> io::Result<T> {
-        beside(|| self.enter().map(|()| body()), || ())?.0
+        in_thread(|| self.enter().map(|()| body()))?
     }
 }
 
@@ -123,6 +163,11 @@ fn open_directory(path: &Path) -> Result<File, JailError> {
         .custom_flags(libc::O_PATH | libc::O_DIRECTORY)
         .open(path)
         .map_err(|source| JailError::Open { path: path.to_owned(), source })
+}
+
+/// What `body` gives in a thread of its own.
+fn in_thread<T: Send>(body: impl FnOnce() -> T + Send) -> io::Result<T> {
+    beside(body, || ()).map(|(given, ())| given)
 }
 
 /// What `body` gives in a thread of its own, and what `meanwhile` gives in this one at the same time.
@@ -137,51 +182,6 @@ pub fn beside<A: Send, B>(
         let there = thread.join().map_err(|_| io::Error::other("the thread died"))?;
         Ok((there, here))
     })
-}
-
-/// See [`Jail::build_around_this_thread`].
-fn build(directories: &[&Path], sockets: Option<&Path>) -> Result<Jail, JailError> {
-    let step = |step| move |source| JailError::Build { step, source };
-    let refused = |step| move |error: nix::Error| JailError::Build { step, source: error.into() };
-    unshare(CloneFlags::CLONE_FS | CloneFlags::CLONE_NEWNS)
-        .map_err(refused("leave the mount namespace"))?;
-    let namespace =
-        File::open("/proc/thread-self/ns/mnt").map_err(step("open the mount namespace"))?;
-    // Now, because only what was opened in this namespace can be bound in it, and the site hides
-    // what is below it.
-    let directories: Vec<_> =
-        directories.iter().map(|path| open_directory(path)).collect::<Result<_, _>>()?;
-    let sockets = sockets.map(open_directory).transpose()?;
-    // Slaves: what the host mounts and unmounts in a shared directory goes on showing there.
-    change("/", MsFlags::MS_REC | MsFlags::MS_SLAVE)
-        .map_err(refused("keep mounts from the host"))?;
-    let is_empty = directories.is_empty() && sockets.is_none();
-    let flags = if is_empty { SEALED } else { MsFlags::empty() };
-    mount(Some("jail"), SITE, Some("tmpfs"), flags, Some(OPTIONS))
-        .map_err(refused("mount the jail's root"))?;
-
-    if !directories.is_empty() {
-        bind(DESCRIPTORS, DESCRIPTORS).map_err(step("keep the names of open files"))?;
-        File::create(format!("{SITE}{MOUNTS}")).map_err(step("make an empty list of mounts"))?;
-    }
-    for (index, directory) in directories.iter().enumerate() {
-        let source = format!("{DESCRIPTORS}/{}", directory.as_raw_fd());
-        bind(&source, &Jail::path_of(index).to_string_lossy())
-            .map_err(step("keep a shared directory"))?;
-    }
-    if let Some(sockets) = sockets {
-        bind_sockets(&sockets).map_err(step("keep the folder of the sockets"))?;
-    }
-
-    chdir(SITE).map_err(refused("go to the jail"))?;
-    // The old root comes to lie on the new one, and is taken off it (pivot_root(2), NOTES).
-    pivot_root(".", ".").map_err(refused("make the jail the root directory"))?;
-    umount2(".", MntFlags::MNT_DETACH).map_err(refused("unmount the host's file systems"))?;
-    if !is_empty {
-        change("/", MsFlags::MS_REMOUNT | SEALED).map_err(refused("seal the jail"))?;
-    }
-    let root = open_directory(Path::new("/"))?;
-    Ok(Jail { namespace, root })
 }
 
 /// Binds `source` and everything mounted in it where the jail has `target`, which is made.
@@ -219,7 +219,7 @@ mod tests {
         directories: impl Iterator<Item = &'a Path> + Send,
         sockets: Option<&Path>,
     ) -> Result<Jail, JailError> {
-        beside(|| Jail::build_around_this_thread(directories, sockets), || ()).unwrap().0
+        in_thread(|| Jail::build_around_this_thread(directories, sockets)).unwrap()
     }
 
     fn names(path: &str) -> BTreeSet<String> {
@@ -307,19 +307,16 @@ mod tests {
     fn a_process_in_a_chroot_gets_the_same_jail() {
         let (host, folder) = (TempDir::new().unwrap(), TempDir::new().unwrap());
 
-        let ((root, shared), ()) = beside(
-            || {
-                unshare(CloneFlags::CLONE_FS | CloneFlags::CLONE_NEWNS).unwrap();
-                change("/", MsFlags::MS_REC | MsFlags::MS_PRIVATE).unwrap();
-                let all = MsFlags::MS_BIND | MsFlags::MS_REC;
-                mount(Some("/"), host.path(), None::<&str>, all, None::<&str>).unwrap();
-                chroot(host.path()).unwrap();
-                chdir("/").unwrap();
-                let jail = build_in_thread(iter::once(folder.path()), None).unwrap();
-                jail.run(|| (names("/"), names("/share"))).unwrap()
-            },
-            || (),
-        )
+        let (root, shared) = in_thread(|| {
+            unshare(CloneFlags::CLONE_FS | CloneFlags::CLONE_NEWNS).unwrap();
+            change("/", MsFlags::MS_REC | MsFlags::MS_PRIVATE).unwrap();
+            let all = MsFlags::MS_BIND | MsFlags::MS_REC;
+            mount(Some("/"), host.path(), None::<&str>, all, None::<&str>).unwrap();
+            chroot(host.path()).unwrap();
+            chdir("/").unwrap();
+            let jail = build_in_thread(iter::once(folder.path()), None).unwrap();
+            jail.run(|| (names("/"), names("/share"))).unwrap()
+        })
         .unwrap();
 
         assert_eq!(root, ["proc", "share"].map(String::from).into());

@@ -147,11 +147,12 @@ fn the_search_trees_say_what_the_filters_of_seccompiler_say() {
     let arch = ARCH.try_into().unwrap();
     let plain = compile_from_json(fs::File::open(path()).unwrap(), arch).unwrap();
     let rules = rules();
+    let x32 = u32::try_from(X32).unwrap();
     for kind in KINDS {
         let all_arguments = all_arguments(&rules[kind.name()]);
         let (tree, plain) = (FILTERS.as_ref().unwrap().of(kind), &plain[kind.name()]);
         let own = plain.iter().find(|step| step.code == 0x15).unwrap().k;
-        let numbers = (0..512).flat_map(|number| [number, number | 0x4000_0000]);
+        let numbers = (0..CALLS.unsigned_abs()).flat_map(|number| [number, number | x32]);
 
         for number in numbers.chain([u32::MAX, u32::MAX - 1]) {
             for &arguments in &all_arguments {

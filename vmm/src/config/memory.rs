@@ -34,7 +34,8 @@ pub enum MemoryBacking {
     Anonymous,
     /// In a file without a name, which goes with its last descriptor.
     Memfd,
-    /// In this file, which is made and must not exist yet, and which is left behind.
+    /// In this file, which is made and must not exist yet, and which a machine that was built
+    /// leaves behind.
     File(PathBuf),
 }
 
