@@ -3,6 +3,7 @@
 //! The layout is the kernel's `Documentation/arch/x86/boot.rst`.
 
 use crate::compression;
+use crate::elf;
 
 const SETUP_SECTORS: usize = 0x1f1;
 const MAGIC: usize = 0x202;
@@ -44,25 +45,33 @@ pub enum Error {
         /// Length that the kernel build recorded, in bytes.
         announced: usize,
     },
-    /// The payload is not an ELF file.
-    #[error("the payload is not an ELF file")]
-    NotElf,
+    /// The payload is too short to end with its length.
+    #[error("the payload is empty")]
+    Empty,
+    /// The payload is not a whole ELF file.
+    #[error("look at the payload")]
+    NotElf(#[from] elf::Malformed),
 }
 
-/// The ELF kernel within `image`, which is a bzImage or already that kernel.
+/// The ELF kernel within `image`, which is a bzImage or already that kernel, without needless zeros.
 pub fn vmlinux(image: &[u8]) -> Result<Vec<u8>, Error> {
     if image.starts_with(ELF) {
-        return Ok(image.to_vec());
+        return trimmed(image.to_vec());
     }
     let payload = payload(image)?;
     // The build appends the unpacked length to every form that does not carry it itself.
-    let (packed, announced) = payload.split_last_chunk::<4>().ok_or(Error::NotElf)?;
+    let (packed, announced) = payload.split_last_chunk::<4>().ok_or(Error::Empty)?;
     let kernel = compression::decompress(packed)?;
     let announced = u32::from_le_bytes(*announced) as usize;
     if kernel.len() != announced {
         return Err(Error::WrongSize { actual: kernel.len(), announced });
     }
-    if kernel.starts_with(ELF) { Ok(kernel) } else { Err(Error::NotElf) }
+    trimmed(kernel)
+}
+
+fn trimmed(mut kernel: Vec<u8>) -> Result<Vec<u8>, Error> {
+    elf::leave_zeros_out(&mut kernel)?;
+    Ok(kernel)
 }
 
 fn payload(image: &[u8]) -> Result<&[u8], Error> {
@@ -91,9 +100,13 @@ fn bytes<const N: usize>(image: &[u8], at: usize) -> Option<[u8; N]> {
 mod tests {
     use super::*;
     use crate::compression::testing::lz4_legacy;
+    use object::elf::PT_LOAD;
 
-    const KERNEL: &[u8] = b"\x7fELF the kernel itself, as the linker wrote it";
     const PAYLOAD_AT: u32 = 100;
+
+    fn kernel() -> Vec<u8> {
+        elf::testing::kernel(&[(PT_LOAD, b"the kernel itself")])
+    }
 
     /// A bzImage with two setup sectors whose payload is `packed`.
     fn image(packed: &[u8], unpacked_length: usize) -> Vec<u8> {
@@ -113,27 +126,32 @@ mod tests {
 
     #[test]
     fn the_payload_is_unpacked() {
-        let image = image(&lz4_legacy(KERNEL), KERNEL.len());
+        let image = image(&lz4_legacy(&kernel()), kernel().len());
 
-        assert_eq!(vmlinux(&image).unwrap(), KERNEL);
+        assert_eq!(vmlinux(&image).unwrap(), kernel());
     }
 
     #[test]
-    fn an_elf_kernel_is_left_alone() {
-        assert_eq!(vmlinux(KERNEL).unwrap(), KERNEL);
+    fn an_elf_kernel_is_taken_as_it_is_but_for_zeros() {
+        let with_zeros = elf::testing::kernel(&[(PT_LOAD, b"data\0\0")]);
+
+        let kernel = vmlinux(&with_zeros).unwrap();
+
+        assert_eq!(kernel.len(), with_zeros.len());
+        assert_ne!(kernel, with_zeros);
     }
 
     #[test]
     fn a_wrong_length_is_noticed() {
-        let image = image(&lz4_legacy(KERNEL), KERNEL.len() + 1);
+        let image = image(&lz4_legacy(&kernel()), kernel().len() + 1);
 
         assert!(matches!(vmlinux(&image), Err(Error::WrongSize { .. })));
     }
 
     #[test]
     fn a_payload_past_the_end_is_noticed() {
-        let mut image = image(&lz4_legacy(KERNEL), KERNEL.len());
-        image.truncate(image.len() - KERNEL.len());
+        let mut image = image(&lz4_legacy(&kernel()), kernel().len());
+        image.truncate(image.len() - kernel().len());
 
         assert!(matches!(vmlinux(&image), Err(Error::PayloadOutside { .. })));
     }
@@ -143,7 +161,7 @@ mod tests {
         let text = b"a text that is long enough to be packed";
         let image = image(&lz4_legacy(text), text.len());
 
-        assert!(matches!(vmlinux(&image), Err(Error::NotElf)));
+        assert!(matches!(vmlinux(&image), Err(Error::NotElf(_))));
     }
 
     #[test]
@@ -153,7 +171,7 @@ mod tests {
 
     #[test]
     fn every_cut_of_an_image_is_an_error_and_no_panic() {
-        let image = image(&lz4_legacy(KERNEL), KERNEL.len());
+        let image = image(&lz4_legacy(&kernel()), kernel().len());
 
         let cut = image.len() - b"what follows the payload".len() - 1;
 

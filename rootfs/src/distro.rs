@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::{fs, io};
 
 /// Part of each entry's name: raised when an entry is made in another way than before.
-const RECIPE: u32 = 3;
+const RECIPE: u32 = 4;
 
 /// Why there is no distribution kernel.
 #[derive(Debug, thiserror::Error)]

@@ -7,6 +7,7 @@ mod compile;
 mod compression;
 mod debian;
 mod distro;
+mod elf;
 mod fragment;
 mod initrd;
 mod kernel;
