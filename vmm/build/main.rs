@@ -2,10 +2,13 @@
 //!
 //! seccompiler's filters compare the number of a call with one number after the other. When a filter is
 //! installed, Linux tries every number there is on it, which is most of what that takes. So a filter here
-//! is a search tree, with seccompiler's filters of a few calls as its leaves.
+//! is a search tree, with seccompiler's filters of a few calls as its leaves, and without what those
+//! repeat.
 //!
 //! An architecture without a file in `seccomp/` gets no filters at all, which the program can tell
 //! from filters that allow everything.
+
+mod shorten;
 
 use std::collections::BTreeMap;
 use std::env;
@@ -16,6 +19,7 @@ use std::path::Path;
 
 use seccompiler::{BpfProgram, TargetArch, compile_from_json, sock_filter};
 use serde_json::{Value, json};
+use shorten::shorten;
 
 /// Kinds of threads, as the JSON files and the fields of `Filters` call them.
 const KINDS: [&str; 4] = ["vcpu", "vmm", "io", "main"];
@@ -103,6 +107,7 @@ fn tree(filter: &Value, arch: TargetArch) -> Result<BpfProgram, Box<dyn Error>> 
     let (heads, leaves): (Vec<_>, Vec<_>) = leaves.into_iter().unzip();
     let mut program = heads.into_iter().next().ok_or("no rules")?;
     program.extend(search(&leaves));
+    let program = shorten(&program)?;
     if program.len() > MAX_INSTRUCTIONS {
         return Err(format!("{} instructions, more than Linux takes", program.len()).into());
     }
