@@ -1,9 +1,24 @@
 //! Finds what a container must not leave on the host.
 
 use std::fs;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::RESULT_TIMEOUT;
+
+/// Fails with the list of what is still there when a test has been done with it for a while.
+pub fn assert_nothing_left() {
+    let deadline = Instant::now() + RESULT_TIMEOUT;
+    let mut left = leftovers();
+    while !left.is_empty() && Instant::now() < deadline {
+        thread::sleep(Duration::from_millis(200));
+        left = leftovers();
+    }
+    assert!(left.is_empty(), "left behind: {left:#?}");
+}
 
 /// Processes, mounts, taps, cgroups and state folders of Coracle that exist right now.
-pub fn leftovers() -> Vec<String> {
+fn leftovers() -> Vec<String> {
     let mut found = Vec::new();
     for entry in fs::read_dir("/proc").expect("/proc is mounted").flatten() {
         let executable = fs::read_link(entry.path().join("exe")).unwrap_or_default();

@@ -11,4 +11,4 @@ pub mod comparison;
 pub use bundle::{Bundle, RESULT_TIMEOUT, rootfs};
 pub use command::{Outcome, coracle, docker, run, shell};
 pub use container::Container;
-pub use leftovers::leftovers;
+pub use leftovers::assert_nothing_left;

@@ -2,10 +2,8 @@
 //! machine has no hardware virtualization. `CORACLE_CASE` chooses groups of cases by parts of a case's
 //! name, with bars between them.
 
-use std::time::{Duration, Instant};
-
+use tests::assert_nothing_left;
 use tests::comparison::{CHAPTERS, compare};
-use tests::leftovers;
 
 #[test]
 fn outcomes_are_the_same_but_for_what_differs_on_purpose() {
@@ -21,9 +19,5 @@ fn outcomes_are_the_same_but_for_what_differs_on_purpose() {
     }
 
     assert!(failed.is_empty(), "{} cases: {failed:#?}", failed.len());
-    let deadline = Instant::now() + Duration::from_secs(20);
-    while !leftovers().is_empty() && Instant::now() < deadline {
-        std::thread::sleep(Duration::from_millis(200));
-    }
-    assert!(leftovers().is_empty(), "left behind: {:#?}", leftovers());
+    assert_nothing_left();
 }

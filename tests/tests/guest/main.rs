@@ -10,18 +10,7 @@ mod podman;
 mod stdio;
 mod template;
 
-use tests::leftovers;
-
-/// Fails with the list of what is still there two seconds after a test is done with it.
-fn assert_nothing_left() {
-    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
-    let mut left = leftovers();
-    while !left.is_empty() && std::time::Instant::now() < deadline {
-        std::thread::sleep(std::time::Duration::from_millis(200));
-        left = leftovers();
-    }
-    assert!(left.is_empty(), "left behind: {left:#?}");
-}
+use tests::assert_nothing_left;
 
 /// Polls until `done` gives a value.
 fn eventually<T>(what: &str, mut done: impl FnMut() -> Option<T>) -> T {

@@ -7,7 +7,7 @@ mod docker;
 mod rootless;
 mod systemd;
 
-use tests::{Outcome, docker, leftovers, shell};
+use tests::{Outcome, assert_nothing_left, docker, shell};
 
 /// Runs a script that must succeed within `limit_s` seconds: whole systems start in an emulated guest.
 fn within(limit_s: u32, script: &str) -> Outcome {
@@ -42,12 +42,4 @@ impl Drop for System {
     fn drop(&mut self) {
         docker(&["rm", "-f", "-v", self.0]);
     }
-}
-
-fn assert_nothing_left() {
-    let deadline = std::time::Instant::now() + tests::RESULT_TIMEOUT;
-    while !leftovers().is_empty() && std::time::Instant::now() < deadline {
-        std::thread::sleep(std::time::Duration::from_millis(200));
-    }
-    assert!(leftovers().is_empty(), "left behind: {:#?}", leftovers());
 }
