@@ -40,7 +40,7 @@ pub fn run(globals: &Globals, args: &Args) -> anyhow::Result<u8> {
     let failed = "coracle run failed";
     let (dir, pid) = create::create(globals, &args.bundle, args.detach).context(failed)?;
     let client = Client::connect(&dir)
-        .and_then(|client| client.start().map(|()| client))
+        .and_then(|client| sandbox::start(&dir, &client).map(|()| client))
         .inspect_err(|_| destroy(&dir));
     let client = match client {
         Ok(client) => client,

@@ -81,9 +81,9 @@ pub enum Error {
     /// A process or a descriptor cannot be waited for.
     #[error("wait for the sandbox")]
     Wait(#[source] io::Error),
-    /// The poststop hooks that `create` kept cannot be read.
-    #[error("read the poststop hooks in the state folder")]
-    Poststop(#[source] io::Error),
+    /// The hooks that `create` kept cannot be read.
+    #[error("read the hooks in the state folder")]
+    Hooks(#[source] io::Error),
     /// The host cgroup cannot be limited or removed.
     #[error(transparent)]
     Cgroup(#[from] super::cgroup::Error),

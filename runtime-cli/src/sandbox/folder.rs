@@ -12,25 +12,41 @@ use crate::state::ContainerDir;
 /// Mount point of the share tree; empty for everyone but the sandbox process.
 const SHARE: &str = "share";
 
-/// The poststop hooks: `delete` runs them when the bundle may be gone.
-const POSTSTOP: &str = "poststop.json";
+/// Hooks that a verb runs later, when the bundle may be another or gone.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Later {
+    /// `start` runs them.
+    Poststart,
+    /// `delete` runs them.
+    Poststop,
+}
+
+impl Later {
+    /// Their file.
+    fn path(self, dir: &ContainerDir) -> PathBuf {
+        dir.path().join(match self {
+            Self::Poststart => "poststart.json",
+            Self::Poststop => "poststop.json",
+        })
+    }
+}
 
 /// Where the share tree is mounted.
 pub(super) fn share(dir: &ContainerDir) -> PathBuf {
     dir.path().join(SHARE)
 }
 
-/// Keeps the poststop hooks, if there are any.
-pub(super) fn keep_poststop(dir: &ContainerDir, hooks: &[Hook]) -> io::Result<()> {
+/// Keeps hooks, if there are any.
+pub(super) fn keep_hooks(dir: &ContainerDir, which: Later, hooks: &[Hook]) -> io::Result<()> {
     if hooks.is_empty() {
         return Ok(());
     }
-    fs::write(dir.path().join(POSTSTOP), serde_json::to_vec(hooks)?)
+    fs::write(which.path(dir), serde_json::to_vec(hooks)?)
 }
 
-/// The poststop hooks that were kept; none if there were none.
-pub(super) fn poststop(dir: &ContainerDir) -> io::Result<Vec<Hook>> {
-    match fs::read(dir.path().join(POSTSTOP)) {
+/// The hooks that were kept; none if there were none.
+pub(super) fn hooks(dir: &ContainerDir, which: Later) -> io::Result<Vec<Hook>> {
+    match fs::read(which.path(dir)) {
         Ok(text) => Ok(serde_json::from_slice(&text)?),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
         Err(error) => Err(error),
@@ -91,14 +107,14 @@ mod tests {
     }
 
     #[test]
-    fn poststop_hooks_outlive_the_bundle() {
+    fn hooks_outlive_the_bundle() {
         let root = tempfile::tempdir().unwrap();
         let dir = new_dir(&root);
         let hook: Hook = serde_json::from_str(r#"{"path":"/bin/true"}"#).unwrap();
 
-        assert!(poststop(&dir).unwrap().is_empty());
-        keep_poststop(&dir, std::slice::from_ref(&hook)).unwrap();
+        keep_hooks(&dir, Later::Poststop, std::slice::from_ref(&hook)).unwrap();
 
-        assert_eq!(poststop(&dir).unwrap(), [hook]);
+        assert_eq!(hooks(&dir, Later::Poststop).unwrap(), [hook]);
+        assert!(hooks(&dir, Later::Poststart).unwrap().is_empty());
     }
 }

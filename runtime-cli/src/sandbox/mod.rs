@@ -63,7 +63,8 @@ pub use probe::boot;
 use crate::bundle::Bundle;
 use crate::logging::{LogOptions, chain};
 use crate::settings::Settings;
-use crate::state::{self, ContainerDir, State};
+use crate::state::{self, ContainerDir, State, Status};
+use folder::Later;
 use launch::Launched;
 use pidfd::Pidfd;
 
@@ -160,6 +161,21 @@ fn take_name() {
     let _ = nix::sys::prctl::set_name(c"coracle");
 }
 
+/// Has the program of a created container run by its sandbox process, which `client` is connected to, then
+/// runs the poststart hooks, as runc does in the process of `start`: however long they take, the container
+/// is served meanwhile.
+pub fn start(dir: &ContainerDir, client: &Client) -> Result<(), Error> {
+    // Whoever waits for the container's end may remove it at once.
+    let hooks = folder::hooks(dir, Later::Poststart).map_err(Error::Hooks)?;
+    let state = State { status: Status::Running, ..dir.load()? };
+    client.start()?;
+    // runtime.md, Lifecycle: a poststart hook that fails is logged, and the container goes on.
+    if let Err(error) = hooks::run("poststart", &hooks, &state, None) {
+        log::warn!("{}", chain(&error));
+    }
+    Ok(())
+}
+
 /// Kills the sandbox process of a container, if it still runs, and waits until it is gone.
 pub fn end(state: &State) -> Result<(), Error> {
     let Some(pid) = state.pid.filter(|_| state.has_process()) else { return Ok(()) };
@@ -187,7 +203,7 @@ pub fn destroy(dir: &ContainerDir, state: &State) -> Result<(), Error> {
         let name = cgroup::Name { path: path.clone(), systemd: state.systemd_cgroup };
         cgroup::remove(&name, &state.id)?;
     }
-    let poststop = folder::poststop(dir).map_err(Error::Poststop)?;
+    let poststop = folder::hooks(dir, Later::Poststop).map_err(Error::Hooks)?;
     hooks::run_poststop(&poststop, state, None);
     Ok(())
 }

@@ -18,6 +18,7 @@ use vmm::{VmConfig, VmHandle, Vmm};
 use super::agent::{Agent, Asker};
 use super::boot::{self, Boot};
 use super::cgroup::{self, Cgroup};
+use super::folder::{self, Later};
 use super::launch::{self, Starter};
 use super::machine::{self, Room, Size};
 use super::namespaces::{self, HostNamespaces, Netns};
@@ -29,7 +30,7 @@ use super::signals::Signals;
 use super::stdio::{self, Stdio};
 use super::streams::{Outputs, Owner, Running};
 use super::template::{self, Template};
-use super::{CreateOptions, control, disks, folder, hooks, view};
+use super::{CreateOptions, control, disks, hooks, view};
 use crate::bundle::{self, Bundle};
 use crate::limits;
 use crate::logging::{self, chain};
@@ -98,8 +99,8 @@ enum Error {
     Listen(#[source] io::Error),
     #[error("keep the phases of the start in the state folder: is there room on its file system?")]
     Phases(#[source] io::Error),
-    #[error("keep the poststop hooks in the state folder: is there room on its file system?")]
-    Poststop(#[source] io::Error),
+    #[error("keep hooks in the state folder: is there room on its file system?")]
+    KeepHooks(#[source] io::Error),
 }
 
 /// A machine that runs, and the way to the agent in it.
@@ -226,7 +227,7 @@ fn create(
     phases.end("enter the cgroup");
     let host = Rc::new(HostNamespaces::leave(&netns)?);
     phases.end("enter the namespaces");
-    outliving.hooks = Some(keep_poststop(&bundle, dir, &state, &host)?);
+    outliving.hooks = Some(keep_hooks(&bundle, dir, &state, &host)?);
     run_hooks(&bundle, &state, &host)?;
     phases.end("run the hooks");
     let wiring = outliving.wire(&bundle)?;
@@ -252,8 +253,6 @@ fn create(
         console,
         init,
         state,
-        host,
-        poststart: hook_list(&bundle, Hooks::poststart),
         wiring,
         phases,
     };
@@ -402,15 +401,18 @@ fn hook_list(bundle: &Bundle, which: impl Fn(&Hooks) -> &Option<Vec<Hook>>) -> V
     bundle.spec.hooks().as_ref().and_then(|hooks| which(hooks).clone()).unwrap_or_default()
 }
 
-/// Keeps the poststop hooks in the state folder for `delete`, and here for a `create` that fails.
-fn keep_poststop(
+/// Keeps hooks in the state folder for `start` and `delete`, and those of `delete` here for a `create` that
+/// fails.
+fn keep_hooks(
     bundle: &Bundle,
     dir: &ContainerDir,
     state: &State,
     host: &Rc<HostNamespaces>,
 ) -> Result<Poststop, Error> {
+    let poststart = hook_list(bundle, Hooks::poststart);
+    folder::keep_hooks(dir, Later::Poststart, &poststart).map_err(Error::KeepHooks)?;
     let hooks = hook_list(bundle, Hooks::poststop);
-    folder::keep_poststop(dir, &hooks).map_err(Error::Poststop)?;
+    folder::keep_hooks(dir, Later::Poststop, &hooks).map_err(Error::KeepHooks)?;
     Ok(Poststop { hooks, state: state.clone(), host: Rc::clone(host) })
 }
 

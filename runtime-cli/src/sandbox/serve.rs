@@ -3,13 +3,11 @@
 use std::collections::BTreeMap;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener;
-use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use agent_protocol::{Event, ExitStatus, Failed, INIT_PROCESS, Request as Order, Response};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use oci_spec::runtime::Hook;
 use vmm::VmHandle;
 
 use super::agent::{self, Agent, Asker, Said};
@@ -18,7 +16,6 @@ use super::console::Console;
 use super::control::{Answer, Peer};
 use super::growth::Growing;
 use super::machine::Room;
-use super::namespaces::HostNamespaces;
 use super::oom;
 use super::resolver::Resolver;
 use super::rewire::{Rewiring, Wiring};
@@ -53,8 +50,6 @@ pub(super) struct Parts {
     pub(super) console: Option<Console>,
     pub(super) init: Running,
     pub(super) state: State,
-    pub(super) host: Rc<HostNamespaces>,
-    pub(super) poststart: Vec<Hook>,
     pub(super) phases: Phases,
     pub(super) wiring: Wiring,
 }

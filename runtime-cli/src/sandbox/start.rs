@@ -1,9 +1,7 @@
 //! `start`: the program of a created container is executed.
 
 use super::control::Answer;
-use super::hooks;
 use super::serve::Serving;
-use crate::logging::chain;
 use crate::state::Status;
 
 impl Serving<'_> {
@@ -28,12 +26,6 @@ impl Serving<'_> {
         }
         if let Err(error) = self.parts.phases.save(self.dir) {
             log::warn!("keep the phases of the start: {error}");
-        }
-        let state = &self.parts.state;
-        let hooks = std::mem::take(&mut self.parts.poststart);
-        // runtime.md, Lifecycle: a poststart hook that fails is logged, and the container goes on.
-        if let Err(error) = hooks::run("poststart", &hooks, state, Some(&self.parts.host)) {
-            log::warn!("{}", chain(&error));
         }
         self.answer(peer, answer);
     }

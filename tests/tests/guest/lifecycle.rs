@@ -95,6 +95,27 @@ fn kill_reaches_the_workload_and_delete_refuses_while_it_runs() {
 }
 
 #[test]
+fn every_signal_that_can_be_caught_arrives_at_the_first_process() {
+    // KILL and STOP cannot be caught, CHLD comes by itself, 32 and 33 are the C library's own.
+    let others = [9, 17, 19, 32, 33];
+    let signals: Vec<u32> = (1..=64).filter(|signal| !others.contains(signal)).collect();
+    let trap = |signal: &u32| format!("trap 'echo got {signal}' {signal}; ");
+    let traps: String = signals.iter().map(trap).collect();
+    let script = format!("{traps} echo ready; while :; do sleep 0.05; done");
+    let container = Container::running("t-signals", &["sh", "-c", &script]);
+    eventually("the traps", || container.output().contains("ready").then_some(()));
+
+    for signal in &signals {
+        assert_eq!(coracle(&["kill", "t-signals", &signal.to_string()]).code, 0);
+        let told = format!("got {signal}\n");
+        eventually(&told, || container.output().contains(&told).then_some(()));
+    }
+
+    drop(container);
+    assert_nothing_left();
+}
+
+#[test]
 fn a_paused_container_stands_still_until_it_is_resumed() {
     let container =
         Container::running("t-pause", &["sh", "-c", "while :; do echo tick; sleep 0.05; done"]);
@@ -279,6 +300,24 @@ fn hooks_run_at_their_points_with_the_state_on_stdin() {
     let order: Vec<&str> = log.lines().map(|line| line.split(' ').next().unwrap()).collect();
     assert_eq!(order, ["prestart", "createRuntime", "createContainer", "poststart", "poststop"]);
     assert!(log.lines().all(|line| line.contains(r#""id":"t-hooks""#)), "{log}");
+    assert_nothing_left();
+}
+
+#[test]
+fn a_container_is_served_while_a_poststart_hook_waits_for_it() {
+    let bundle = Bundle::new(&["sh", "-c", "until [ -e /go ]; do sleep 0.1; done; exit 3"]);
+    let script = "exec coracle exec t-waits touch /go";
+    let path = std::env::var("PATH").unwrap();
+    bundle.edit(|config| {
+        config["hooks"]["poststart"] = json!([{
+            "path": "/bin/sh", "args": ["sh", "-c", script], "env": [format!("PATH={path}")],
+            "timeout": 60,
+        }]);
+    });
+
+    let outcome = coracle(&["run", "-b", bundle.path().to_str().unwrap(), "t-waits"]);
+
+    assert_eq!(outcome.code, 3, "{outcome:?}");
     assert_nothing_left();
 }
 
