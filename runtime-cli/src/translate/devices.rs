@@ -18,9 +18,8 @@ const LOOP_MAJOR: i64 = 7;
 
 /// The nodes of `linux.devices`.
 ///
-/// All that somebody asked for are made, because programs look for the file; but a node in the guest
-/// stands for a device of the guest. Those of the host that the guest does not have cannot be opened, and
-/// that is logged. Whoever calls this may give the guest disks for block devices.
+/// A node in the guest stands for a device of the guest: what somebody asked for and the guest does not
+/// have is refused. Whoever calls this gives the guest disks for block devices.
 ///
 /// Where `resources` allow all devices, the engine lists all that the host has. Then only those are made
 /// that the guest has, too: an init that finds a virtual terminal starts a login there, again and again.
@@ -35,14 +34,14 @@ pub fn translate(
         };
         return devices.iter().filter(own).map(device).collect();
     }
-    let foreign: Vec<_> = devices.iter().filter(|device| !is_guest_device(device)).collect();
-    if let Some(first) = foreign.first() {
-        log::warn!(
-            "{} device(s) of the host, such as {}, are not passed to the virtual machine: their \
-             nodes exist in the container but cannot be opened",
-            foreign.len(),
-            first.path().display(),
-        );
+    if let Some(foreign) = devices.iter().find(|device| !is_guest_device(device)) {
+        // Whatever is wrong with its numbers is told first.
+        let Device { path, major, minor, .. } = device(foreign)?;
+        return Err(Error::Unsupported {
+            property: format!("device {path} ({major}:{minor}) of the host"),
+            remedy: "a character device of the host cannot be passed to a virtual machine, only block \
+                     devices can: leave it out, or run this container with runc",
+        });
     }
     devices.iter().map(device).collect()
 }
@@ -154,6 +153,15 @@ mod tests {
         let devices = translated(json).unwrap();
 
         assert_eq!((devices[0].kind, devices[0].mode), (libc::S_IFBLK, 0o666));
+    }
+
+    #[test]
+    fn a_character_device_that_only_the_host_has_is_refused_with_a_remedy() {
+        let json = r#"[{"path": "/dev/kvm", "type": "c", "major": 10, "minor": 232}]"#;
+
+        let error = translated(json).unwrap_err().to_string();
+
+        assert!(error.contains("/dev/kvm (10:232)") && error.contains("leave it out"), "{error}");
     }
 
     #[test]
