@@ -115,6 +115,9 @@ impl ShareTree {
         if mount.read_only {
             read_only(&target).map_err(failed)?;
         }
+        if mount.private {
+            private(&target).map_err(failed)?;
+        }
         self.mounts.push(mount.destination.into());
         Ok(format!("{SHARE_PATH}/{name}"))
     }
@@ -135,6 +138,13 @@ fn bind(source: &Path, target: &Path, recursive: bool) -> io::Result<()> {
     let depth = if recursive { MsFlags::MS_REC } else { MsFlags::empty() };
     mount(Some(source), target, None::<&str>, MsFlags::MS_BIND | depth, None::<&str>)?;
     Ok(())
+}
+
+/// Keeps the mounts at `target` as they are: what the host mounts there later would be busy for it as long
+/// as the guest remembers a file of it.
+fn private(target: &Path) -> io::Result<()> {
+    let flags = MsFlags::MS_PRIVATE | MsFlags::MS_REC;
+    Ok(mount(None::<&str>, target, None::<&str>, flags, None::<&str>)?)
 }
 
 /// Makes the top mount at `target` read-only: the guest is told so too, but is not trusted.
@@ -175,7 +185,7 @@ pub(super) mod testing {
 
     /// A mount of `source` that the container has at `/data`.
     pub fn mount_of<'a>(source: &'a Path, read_only: bool) -> Bind<'a> {
-        Bind { source, destination: Path::new("/data"), recursive: true, read_only }
+        Bind { source, destination: Path::new("/data"), recursive: true, read_only, private: true }
     }
 }
 

@@ -42,6 +42,8 @@ pub struct Bind<'a> {
     pub recursive: bool,
     /// Whether the container may not write to it.
     pub read_only: bool,
+    /// Whether what the host mounts below the source later stays away (`rprivate`).
+    pub private: bool,
 }
 
 /// Makes the source of a bind mount reachable in the guest and returns its guest path, which is

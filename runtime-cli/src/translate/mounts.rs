@@ -195,11 +195,8 @@ fn translate_one(
         // An init that is given the cgroups (`-v /sys/fs/cgroup:/sys/fs/cgroup`) is to divide its own
         // kernel's: another kernel's could not be used, and are not a container's to change.
         let is_own = source == Path::new(CGROUPS) && destination == source;
-        let source = if is_own {
-            CGROUPS.into()
-        } else {
-            shared(&source, &destination, options.flags, share)?
-        };
+        let source =
+            if is_own { CGROUPS.into() } else { shared(&source, &destination, &options, share)? };
         (source, "bind")
     } else {
         match (fstype, mount.source()) {
@@ -236,14 +233,16 @@ fn bind_source(mount: &oci::Mount, bundle: &Path, destination: &Path) -> Result<
 fn shared(
     source: &Path,
     destination: &Path,
-    flags: u64,
+    options: &Options,
     share: &mut ShareBind<'_>,
 ) -> Result<String, Error> {
+    let propagation = options.propagation.last().copied().unwrap_or_default();
     let bind = Bind {
         source,
         destination,
-        recursive: flags & MS_REC != 0,
-        read_only: flags & MS_RDONLY != 0,
+        recursive: options.flags & MS_REC != 0,
+        read_only: options.flags & MS_RDONLY != 0,
+        private: propagation & (MS_PRIVATE | MS_UNBINDABLE) != 0,
     };
     share(&bind).map_err(|error| Error::Share {
         source_path: source.into(),
@@ -344,17 +343,18 @@ mod tests {
 
     #[test]
     fn the_share_is_told_what_the_options_allow() {
-        let json = r#"[{"destination": "/x", "source": "/y", "options": ["rbind", "ro"]}]"#;
+        let json = r#"[{"destination": "/x", "source": "/y", "options": ["rbind", "ro"]},
+                       {"destination": "/z", "source": "/y", "options": ["bind", "rprivate"]}]"#;
         let mounts: Vec<oci::Mount> = serde_json::from_str(json).unwrap();
         let mut asked = Vec::new();
 
         translate(&mounts, Path::new("/"), &mut |bind| {
-            asked.push((bind.recursive, bind.read_only));
+            asked.push((bind.recursive, bind.read_only, bind.private));
             Ok(String::new())
         })
         .unwrap();
 
-        assert_eq!(asked, [(true, true)]);
+        assert_eq!(asked, [(true, true, false), (false, false, true)]);
     }
 
     #[test]
