@@ -96,6 +96,12 @@ enum Measurement {
     Stdio,
     /// What each of several idle containers costs the host.
     Density,
+    /// Many idle containers of Docker's: memory of everything, `docker stats` of all; beside other runtimes.
+    Crowd {
+        /// How many.
+        #[arg(long, default_value_t = 100)]
+        containers: usize,
+    },
     /// How often the threads of an idle container wake up, and its guest is left.
     Idle,
     /// Fifty containers that start at once.
@@ -186,6 +192,7 @@ fn measure(report: &mut Report, options: &Options) -> Result<Vec<Phase>> {
         Measurement::Exec => containers::exec(report, options)?,
         Measurement::Stdio => containers::stdio(report, options)?,
         Measurement::Density => containers::density(report, options)?,
+        Measurement::Crowd { containers } => containers::crowd(report, options, containers)?,
         Measurement::Idle => containers::idle(report, options)?,
         Measurement::Parallel => containers::parallel(report, options)?,
         Measurement::Phases => phases = containers::phases(report, options)?,

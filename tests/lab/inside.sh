@@ -62,8 +62,10 @@ install_coracle() {
 start_engines() {
   command -v dockerd >/dev/null || { say "no dockerd: run 'make setup'"; return 1; }
   mkdir -p /run/lab /etc/docker /etc/containers
+  local runtimes='"coracle": { "path": "/usr/local/bin/coracle" }'
+  ! command -v crun >/dev/null || runtimes+=', "crun": { "path": "'$(command -v crun)'" }'
   cat > /run/lab/daemon.json <<JSON
-{ "runtimes": { "coracle": { "path": "/usr/local/bin/coracle" } },
+{ "runtimes": { $runtimes },
   "data-root": "/var/lib/docker-lab", "exec-root": "/run/docker", "pidfile": "/run/docker.pid",
   "hosts": ["unix:///var/run/docker.sock"], "ip6tables": false,
   "storage-driver": "overlay2", "log-level": "warn" }

@@ -53,7 +53,8 @@ fn cost_mib(runtime: &Runtime, bundle: &Bundle) -> Result<f64> {
     Ok((before - after) / 1024.0 / COUNT as f64)
 }
 
-fn available_kib() -> Result<f64> {
+/// The host's memory that is available, in KiB.
+pub fn available_kib() -> Result<f64> {
     // So that it does not matter how much of the cache the kernel takes for reclaimable.
     let _ = fs::write("/proc/sys/vm/drop_caches", "3");
     let meminfo = fs::read_to_string("/proc/meminfo")?;

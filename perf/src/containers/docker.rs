@@ -9,19 +9,25 @@ use crate::Options;
 use crate::report::Report;
 
 /// Made by the lab from this machine's busybox.
-const IMAGE: &str = "busybox";
+pub const IMAGE: &str = "busybox";
 
 /// Measures and adds the rows; Docker must run, and know the runtime `coracle`.
 pub fn measure(report: &mut Report, options: &Options) -> Result<()> {
-    let answers = Command::new("docker").arg("version").stdout(Stdio::null()).status();
-    if !answers.is_ok_and(|status| status.success()) {
-        bail!("no Docker answers: in the lab, do not set LAB_ENGINES=0");
-    }
+    answers()?;
     for peer in options.peers() {
         let Some(runtime) = peer.docker_runtime() else { continue };
         let ours = || run_once("coracle");
         let [ours, theirs] = in_turn("docker", options.runs, ours, || run_once(runtime))?;
         report.pairs("docker run of true", ("ms", &ours), (&peer.to_string(), &theirs), None);
+    }
+    Ok(())
+}
+
+/// Fails if no Docker runs.
+pub fn answers() -> Result<()> {
+    let answers = Command::new("docker").arg("version").stdout(Stdio::null()).status();
+    if !answers.is_ok_and(|status| status.success()) {
+        bail!("no Docker answers: in the lab, do not set LAB_ENGINES=0");
     }
     Ok(())
 }

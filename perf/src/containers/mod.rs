@@ -1,5 +1,6 @@
 //! Whole containers, beside those of runc or crun from the same bundle.
 
+mod crowd;
 mod density;
 mod docker;
 mod exec;
@@ -26,6 +27,7 @@ use tempfile::TempDir;
 use crate::peer::Peer;
 use crate::samples::Samples;
 
+pub use crowd::measure as crowd;
 pub use density::measure as density;
 pub use docker::measure as docker;
 pub use exec::measure as exec;
