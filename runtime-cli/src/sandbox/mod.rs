@@ -20,6 +20,7 @@ mod error;
 mod exec;
 mod folder;
 mod growth;
+mod hairpin;
 mod hooks;
 mod launch;
 mod machine;

@@ -31,14 +31,15 @@ use netlink_packet_route::tc::{
 use nix::sched::{CloneFlags, setns};
 use vmm::NetConfig;
 
+use super::hairpin::Hairpin;
 use super::netlink::Netlink;
 
 /// The only qdisc of which an interface can have one without losing another.
 const INGRESS: &str = "ingress";
 
-/// The filter takes every protocol (`ETH_P_ALL`) at the first priority: the upper half of
+/// The filter takes every protocol (`ETH_P_ALL`) at the second priority: the upper half of
 /// `tcm_info` is the priority, the lower half the protocol in network byte order.
-const FILTER_INFO: u32 = (1 << 16) | ETH_P_ALL.to_be() as u32;
+const FILTER_INFO: u32 = (2 << 16) | ETH_P_ALL.to_be() as u32;
 
 /// Every protocol (linux/if_ether.h); libc has it as an int.
 const ETH_P_ALL: u16 = 3;
@@ -49,7 +50,8 @@ pub enum Error {
     /// Another machine has it.
     #[error(
         "the container's network namespace is another container's, whose network stack is in its \
-         virtual machine: put both on one network, where they find each other by name"
+         virtual machine: put both on one network, where they find each other by name (and make a pod \
+         of Podman's with --share none)"
     )]
     Taken,
     /// The namespace cannot be examined.
@@ -90,7 +92,7 @@ pub(super) struct Network {
 pub(super) struct Link {
     pub(super) index: u32,
     pub(super) name: String,
-    mac: [u8; 6],
+    pub(super) mac: [u8; 6],
     mtu: u32,
     up: bool,
     pub(super) tap: String,
@@ -137,7 +139,11 @@ impl Network {
             neighbours: neighbours.iter().filter_map(|entry| neighbour(entry, &links)).collect(),
             resolver: false,
         };
-        Ok(Self { links, guest })
+        let mut network = Self { links, guest };
+        if let Some(hairpin) = Hairpin::of(&network) {
+            hairpin.tell(&mut network.guest);
+        }
+        Ok(network)
     }
 
     /// The link of this number.
@@ -167,7 +173,16 @@ impl Network {
 
     /// Joins every interface with its tap, which exists by now.
     pub(super) fn join(&self) -> Result<(), Error> {
-        self.links.iter().try_for_each(Link::join)
+        self.links.iter().try_for_each(Link::join)?;
+        let open = |hairpin: Hairpin| {
+            let netlink = Netlink::open()?;
+            hairpin.open(&netlink, index_of(&netlink, &hairpin.tap)?)
+        };
+        // Everything else works without.
+        if let Some(Err(error)) = Hairpin::of(self).map(open) {
+            log::warn!("let connections from the network namespace reach the guest: {error}");
+        }
+        Ok(())
     }
 
     /// Takes back what [`Self::join`] did to interfaces that outlive the sandbox; the taps, and

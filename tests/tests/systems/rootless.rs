@@ -48,8 +48,8 @@ fn podman_without_root_runs_containers_on_coracle() {
     assert_nothing_left();
 }
 
-/// Ports by slirp4netns, and not by Podman's own forwarder: that one connects to the address from within
-/// the network namespace, where with a guest nobody listens.
+/// Ports by slirp4netns, and by Podman's own forwarder, which connects to the address from within the
+/// network namespace.
 #[test]
 #[ignore = "needs the lab: Podman and KVM"]
 fn podman_without_root_has_detached_containers_with_a_port() {
@@ -59,10 +59,12 @@ fn podman_without_root_has_detached_containers_with_a_port() {
     pod exec boat cat /sys/fs/cgroup/memory.max
     for i in $(seq 50); do curl -sf http://127.0.0.1:18300/ && break; sleep 0.5; done
     pod stop -t 60 boat >/dev/null; pod inspect --format "{{.State.ExitCode}}" boat; pod rm boat >/dev/null
+    pod run -d --name raft -p 18301:80 $image sh -c "mkdir /www; echo forwarded > /www/index.html; httpd -f -p 80 -h /www" >/dev/null
+    for i in $(seq 50); do curl -sf http://127.0.0.1:18301/ && break; sleep 0.5; done; pod rm -f -t 0 raft >/dev/null
     ls $XDG_RUNTIME_DIR/coracle | wc -l"#,
     );
 
-    assert_eq!(outcome.stdout, "67108864\nserved\n4\n0\n", "{outcome:?}");
+    assert_eq!(outcome.stdout, "67108864\nserved\n4\nforwarded\n0\n", "{outcome:?}");
     assert_nothing_left();
 }
 
