@@ -130,7 +130,7 @@ const GROUPS: &[Group] = &[
         before: r#"
 mkdir -p $folder/bind/d $folder/in/sub; echo payload > $folder/in/sub/f; chmod 600 $folder/in/sub/f; echo one > $folder/file
 mount -t tmpfs outer $folder/bind; mount --make-shared $folder/bind; mkdir $folder/bind/d $folder/bind/e; mount -t tmpfs inner $folder/bind/e; echo inner > $folder/bind/e/f
-run -d --tmpfs /scratch -v $name:/volume -v $folder/bind:/bind -v $folder/file:/file --name $name busybox sh -c 'echo inside > /made; rm /bin/wget; mkdir /d; chmod 700 /tmp; echo up; sleep 1000' >/dev/null; logged $name up"#,
+run -d --tmpfs /scratch -v $name:/volume -v $folder/bind:/bind -v $folder/bind:/slave:rslave -v $folder/file:/file --name $name busybox sh -c 'echo inside > /made; rm /bin/wget; mkdir /d; chmod 700 /tmp; echo up; sleep 1000' >/dev/null; logged $name up"#,
         after: "docker rm -f -v $name >/dev/null; docker volume rm $name; umount -R $folder/bind",
         cases: &[
             same(
@@ -146,8 +146,27 @@ run -d --tmpfs /scratch -v $name:/volume -v $folder/bind:/bind -v $folder/file:/
                 "docker exec $name sh -c 'cat /bind/e/f; echo x > /bind/e/g'; cat $folder/bind/e/g",
             ),
             same(
+                "mounts made later arrive in a bind with rslave",
+                r#"
+mkdir $folder/bind/late; mount -t tmpfs late $folder/bind/late; echo late > $folder/bind/late/f
+docker exec $name sh -c 'cat /slave/late/f; ls /bind/late | wc -l; cat /slave/e/f'"#,
+            ),
+            differs(
+                "the host unmounts what a bind with rslave has shown",
+                "umount $folder/bind/late",
+                "target is busy",
+                "it is busy for as long as the guest remembers files of it: `umount --lazy`, or bind without `rslave`",
+            ),
+            same(
                 "diff and commit see what the container wrote",
-                "docker diff $name | sort; docker commit -q $name $name:image | cut -c 1-7; docker run --rm $name:image sh -c 'cat /made; stat -c %a /tmp; ls /bin/wget'; docker rmi $name:image >/dev/null",
+                "docker diff $name | sort; docker commit $name $name:image | cut -c 1-7; docker run --rm $name:image sh -c 'cat /made; stat -c %a /tmp; ls /bin/wget'; docker rmi $name:image >/dev/null",
+            ),
+            same(
+                "cp, diff and commit work on a stopped container",
+                r#"
+docker exec $name sh -c 'head -c 300000 /dev/zero > /late'; docker stop -t 0 $name >/dev/null; docker cp -q $name:/late - | tar -xO | md5sum; docker cp -q $folder/in $name:/put; docker diff $name | sort
+docker commit $name $name:image >/dev/null; docker create --name $name-c $name:image >/dev/null; docker cp -q $name-c:/late - | tar -xO | md5sum; docker cp -q $name-c:/put/sub/f - | tar -xO; docker rm $name-c >/dev/null; docker rmi $name:image >/dev/null
+docker start $name >/dev/null; docker exec $name sh -c 'cat /put/sub/f; stat -c %a /put/sub/f; wc -c < /late'"#,
             ),
         ],
     },
@@ -164,6 +183,16 @@ mkdir -p $folder/bind; run -d --name $name -v $folder/bind:/bind -v /usr:/usr:ro
             same(
                 "inotify tells of the container's own changes",
                 "docker exec $name sh -c 'echo x > /bind/own; rm /bind/own'; logged $name 'delete own'; docker logs $name",
+            ),
+            // mmap(), shared and writable; read() stores into the mapping.
+            same(
+                "mappings of files and capabilities of files work",
+                r#"
+docker exec $name /usr/bin/perl -e '
+  open(F, "+>", "/bind/map"); truncate(F, 8192); $a = syscall(9, 0, 8192, 3, 1, fileno(F), 0); pipe(R, W); syswrite(W, "mapped"); syscall(0, fileno(R), $a + 4090, 6) == 6 or die; seek(F, 4090, 0); read(F, $b, 6); print "$b
+"; syscall(11, $a, 8192); open(M, "<:mmap", "/bind/map"); seek(M, 4090, 0); read(M, $c, 6); print "$c
+"'; tail -c 4102 $folder/bind/map | head -c 6
+docker exec $name sh -c 'for f in /bind/map /map; do touch $f; /usr/sbin/setcap cap_net_raw+ep $f; /usr/sbin/getcap $f; done; rm /bind/map'"#,
             ),
             differs(
                 "inotify tells of the host's changes to a bind",

@@ -78,6 +78,10 @@ perl -MIO::Socket::INET -e 'for (1..60) { my $s = IO::Socket::INET->new(Proto =>
             ),
             same("large downloads arrive whole", "curl -s http://127.0.0.1:$port/f | md5sum"),
             same(
+                "docker stats counts what went over the network",
+                "docker stats --no-stream --format '{{.NetIO}}' $name | awk '{print ($3 ~ /MB/ && $3+0 > 4)}'",
+            ),
+            same(
                 "containers reach each other on the default bridge",
                 r#"
 address=$(field $name '{{.NetworkSettings.IPAddress}}'); run --rm --link $name:other busybox sh -c "wget -q -T 60 -O - http://$address/f | md5sum; ping -c 2 -W 20 other | grep -c '2 packets received'; env | grep -c OTHER_NAME""#,
@@ -101,10 +105,17 @@ address=$(field $name '{{.NetworkSettings.IPAddress}}'); run --rm --link $name:o
         place: Place::Host,
         before: r#"
 docker network create --ipv6 --subnet fd00:77:$((port % 10000))::/64 --subnet 10.77.$((port / 10 % 200)).0/24 --opt com.docker.network.driver.mtu=9000 $name >/dev/null
-run -d --network $name --network-alias www --name $name busybox sh -c 'mkdir /www; echo named > /www/index.html; httpd -f -p 80 -h /www' >/dev/null
-run -d --name $name-client busybox sleep 1000 >/dev/null"#,
+run -d --network $name --ip 10.77.$((port / 10 % 200)).99 --network-alias www --name $name busybox sh -c 'mkdir /www; echo named > /www/index.html; httpd -f -p 80 -h /www' >/dev/null
+# Newer commands of Docker's have no --mac-address for daemons older than they are.
+mac=02:11:22:33:${port:1:2}:${port:3:2}
+curl -s --unix-socket /var/run/docker.sock -H 'Content-Type: application/json' -X POST "http://docker/containers/create?name=$name-client" -d "{\"Image\": \"busybox\", \"Cmd\": [\"sleep\", \"1000\"], \"MacAddress\": \"$mac\", \"HostConfig\": {\"Runtime\": \"$runtime\"}}" >/dev/null
+docker start $name-client >/dev/null"#,
         after: "docker rm -f $name $name-client >/dev/null; docker network rm $name >/dev/null",
         cases: &[
+            same(
+                "--mac-address and --ip are the interface's",
+                "docker exec $name-client cat /sys/class/net/eth0/address | grep -cx $mac; docker exec $name ip -4 -o addr | grep -c '\\.99/24'",
+            ),
             same(
                 "a network's MTU, addresses and routes",
                 "docker exec $name sh -c 'cat /sys/class/net/eth0/mtu; ip -4 -o addr show eth0 | wc -l; ip -6 -o addr show dev eth0 scope global | wc -l; ip route | grep -c default; ip -6 route | grep -c default'",
@@ -130,6 +141,10 @@ run -d --name $name-client busybox sleep 1000 >/dev/null"#,
                 r#"
 docker network disconnect $name $name-client; docker network disconnect bridge $name-client; docker exec $name-client sh -c 'for i in $(seq 100); do [ -e /sys/class/net/eth0 ] || [ -e /sys/class/net/eth1 ] || break; sleep 0.2; done; ls /sys/class/net'
 docker network connect bridge $name-client; docker exec $name-client sh -c 'for i in $(seq 100); do ip route | grep -q default && break; sleep 0.2; done; ls /sys/class/net; ping -c 1 -W 20 172.17.0.1 | grep -c "1 packets received"'"#,
+            ),
+            same(
+                "several networks are there from the start",
+                "docker stop -t 0 $name-client >/dev/null; docker network connect $name $name-client; docker start $name-client >/dev/null; docker exec $name-client sh -c \"ls /sys/class/net; cat /sys/class/net/eth*/mtu; ip route | grep -c ^default; ip -4 -o addr | wc -l\"",
             ),
         ],
     },

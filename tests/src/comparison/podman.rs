@@ -1,6 +1,6 @@
 //! Podman, with the runtime of `--runtime`.
 
-use super::case::{Chapter, Group, Place, same};
+use super::case::{Chapter, Group, Place, differs, same};
 
 pub const CHAPTER: Chapter = Chapter { title: "Podman", groups: GROUPS };
 
@@ -67,6 +67,17 @@ pod run -d --name $name --network $name $image sh -c 'trap "echo got USR1" USR1;
         same(
             "podman has networks of the user's",
             "podman exec $name sh -c 'ls /sys/class/net; ip -4 -o addr show eth0 | wc -l; ip route | grep -c default'",
+        ),
+        // Pods of this Podman's forbid all devices where it makes cgroups without systemd.
+        differs(
+            "the containers of a pod share their network",
+            "podman --runtime $program pod create --share-parent=false --name $name-pod --infra-image $image --infra-command '/bin/sleep 1000' >/dev/null; pod run --rm --pod $name-pod $image hostname; podman pod rm -f -t 0 $name-pod >/dev/null",
+            "--share none",
+            "refused: the first container's network stack is in its guest. Make the pod with `--share none`: then each has a network of its own",
+        ),
+        same(
+            "containers of a pod that shares nothing have networks of their own",
+            "podman --runtime $program pod create --share none --name $name-pod >/dev/null; pod run --rm --pod $name-pod $image ls /sys/class/net; podman pod rm -f -t 0 $name-pod >/dev/null",
         ),
         same(
             "podman sends signals, and what is killed gives 137",

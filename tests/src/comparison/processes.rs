@@ -178,6 +178,14 @@ docker logs $name; field $name '{{.State.ExitCode}} {{.RestartCount}}'; docker r
 run -d --init --stop-signal USR1 --name $name busybox sh -c '(sleep 0.3 & exec sleep 0.1) & trap "echo bye; exit 6" USR1; sleep 2; ps -o stat | grep -c Z; cat /proc/1/comm; echo up; while :; do sleep 0.2; done' >/dev/null
 logged $name up; docker stop $name; docker logs $name; field $name '{{.State.ExitCode}}'; docker rm $name"#,
             ),
+            same(
+                "--restart always starts it again, and events tell of it",
+                r#"
+since=$(date +%s.%N); run -d --restart always --name $name busybox sh -c 'echo turn; [ -e /turn ] || { touch /turn; exit 0; }; exec sleep 1000' >/dev/null
+eventually sh -c "docker logs $name | grep -c turn | grep -x 2"; docker kill -s TERM $name; docker exec $name echo 'a first process without handlers ignores signals'
+docker stop -t 1 $name; field $name '{{.State.ExitCode}} {{.RestartCount}} {{.State.Status}}'; docker rm $name
+docker events --since $since --until $(($(date +%s)+1)) --filter container=$name --format '{{.Type}} {{.Action}} {{.Actor.Attributes.exitCode}} {{.Actor.Attributes.signal}}'"#,
+            ),
         ],
     },
     Group {
@@ -186,6 +194,10 @@ logged $name up; docker stop $name; docker logs $name; field $name '{{.State.Exi
         before: r#"run -dit --name $name busybox sh -c 'trap "stty size; echo resized" WINCH; echo up; while read line; do echo "heard $line"; done; while :; do read line && echo "heard $line"; sleep 0.2; done' >/dev/null; logged $name up"#,
         after: "docker rm -f $name >/dev/null",
         cases: &[
+            same(
+                "run with a terminal has one",
+                "terminal \"docker run --rm -it --runtime $runtime --name $name-it busybox sh -c 'tty; exit 3'\"",
+            ),
             same(
                 "a terminal's size changes while it runs",
                 r#"

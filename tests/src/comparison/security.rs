@@ -126,6 +126,12 @@ truncate -s 16M $folder/disk; echo disk | dd of=$folder/disk conv=notrunc 2>/dev
 run --rm --device $dev:/dev/xvda --device /dev/net/tun --device /dev/fuse --cap-add NET_ADMIN busybox sh -c 'ls -l /dev/xvda /dev/net/tun /dev/fuse | cut -c 1; head -c 5 /dev/xvda; blockdev --getsize64 /dev/xvda; echo back | dd of=/dev/xvda seek=1 2>/dev/null; sync; ip tuntap add t0 mode tap; ls /sys/class/net | grep t0; exec 3<>/dev/fuse; echo $?'
 sync; dd if=$dev bs=1 skip=512 count=4 2>/dev/null; losetup -d $dev"#,
             ),
+            differs(
+                "a character device of the host is opened with --device",
+                "run --rm --name $name --device /dev/kvm busybox sh -c '(: < /dev/kvm) && echo opened'",
+                "cannot be passed to a virtual machine",
+                "refused, but for block devices and what a kernel implements by itself, such as `/dev/net/tun`, `/dev/fuse` and `/dev/zero`: a machine cannot be given a character device of another",
+            ),
             same("an unknown user is refused", "run --rm --name $name --user nosuch busybox true"),
         ],
     },

@@ -193,3 +193,25 @@ fn a_volume_whose_folder_is_removed_is_empty_and_hurts_nobody() {
     victim.remove();
     assert_nothing_left();
 }
+
+#[test]
+fn a_volume_on_a_full_disk_says_so_and_hurts_nobody() {
+    shell("mkdir -p /tmp/faults && mount -t tmpfs -o size=1m full /tmp/faults");
+    let victim = Victim::start(&["-v", "/tmp/faults:/volume", "busybox", "sleep", "1000"]);
+
+    let full = docker(&["exec", &victim.0, "dd", "if=/dev/zero", "of=/volume/file", "bs=64k"]);
+    let freed = docker(&[
+        "exec",
+        &victim.0,
+        "sh",
+        "-c",
+        "stat -c %s /volume/file; rm /volume/file; echo x > /volume/new; cat /volume/new",
+    ]);
+    victim.remove();
+    shell("umount /tmp/faults && rmdir /tmp/faults");
+
+    assert_eq!(full.code, 1, "{full:?}");
+    assert!(full.stderr.contains("No space left on device"), "{full:?}");
+    assert_eq!(freed.text(), "1048576\nx");
+    assert_nothing_left();
+}
