@@ -1,11 +1,13 @@
 //! The device as a guest's FUSE client sees it, without a VM.
 
+use std::ffi::CString;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
+use fuse_backend_rs::api::filesystem::{Context, FileSystem};
 use tempfile::TempDir;
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
@@ -837,4 +839,35 @@ fn what_is_forgotten_without_a_kick_is_forgotten_soon() {
     // Nothing came since, so the next kick is wanted.
     guest.device.backend_ready(TIMER, EventSet::IN).unwrap();
     assert_eq!(guest.driver.kick_entry(URGENT), 2);
+}
+
+#[test]
+#[ignore = "needs CAP_SYS_RESOURCE"]
+fn sixty_four_ki_files_are_open_at_once() {
+    const FILES: usize = 1024;
+    const TIMES: usize = 64;
+    raise_file_limit().unwrap();
+    let folder = TempDir::new().unwrap();
+    let server = Server::open(folder.path(), false).unwrap();
+    let context = Context::default();
+    let open_here = || fs::read_dir("/proc/self/fd").unwrap().count();
+    let before = open_here();
+
+    let mut handles = Vec::new();
+    for name in (0..FILES).map(|file| file.to_string()) {
+        fs::write(folder.path().join(&name), &name).unwrap();
+        let name = CString::new(name).unwrap();
+        let node = server.ledger.lookup(&context, ROOT, &name).unwrap().inode;
+        for _ in 0..TIMES {
+            let (handle, ..) = server.ledger.open(&context, node, 0, 0).unwrap();
+            handles.push((node, handle.unwrap()));
+        }
+    }
+
+    assert!(open_here() >= before + FILES + FILES * TIMES);
+    for &(node, handle) in &handles {
+        server.ledger.release(&context, node, 0, handle, false, false, None).unwrap();
+    }
+    server.reset();
+    assert!(open_here() < before + FILES);
 }
