@@ -42,6 +42,10 @@ pub trait Arch {
     /// Consoles are not named here: they are the configuration's choice.
     const DEFAULT_CMDLINE: &'static str;
 
+    /// Whether KVM has a thread of the host's kernel raise the line of an irqfd, later. Whoever raises it
+    /// by `KVM_IRQ_LINE` has it raised at once.
+    const IRQFDS_WAIT: bool;
+
     /// Where `ram_bytes` of RAM and the device windows lie in guest-physical memory.
     fn memory_map(ram_bytes: u64) -> MemoryMap;
 

@@ -17,27 +17,35 @@ pub trait Interrupt: Send + Sync {
     fn needs_reset(&self);
 }
 
-/// An edge on an interrupt line, as an eventfd that the hypervisor watches (KVM_IRQFD).
-#[derive(Debug)]
-pub struct IrqLine {
-    event: EventFd,
+/// An edge on an interrupt line.
+pub enum IrqLine {
+    /// An eventfd that the hypervisor watches (KVM_IRQFD).
+    Event(EventFd),
+    /// What raises the line at once.
+    Direct(Box<dyn Fn() + Send + Sync>),
 }
 
 impl IrqLine {
-    /// Creates a line nobody listens to yet.
+    /// Creates a line by an eventfd to which nobody listens yet.
     pub fn new() -> io::Result<Self> {
-        Ok(IrqLine { event: EventFd::new(EFD_NONBLOCK)? })
+        Ok(IrqLine::Event(EventFd::new(EFD_NONBLOCK)?))
     }
 
-    /// The descriptor to register as irqfd.
-    pub fn event(&self) -> &EventFd {
-        &self.event
+    /// The descriptor to register as irqfd, if there is one.
+    pub fn event(&self) -> Option<&EventFd> {
+        match self {
+            IrqLine::Event(event) => Some(event),
+            IrqLine::Direct(_) => None,
+        }
     }
 
     /// Raises the line once.
     pub fn raise(&self) {
-        // The only failure is a counter at its maximum, and then the edge is pending anyway.
-        let _ = self.event.write(1);
+        match self {
+            // The only failure is a counter at its maximum, and then the edge is pending anyway.
+            IrqLine::Event(event) => _ = event.write(1),
+            IrqLine::Direct(raise) => raise(),
+        }
     }
 }
 
@@ -51,6 +59,17 @@ mod tests {
 
         line.raise();
 
-        assert_eq!(line.event().read().unwrap(), 1);
+        assert_eq!(line.event().unwrap().read().unwrap(), 1);
+    }
+
+    #[test]
+    fn a_direct_line_is_raised_at_once() {
+        let (raised, seen) = std::sync::mpsc::channel();
+        let line = IrqLine::Direct(Box::new(move || raised.send(()).unwrap()));
+
+        line.raise();
+
+        assert!(line.event().is_none());
+        assert!(seen.try_recv().is_ok());
     }
 }

@@ -149,7 +149,7 @@ mod tests {
 
         serial.write(1, &[0x02]);
 
-        assert!(line.event().read().is_ok());
+        assert!(line.event().unwrap().read().is_ok());
     }
 
     #[test]

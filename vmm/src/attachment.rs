@@ -97,7 +97,7 @@ impl Slots {
     /// served by the right one of `loops`.
     pub fn attach(
         &self,
-        vm: &VmFd,
+        vm: &Arc<VmFd>,
         loops: &[EventLoop],
         (field, name): (&str, &str),
         served_by: Loop,

@@ -52,7 +52,7 @@ pub struct Vmm {
     shape: Shape,
     kvm: Kvm,
     board: <Host as Arch>::Board,
-    vm: VmFd,
+    vm: Arc<VmFd>,
     ram: GuestRam,
 }
 
@@ -276,7 +276,7 @@ struct Core {
     /// Where the windows of the shares are.
     windows: Range<u64>,
     files: Vec<MappedFile>,
-    vm: VmFd,
+    vm: Arc<VmFd>,
 }
 
 impl Core {
@@ -287,7 +287,7 @@ impl Core {
         map: &mut MemoryMap,
         ram: &mut GuestRam,
     ) -> Result<Self, Error> {
-        let vm = create_vm(kvm)?;
+        let vm = Arc::new(create_vm(kvm)?);
         ram.register(&vm)?;
         let pluggable = ram.add_pluggable(&vm, &mut map.extension_window, &config.memory)?;
         let windows = dax::take_addresses(&config.shares, &mut map.extension_window)

@@ -44,7 +44,7 @@ pub struct VmHandle {
     pub(crate) kvm: Kvm,
     pub(crate) board: <Host as Arch>::Board,
     /// Closed after the vCPU threads are gone, and before guest RAM goes.
-    pub(crate) vm: VmFd,
+    pub(crate) vm: Arc<VmFd>,
     pub(crate) ram: GuestRam,
 }
 

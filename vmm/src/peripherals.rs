@@ -185,7 +185,10 @@ fn place_share(
         None => open(&config.path),
     };
     let server = server.map_err(device(&name))?;
-    let fs = Fs::new(&config.tag, server).with_window_at(region_start).map_err(device(&name))?;
+    let fs = Fs::new(&config.tag, server)
+        .with_window_at(region_start)
+        .and_then(Fs::with_deferred_forgetting)
+        .map_err(device(&name))?;
     place(&name, fs, Loop::Io, placement)?;
     Ok(())
 }

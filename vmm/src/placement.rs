@@ -4,8 +4,8 @@ use std::io;
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
-use arch::VmFd;
 use arch::machine::{MmioDevice, Space};
+use arch::{Arch, Host, VmFd};
 use devices::bus::{BusBuilder, BusDevice, BusError};
 use devices::clock::Clock;
 use devices::interrupt::IrqLine;
@@ -95,7 +95,7 @@ pub struct Wired {
 
 /// The machine while devices are being put into it.
 pub struct Placement<'a> {
-    vm: &'a VmFd,
+    vm: &'a Arc<VmFd>,
     posted: &'a PostedWrites,
     memory: &'a GuestMemoryMmap,
     windows: AddressAllocator,
@@ -138,7 +138,7 @@ impl<'a> Placement<'a> {
     /// An empty machine with room for devices at the addresses `windows` and on the interrupt lines
     /// `gsis`.
     pub fn new(
-        vm: &'a VmFd,
+        vm: &'a Arc<VmFd>,
         posted: &'a PostedWrites,
         memory: &'a GuestMemoryMmap,
         windows: &Range<u64>,
@@ -292,7 +292,7 @@ impl<'a> Placement<'a> {
 impl Wired {
     /// Connects `device`, called `name` in log lines, to KVM at `place`.
     pub fn new(
-        vm: &VmFd,
+        vm: &Arc<VmFd>,
         memory: &GuestMemoryMmap,
         place: &MmioDevice,
         name: &str,
@@ -332,13 +332,31 @@ pub fn unwire(vm: &VmFd, place: &MmioDevice, transport: &MmioTransport, line: &I
         // It only fails for what is not connected.
         let _ = vm.unregister_ioevent(kick, &notify, queue);
     }
-    let _ = vm.unregister_irqfd(line.event(), place.gsi);
+    if let Some(event) = line.event() {
+        let _ = vm.unregister_irqfd(event, place.gsi);
+    }
 }
 
 /// An interrupt line that raises `gsi`.
-fn irq_line(vm: &VmFd, gsi: u32) -> Result<Arc<IrqLine>, PlacementError> {
+fn irq_line(vm: &Arc<VmFd>, gsi: u32) -> Result<Arc<IrqLine>, PlacementError> {
+    if Host::IRQFDS_WAIT {
+        return Ok(Arc::new(direct_line(vm, gsi)));
+    }
     let line = IrqLine::new().map_err(PlacementError::Eventfd)?;
-    vm.register_irqfd(line.event(), gsi)
-        .map_err(|source| PlacementError::Connect { what: "interrupt", source })?;
+    if let Some(event) = line.event() {
+        vm.register_irqfd(event, gsi)
+            .map_err(|source| PlacementError::Connect { what: "interrupt", source })?;
+    }
     Ok(Arc::new(line))
+}
+
+/// A line that whoever raises it raises by itself. It does not keep the machine alive.
+fn direct_line(vm: &Arc<VmFd>, gsi: u32) -> IrqLine {
+    let vm = Arc::downgrade(vm);
+    IrqLine::Direct(Box::new(move || {
+        // A machine that is gone is not interrupted. KVM refuses lines that it does not have only.
+        if let Some(vm) = vm.upgrade() {
+            let _ = vm.set_irq_line(gsi, true).and_then(|()| vm.set_irq_line(gsi, false));
+        }
+    }))
 }

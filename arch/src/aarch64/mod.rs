@@ -46,6 +46,8 @@ mod host {
 
         const DEFAULT_CMDLINE: &'static str = layout::DEFAULT_CMDLINE;
 
+        const IRQFDS_WAIT: bool = false;
+
         fn memory_map(ram_bytes: u64) -> MemoryMap {
             layout::memory_map(ram_bytes)
         }

@@ -59,6 +59,9 @@ mod host {
 
         const DEFAULT_CMDLINE: &'static str = layout::DEFAULT_CMDLINE;
 
+        // The lock of the I/O APIC is none that the waker of an eventfd may take (virt/kvm/eventfd.c).
+        const IRQFDS_WAIT: bool = true;
+
         fn memory_map(ram_bytes: u64) -> MemoryMap {
             layout::memory_map(ram_bytes)
         }

@@ -127,7 +127,8 @@ fn play(data: &[u8]) {
     let Some((&variant, data)) = data.split_first() else { return };
     fill();
     let server = Server::open(Path::new(SHARE), variant & READ_ONLY != 0).expect("it is there");
-    let mut guest = Guest::new(Fs::new("share", server), Box::new(|_, _| ()));
+    let device = Fs::new("share", server).with_deferred_forgetting().expect("the host has a timer");
+    let mut guest = Guest::new(device, Box::new(|_, _| ()));
     let nodes = look_around(&mut guest);
     guest.patch(Box::new(move |request| name_nodes(request, &nodes)));
     guest.play(data);

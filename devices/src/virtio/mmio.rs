@@ -2,6 +2,7 @@
 //! (virtio 1.2, section 4.2; the modern interface only).
 
 mod state;
+mod words;
 
 use std::io;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -39,6 +40,7 @@ use crate::bus::BusDevice;
 use crate::interrupt::{Interrupt, IrqLine};
 
 pub use self::state::TransportState;
+use self::words::{set_high, set_low, word, word_shift};
 
 /// Size of a device's register block, in bytes: one page, so that it can be mapped alone.
 pub const MMIO_WINDOW: u64 = 0x1000;
@@ -74,6 +76,9 @@ pub struct MmioTransport {
     device_type: u32,
     device_features: u64,
     registers: Registers,
+    /// Causes of interrupts that the driver has read and not acknowledged. What comes after it has read
+    /// them is none of these: so an acknowledgement may be late, and takes nothing away that is new.
+    seen: u32,
     complaints: Complaints,
 }
 
@@ -103,6 +108,7 @@ struct QueueRegisters {
 struct Shared {
     irq: Arc<IrqLine>,
     status: AtomicU32,
+    /// Causes of interrupts that the driver has not read yet.
     interrupts: AtomicU32,
     config_generation: AtomicU32,
     activity: Arc<Activity>,
@@ -267,6 +273,7 @@ impl MmioTransport {
             device_type: traits.device_type,
             device_features: traits.features | RING_FEATURES,
             registers: Registers::new(traits.queue_sizes),
+            seen: 0,
             complaints: Complaints::of(format!("virtio device type {}", traits.device_type)),
         })
     }
@@ -293,7 +300,13 @@ impl MmioTransport {
             .map_or((NO_REGION, NO_REGION), |region| (region.end - region.start, region.start))
     }
 
-    fn read_register(&self, register: u32) -> u32 {
+    /// Why the driver was interrupted; it knows now.
+    fn read_causes(&mut self) -> u32 {
+        self.seen |= self.shared.interrupts.swap(0, Ordering::AcqRel);
+        self.seen
+    }
+
+    fn read_register(&mut self, register: u32) -> u32 {
         let registers = &self.registers;
         match register {
             VIRTIO_MMIO_MAGIC_VALUE => MAGIC,
@@ -305,7 +318,7 @@ impl MmioTransport {
             }
             VIRTIO_MMIO_QUEUE_NUM_MAX => registers.queue().map_or(0, |queue| queue.max_size.into()),
             VIRTIO_MMIO_QUEUE_READY => registers.queue().map_or(0, |queue| queue.ready.into()),
-            VIRTIO_MMIO_INTERRUPT_STATUS => self.shared.interrupts.load(Ordering::Acquire),
+            VIRTIO_MMIO_INTERRUPT_STATUS => self.read_causes(),
             VIRTIO_MMIO_STATUS => self.shared.status(),
             VIRTIO_MMIO_SHM_LEN_LOW => word(self.region().0, 0),
             VIRTIO_MMIO_SHM_LEN_HIGH => word(self.region().0, 1),
@@ -328,9 +341,7 @@ impl MmioTransport {
             VIRTIO_MMIO_QUEUE_SEL => self.registers.queue_select = value,
             VIRTIO_MMIO_SHM_SEL => self.registers.region_select = value,
             VIRTIO_MMIO_QUEUE_NOTIFY => self.kick(value as usize),
-            VIRTIO_MMIO_INTERRUPT_ACK => {
-                self.shared.interrupts.fetch_and(!value, Ordering::AcqRel);
-            }
+            VIRTIO_MMIO_INTERRUPT_ACK => self.seen &= !value,
             VIRTIO_MMIO_STATUS => self.set_status(value),
             _ if status & VIRTIO_CONFIG_S_DRIVER_OK == 0 => {
                 self.registers.set_queue(register, value);
@@ -455,6 +466,7 @@ impl MmioTransport {
             *queue = QueueRegisters::new(queue.max_size);
         }
         self.registers.driver_features = 0;
+        self.seen = 0;
     }
 }
 
@@ -478,24 +490,6 @@ impl BusDevice for MmioTransport {
             self.write_register(register, u32::from_le_bytes(value));
         }
     }
-}
-
-/// Where the 32-bit word number `select` of a feature set starts, if it has one.
-fn word_shift(select: u32) -> Option<u32> {
-    matches!(select, 0 | 1).then(|| select * u32::BITS)
-}
-
-#[expect(clippy::cast_possible_truncation, reason = "one word of the value is what is wanted")]
-fn word(value: u64, select: u32) -> u32 {
-    word_shift(select).map_or(0, |shift| (value >> shift) as u32)
-}
-
-fn set_low(address: &mut u64, value: u32) {
-    *address = *address & !u64::from(u32::MAX) | u64::from(value);
-}
-
-fn set_high(address: &mut u64, value: u32) {
-    *address = *address & u64::from(u32::MAX) | u64::from(value) << 32;
 }
 
 #[cfg(test)]
@@ -841,10 +835,25 @@ mod tests {
         interrupt.used_buffer();
         interrupt.config_changed();
 
-        assert!(guest.irq.event().read().is_ok());
+        assert!(guest.irq.event().unwrap().read().is_ok());
         assert_eq!(guest.read(VIRTIO_MMIO_INTERRUPT_STATUS), 3);
         guest.write(VIRTIO_MMIO_INTERRUPT_ACK, 1);
         assert_eq!(guest.read(VIRTIO_MMIO_INTERRUPT_STATUS), 2);
+    }
+
+    #[test]
+    fn a_late_acknowledgement_takes_away_only_what_was_read() {
+        let mut guest = Guest::running();
+        let interrupt = guest.device.lock().unwrap().active.as_ref().unwrap().interrupt.clone();
+        interrupt.used_buffer();
+        assert_eq!(guest.read(VIRTIO_MMIO_INTERRUPT_STATUS), VIRTIO_MMIO_INT_VRING);
+
+        interrupt.used_buffer();
+        guest.write(VIRTIO_MMIO_INTERRUPT_ACK, VIRTIO_MMIO_INT_VRING);
+
+        assert_eq!(guest.read(VIRTIO_MMIO_INTERRUPT_STATUS), VIRTIO_MMIO_INT_VRING);
+        guest.write(VIRTIO_MMIO_INTERRUPT_ACK, VIRTIO_MMIO_INT_VRING);
+        assert_eq!(guest.read(VIRTIO_MMIO_INTERRUPT_STATUS), 0);
     }
 
     #[test]
@@ -996,7 +1005,7 @@ mod tests {
 
         assert_eq!(new.status(), RUNNING);
         assert!(new.transport.kicks().iter().all(|kick| kick.read().is_ok()));
-        assert!(new.irq.event().read().is_ok());
+        assert!(new.irq.event().unwrap().read().is_ok());
         assert_eq!(used(&new), 3);
         new.device.lock().unwrap().queue_ready(0).unwrap();
         assert_eq!(used(&new), 5);

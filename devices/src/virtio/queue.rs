@@ -161,6 +161,22 @@ impl VirtQueue {
         self.checked(outcome)
     }
 
+    /// Has the driver kick only once it has offered `count` more chains, or half of what the queue holds,
+    /// until the next [`VirtQueue::drain`] (virtio 1.2, section 2.7.10); the caller looks at the queue by
+    /// itself meanwhile. Returns whether the driver understands that.
+    pub fn defer_kicks(&mut self, count: u16) -> Result<bool, QueueError> {
+        if !self.queue.ready() || !self.queue.event_idx_enabled() {
+            return Ok(false);
+        }
+        let ahead = count.min(self.queue.size() / 2).saturating_sub(1);
+        let entry = self.queue.next_avail().wrapping_add(ahead);
+        let offset = RING_HEADER_BYTES + USED_ENTRY_BYTES * u64::from(self.queue.size());
+        let event = GuestAddress(self.queue.used_ring() + offset);
+        let stored = self.memory.store(entry.to_le(), event, Ordering::Release);
+        self.checked(stored.map_err(virtio_queue::Error::GuestMemory))?;
+        Ok(true)
+    }
+
     /// Makes the event loop call `queue_ready` for this queue once more, after the other devices.
     pub fn kick(&self) {
         // The only failure is a counter at its maximum, and then the kick is pending anyway.
@@ -423,6 +439,34 @@ mod tests {
             queue.drain(|_, _| Verdict::Used(1)).unwrap();
             assert_eq!((driver.used().len(), driver.interrupts()), (chains, interrupts));
         }
+    }
+
+    #[test]
+    fn kicks_are_deferred_until_so_many_chains_are_there_or_half_the_queue() {
+        let memory = memory();
+        let driver = Driver::with_event_index(&memory);
+        let mut queue = only_queue(&driver);
+        let half = queue.queue.size() / 2;
+        driver.offer(0, &[], &[1]);
+        queue.drain(|_, _| Verdict::Used(1)).unwrap();
+        assert_eq!(driver.kick_entry(0), 1);
+
+        assert!(queue.defer_kicks(4).unwrap());
+        assert_eq!(driver.kick_entry(0), 4);
+        assert!(queue.defer_kicks(u16::MAX).unwrap());
+        assert_eq!(driver.kick_entry(0), half);
+
+        driver.offer(0, &[], &[1]);
+        queue.drain(|_, _| Verdict::Used(1)).unwrap();
+        assert_eq!(driver.kick_entry(0), 2);
+    }
+
+    #[test]
+    fn a_driver_without_event_indices_kicks_each_time() {
+        let memory = memory();
+        let driver = Driver::new(&memory);
+
+        assert!(!only_queue(&driver).defer_kicks(4).unwrap());
     }
 
     #[test]

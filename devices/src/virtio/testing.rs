@@ -107,7 +107,12 @@ impl<'m> Driver<'m> {
 
     /// A driver of a device with one queue that negotiated VIRTIO_F_EVENT_IDX.
     pub fn with_event_index(memory: &'m GuestMemoryMmap) -> Self {
-        Driver { event_index: true, ..Driver::new(memory) }
+        Driver::new(memory).and_event_index()
+    }
+
+    /// The same driver, if it negotiated VIRTIO_F_EVENT_IDX.
+    pub fn and_event_index(self) -> Self {
+        Driver { event_index: true, ..self }
     }
 
     /// What the transport would hand to the device, without any feature.
@@ -233,6 +238,12 @@ impl<'m> Driver<'m> {
     pub fn interrupt_at(&self, queue: usize, entry: u16) {
         let event = queue as u64 * RINGS + AVAILABLE + 4 + 2 * u64::from(QUEUE_SIZE);
         self.memory.write_obj(entry, GuestAddress(event)).unwrap();
+    }
+
+    /// The entry of the available ring of `queue` that the device wants to be kicked for.
+    pub fn kick_entry(&self, queue: usize) -> u16 {
+        let event = queue as u64 * RINGS + USED + 4 + 8 * u64::from(QUEUE_SIZE);
+        self.memory.read_obj(GuestAddress(event)).unwrap()
     }
 
     /// `(head, bytes written)` of every chain the device gave back through queue 0; only the last

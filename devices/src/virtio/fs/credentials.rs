@@ -7,6 +7,9 @@ use fuse_backend_rs::api::filesystem::Context;
 
 use super::tree::Tree;
 
+/// No user and no group: who sets it changes nothing and is told what is set.
+const NOBODY: u32 = u32::MAX;
+
 /// The thread makes files in the name of somebody else until this is dropped.
 ///
 /// Only the owner of new files changes. The guest's kernel has checked the permission already, and
@@ -41,9 +44,16 @@ impl Tree {
         make: impl FnOnce(&Context) -> io::Result<T>,
     ) -> io::Result<T> {
         self.writable()?;
-        let _credentials = Credentials::assume(context.uid, context.gid)?;
+        let _credentials = (self.owner() != (context.uid, context.gid))
+            .then(|| Credentials::assume(context.uid, context.gid))
+            .transpose()?;
         // The library changes the identity as well, unless it is told that it is root's already.
         make(&Context { uid: 0, gid: 0, pid: context.pid })
+    }
+
+    /// Whom new files belong to if nothing is done about it. All requests are served by one thread.
+    fn owner(&self) -> (libc::uid_t, libc::gid_t) {
+        *self.owner.get_or_init(|| (set_uid(NOBODY), set_gid(NOBODY)))
     }
 }
 

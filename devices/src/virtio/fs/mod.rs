@@ -4,6 +4,7 @@ mod access;
 mod book;
 mod credentials;
 mod extension;
+mod forgetting;
 mod ledger;
 mod listing;
 mod opening;
@@ -31,6 +32,7 @@ use super::queue::{QueueError, Verdict, VirtQueue};
 use super::state::{DeviceState, Position, RestoreError};
 use super::{ActivateError, Activation, Backend, DeviceTraits, VirtioDevice, copy_config};
 
+use self::forgetting::Forgetting;
 pub use self::saved::State;
 pub use self::server::{Cache, Error, Options, Server, raise_file_limit};
 use self::watch::Watch;
@@ -46,8 +48,19 @@ const REQUEST_QUEUES: u32 = 1;
 /// device's only region has it).
 const WINDOW_ID: u32 = 0;
 
-/// Index among the backends of the event that wakes the thread up; the window's timer is the next.
-const WOKEN: usize = 0;
+/// Index of the queue for urgent requests. Linux forgets files through it, and nothing else.
+const URGENT: usize = 0;
+
+/// What the device waits for, in this order; each is there or not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Source {
+    /// The event that wakes the thread up.
+    Woken,
+    /// It is time to look at what the guest forgot.
+    Forgetting,
+    /// It is time to look after the window.
+    Watch,
+}
 
 // A request of 1 MiB takes 256 descriptors for its pages and a few more; Linux makes its requests
 // smaller if the queue is.
@@ -63,6 +76,8 @@ pub struct Fs {
     region: Option<Range<u64>>,
     /// Tells when to look after the window, while files are mapped.
     watch: Option<Watch>,
+    /// Tells when to look at what the guest forgot without a kick.
+    forgetting: Option<Forgetting>,
     /// Guest memory and the window, where data may be, too; while the device is active.
     buffers: Option<GuestMemoryMmap>,
     /// The queue for urgent requests, then those for ordinary ones.
@@ -85,6 +100,7 @@ impl Fs {
             server,
             region: None,
             watch: None,
+            forgetting: None,
             buffers: None,
             queues: None,
             stale: false,
@@ -98,6 +114,55 @@ impl Fs {
         self.region = self.server.window().map(|window| start..start + window.bytes());
         self.watch = self.region.is_some().then(Watch::new).transpose()?;
         Ok(self)
+    }
+
+    /// Spares the guest that forgets one file after the other most of its kicks. The error is that the host
+    /// has no timer left.
+    pub fn with_deferred_forgetting(mut self) -> io::Result<Self> {
+        self.forgetting = Some(Forgetting::new()?);
+        Ok(self)
+    }
+
+    /// Everything that the device waits for.
+    fn sources(&self) -> impl Iterator<Item = (Source, Backend)> {
+        let woken = Backend { fd: self.server.woken().as_raw_fd(), events: EventSet::IN };
+        let forgetting = self.forgetting.as_ref().map(Forgetting::backend);
+        let watch = self.watch.as_ref().map(Watch::backend);
+        iter::once((Source::Woken, woken))
+            .chain(forgetting.map(|backend| (Source::Forgetting, backend)))
+            .chain(watch.map(|backend| (Source::Watch, backend)))
+    }
+
+    /// Serves what is in queue `index`. Returns whether there was anything.
+    fn drain(&mut self, index: usize) -> Result<bool, QueueError> {
+        let Fs { server, buffers, queues, complaints, .. } = self;
+        let Some(queue) = queues.as_mut().and_then(|queues| queues.get_mut(index)) else {
+            return Ok(false);
+        };
+        let mut any = false;
+        queue.drain(|chain, memory| {
+            any = true;
+            match server.serve(&chain, memory, buffers.as_ref()) {
+                Ok(bytes) => Verdict::Used(bytes),
+                Err(error) => {
+                    complaints.add(&error);
+                    Verdict::Used(0)
+                }
+            }
+        })?;
+        Ok(any)
+    }
+
+    /// Expects the guest to go on forgetting, and looks at it soon.
+    fn defer_forgetting(&mut self) -> Result<(), QueueError> {
+        let (Some(forgetting), Some(queues)) = (&mut self.forgetting, &mut self.queues) else {
+            return Ok(());
+        };
+        if queues[URGENT].defer_kicks(forgetting::KICK_AT)? && !forgetting.look_soon() {
+            // Without a timer each kick is wanted.
+            self.drain(URGENT)?;
+        }
+        Ok(())
     }
 
     /// `memory` and the window, if there is one.
@@ -145,33 +210,30 @@ impl VirtioDevice for Fs {
 
     fn queue_ready(&mut self, index: usize) -> Result<(), QueueError> {
         self.forget();
-        let Fs { server, buffers, queues, watch, complaints, .. } = self;
-        let Some(queue) = queues.as_mut().and_then(|queues| queues.get_mut(index)) else {
-            return Ok(());
-        };
-        queue.drain(|chain, memory| match server.serve(&chain, memory, buffers.as_ref()) {
-            Ok(bytes) => Verdict::Used(bytes),
-            Err(error) => {
-                complaints.add(&error);
-                Verdict::Used(0)
-            }
-        })?;
-        if let (Some(watch), Some(window)) = (watch, server.window()) {
+        if self.drain(index)? && index == URGENT {
+            self.defer_forgetting()?;
+        }
+        if let (Some(watch), Some(window)) = (&mut self.watch, self.server.window()) {
             watch.begin(window);
         }
         Ok(())
     }
 
     fn backends(&self) -> Vec<Backend> {
-        let woken = Backend { fd: self.server.woken().as_raw_fd(), events: EventSet::IN };
-        iter::once(woken).chain(self.watch.as_ref().map(Watch::backend)).collect()
+        self.sources().map(|(_, backend)| backend).collect()
     }
 
     fn backend_ready(&mut self, index: usize, _events: EventSet) -> Result<(), QueueError> {
-        if index == WOKEN {
-            self.forget();
-        } else if let (Some(watch), Some(window)) = (&mut self.watch, self.server.window()) {
-            watch.look_after(window);
+        let source = self.sources().nth(index).map(|(source, _)| source);
+        match source {
+            Some(Source::Woken) => self.forget(),
+            Some(Source::Forgetting) => return self.queue_ready(URGENT),
+            Some(Source::Watch) => {
+                if let (Some(watch), Some(window)) = (&mut self.watch, self.server.window()) {
+                    watch.look_after(window);
+                }
+            }
+            None => {}
         }
         Ok(())
     }

@@ -132,7 +132,7 @@ pub(super) enum RequestError {
 /// It clears the umask of the process, as each request has its own.
 pub struct Server {
     server: server::Server<Arc<Ledger>>,
-    ledger: Arc<Ledger>,
+    pub(super) ledger: Arc<Ledger>,
     window: Option<Arc<Window>>,
     /// The library finds the tree again through this, whatever the mounts of the process become.
     root: File,

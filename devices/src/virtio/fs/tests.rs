@@ -1,11 +1,13 @@
 //! The device as a guest's FUSE client sees it, without a VM.
 
+use std::ffi::CString;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
+use fuse_backend_rs::api::filesystem::{Context, FileSystem};
 use tempfile::TempDir;
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
@@ -14,6 +16,7 @@ use super::*;
 use crate::virtio::testing::{Driver, MEMORY_BYTES, NEXT, RINGS, memory};
 
 const LOOKUP: u32 = 1;
+const FORGET: u32 = 2;
 const GETATTR: u32 = 3;
 const SYMLINK: u32 = 6;
 const MKDIR: u32 = 9;
@@ -578,7 +581,8 @@ fn a_driver_that_starts_over_finds_its_window_empty() {
     assert!(guest.device.server.window().unwrap().is_used());
 
     guest.device.reset();
-    guest.device.backend_ready(WOKEN, EventSet::IN).unwrap();
+    // The event that wakes the thread up.
+    guest.device.backend_ready(0, EventSet::IN).unwrap();
 
     assert!(!guest.device.server.window().unwrap().is_used());
 }
@@ -794,4 +798,76 @@ fn a_directory_that_was_not_mounted_is_mounted_later() {
 
     assert_eq!(guest.init().errno, 0);
     assert_eq!(guest.create("file").errno, 0);
+}
+
+/// Forgets `node`, which the guest was told of once, without a kick.
+fn offer_forget(guest: &Guest<'_>, node: u64) {
+    let body = 1u64.to_le_bytes();
+    guest.driver.offer(URGENT, &[&guest.header(FORGET, node, body.len()), &body], &[]);
+}
+
+#[test]
+fn what_is_forgotten_without_a_kick_is_forgotten_soon() {
+    const TIMER: usize = 1;
+    let memory = memory();
+    let folder = TempDir::new().unwrap();
+    for name in ["a", "b"] {
+        fs::write(folder.path().join(name), name).unwrap();
+    }
+    let server = Server::open(folder.path(), false).unwrap();
+    let device = Fs::new("root", server).with_deferred_forgetting().unwrap();
+    let driver = Driver::with_queues(&memory, 2).and_event_index();
+    let uid = folder.path().metadata().unwrap().uid();
+    let mut guest = Guest { device, driver, uid };
+    guest.device.activate(guest.driver.activation()).unwrap();
+    guest.init();
+    let nodes = [&b"a\0"[..], b"b\0"].map(|name| guest.ask(LOOKUP, ROOT, &[name]).node());
+
+    offer_forget(&guest, nodes[0]);
+    guest.device.queue_ready(URGENT).unwrap();
+    assert_eq!(guest.driver.kick_entry(URGENT), forgetting::KICK_AT);
+
+    offer_forget(&guest, nodes[1]);
+    let mut ready =
+        libc::pollfd { fd: guest.device.backends()[TIMER].fd, events: libc::POLLIN, revents: 0 };
+    // SAFETY: `ready` is one descriptor, which the device keeps open.
+    assert_eq!(unsafe { libc::poll(&raw mut ready, 1, 10_000) }, 1);
+    guest.device.backend_ready(TIMER, EventSet::IN).unwrap();
+    assert_eq!(guest.driver.used_of(URGENT).len(), 2);
+    assert_eq!(guest.ask(GETATTR, nodes[1], &[&[0; 16]]).errno, libc::EBADF);
+
+    // Nothing came since, so the next kick is wanted.
+    guest.device.backend_ready(TIMER, EventSet::IN).unwrap();
+    assert_eq!(guest.driver.kick_entry(URGENT), 2);
+}
+
+#[test]
+#[ignore = "needs CAP_SYS_RESOURCE"]
+fn sixty_four_ki_files_are_open_at_once() {
+    const FILES: usize = 1024;
+    const TIMES: usize = 64;
+    raise_file_limit().unwrap();
+    let folder = TempDir::new().unwrap();
+    let server = Server::open(folder.path(), false).unwrap();
+    let context = Context::default();
+    let open_here = || fs::read_dir("/proc/self/fd").unwrap().count();
+    let before = open_here();
+
+    let mut handles = Vec::new();
+    for name in (0..FILES).map(|file| file.to_string()) {
+        fs::write(folder.path().join(&name), &name).unwrap();
+        let name = CString::new(name).unwrap();
+        let node = server.ledger.lookup(&context, ROOT, &name).unwrap().inode;
+        for _ in 0..TIMES {
+            let (handle, ..) = server.ledger.open(&context, node, 0, 0).unwrap();
+            handles.push((node, handle.unwrap()));
+        }
+    }
+
+    assert!(open_here() >= before + FILES + FILES * TIMES);
+    for &(node, handle) in &handles {
+        server.ledger.release(&context, node, 0, handle, false, false, None).unwrap();
+    }
+    server.reset();
+    assert!(open_here() < before + FILES);
 }

@@ -3,7 +3,7 @@
 use std::ffi::CStr;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use fuse_backend_rs::abi::fuse_abi::{CreateIn, WRITE_KILL_PRIV, stat64, statvfs64};
@@ -54,6 +54,8 @@ pub(super) struct Tree {
     /// Files that the library does not know.
     pub unnamed: Unnamed,
     listings: Listings,
+    /// User and group of the thread that serves.
+    pub(super) owner: OnceLock<(u32, u32)>,
 }
 
 impl Tree {
@@ -62,9 +64,8 @@ impl Tree {
         let Options { read_only, cache, window, .. } = options;
         let access = if *read_only { Access::ReadOnly } else { Access::ReadWrite };
         let (cache, window) = (*cache, window.clone());
-        let (opening, unnamed) = (Opening::default(), Unnamed::default());
-        let listings = Listings::default();
-        Tree { files, access, cache, window, opening, unnamed, listings }
+        let (opening, unnamed, listings, owner) = Default::default();
+        Tree { files, access, cache, window, opening, unnamed, listings, owner }
     }
 
     /// EROFS unless the guest may change something.

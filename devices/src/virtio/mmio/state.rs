@@ -36,7 +36,7 @@ impl MmioTransport {
         TransportState {
             device_type: self.device_type,
             status: self.shared.status(),
-            interrupts: self.shared.interrupts.load(Ordering::Acquire),
+            interrupts: self.seen | self.shared.interrupts.load(Ordering::Acquire),
             config_generation: self.shared.config_generation.load(Ordering::Acquire),
             registers: self.registers.clone(),
             queues,
@@ -55,6 +55,7 @@ impl MmioTransport {
         self.compare(state)?;
         self.registers = state.registers.clone();
         self.shared.status.store(state.status, Ordering::Release);
+        self.seen = 0;
         self.shared.interrupts.store(state.interrupts, Ordering::Release);
         self.shared.config_generation.store(state.config_generation, Ordering::Release);
         if state.queues.is_empty() {
