@@ -44,10 +44,12 @@ endif
 endif
 
 ## The main job in the lab, of any architecture: a container is run by Docker and by Podman, entered,
-## reached over its network, and shares files. A minute, after the builds.
+## reached over its network, and shares files; then a few guests on the other kinds of machine that the lab
+## can be. Three minutes, after the builds.
 smoke: guest
 	@echo "==> the main job in the lab for $(ARCH)"
 	@$(LAB) run 'tests/lab/hello.sh && tests/lab/smoke.sh'
+	@tests/lab/machines.sh
 
 ## Packages, once per machine.
 setup:
