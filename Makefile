@@ -117,7 +117,7 @@ endif
 ## needs no lab. For another architecture only boots, to perf/ARCH.
 ifdef FOREIGN
 perf:
-	@$(MAKE) --no-print-directory guest KERNEL=distro
+	@$(MAKE) --no-print-directory guest-images
 	@tests/lab/cross.sh $(ARCH) cargo build --release --package coracle-perf --bins
 	@$(COUNTING) LAB_OUTPUT=$(CURDIR)/perf/$(ARCH) $(LAB) run 'coracle-perf boot --output "$$LAB_RESULTS"'
 else
