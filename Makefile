@@ -44,10 +44,12 @@ endif
 endif
 
 ## The main job in the lab, of any architecture: a container is run by Docker and by Podman, entered,
-## reached over its network, and shares files. A minute, after the builds.
+## reached over its network, and shares files; then a few guests on the other kinds of machine that the lab
+## can be. Three minutes, after the builds.
 smoke: guest
 	@echo "==> the main job in the lab for $(ARCH)"
 	@$(LAB) run 'tests/lab/hello.sh && tests/lab/smoke.sh'
+	@tests/lab/machines.sh
 
 ## Packages, once per machine.
 setup:
@@ -115,7 +117,7 @@ endif
 ## needs no lab. For another architecture only boots, to perf/ARCH.
 ifdef FOREIGN
 perf:
-	@$(MAKE) --no-print-directory guest KERNEL=distro
+	@$(MAKE) --no-print-directory guest-images
 	@tests/lab/cross.sh $(ARCH) cargo build --release --package coracle-perf --bins
 	@$(COUNTING) LAB_OUTPUT=$(CURDIR)/perf/$(ARCH) $(LAB) run 'coracle-perf boot --output "$$LAB_RESULTS"'
 else

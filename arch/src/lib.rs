@@ -88,6 +88,10 @@ pub trait Arch {
         entry: Option<&Entry>,
     ) -> Result<(), ArchError>;
 
+    /// Has `vcpu`, which was not granted until now and so has no thread, wait for the guest to start it. A
+    /// guest may have tried that before: it gave up meanwhile, and must find the vCPU as it was.
+    fn await_start(vcpu: &VcpuFd) -> Result<(), ArchError>;
+
     /// Says where `vcpu` stands. It must be outside the guest, with no access to a device half done.
     fn save_vcpu(kvm: &Kvm, vcpu: &VcpuFd) -> Result<Self::VcpuState, ArchError>;
 

@@ -16,6 +16,7 @@ use stats_alloc::Region;
 use vmm::vsock::HostStream;
 use vmm::{BalloonConfig, Metrics, ShareConfig, VmConfig, VmHandle, Vmm, VsockConfig};
 
+use crate::agent_peer;
 use crate::guest_time::{Guests, Watch};
 use crate::memory::OwnMemory;
 use crate::peer::{Kind, Peer};
@@ -31,7 +32,7 @@ const GOAL_OUTSIDE_M: f64 = 60.0;
 /// Highest ratio of our boot with the tuned kernel to QEMU's with Debian's.
 const GOAL_BOOT_RATIO: f64 = 0.4;
 /// How long a guest may take, in milliseconds: Debian's kernel needs 3 s of emulated time.
-const BOOT_TIMEOUT_MS: u16 = 60_000;
+pub const BOOT_TIMEOUT_MS: u16 = 60_000;
 
 /// What one boot cost.
 #[derive(Debug, Serialize, Deserialize)]
@@ -150,7 +151,7 @@ pub fn measure(report: &mut Report, options: &Options) -> Result<()> {
         report.samples(what, ("M", &with_tuned), Some(GOAL_INSTRUCTIONS_M));
         add_watched(report, (&with_distro, ours_to_init), (&peers, &theirs, to_init))?;
     }
-    Ok(())
+    tuned.map_or(Ok(()), |tuned| agent_peer::measure(report, options, tuned))
 }
 
 /// Adds what the host's KVM notes of one more boot of ours and of each peer, beside the samples of those
@@ -180,7 +181,7 @@ fn add_watched(
 }
 
 /// What guests do in one more `boot`.
-fn watched(boot: impl FnOnce() -> Result<f64>) -> Result<Guests> {
+pub fn watched(boot: impl FnOnce() -> Result<f64>) -> Result<Guests> {
     let watch = Watch::start()?;
     boot()?;
     watch.stop()

@@ -4,6 +4,7 @@
 //! nanosecond there, so that a duration is a count of instructions and repeats within a few percent
 //! whatever else the machine does. Elsewhere durations are what they are: compare them in one run.
 
+mod agent_peer;
 mod baseline;
 mod block;
 mod boot;

@@ -9,7 +9,8 @@ folder=$1
 name=stock
 # The network of the tests: the host's end of the tap has .1.
 address=192.168.240.2/24
-packages=(systemd-sysv udev dbus login iproute2 iputils-ping initramfs-tools linux-image-cloud-amd64)
+packages=(systemd-sysv udev dbus login iproute2 iputils-ping initramfs-tools
+  "linux-image-cloud-$(dpkg --print-architecture)")
 
 fail() { echo "debian: $*" >&2; exit 2; }
 

@@ -103,7 +103,10 @@ impl Processors {
         }
         for index in least..count {
             let fd = match granted.spare.pop_front() {
-                Some(fd) => fd,
+                Some(fd) => {
+                    Host::await_start(&fd).map_err(GrantError::Reset)?;
+                    fd
+                }
                 None => create(kvm, vm, index, most)?,
             };
             let control = &self.shared.control;

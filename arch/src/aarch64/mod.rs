@@ -95,6 +95,10 @@ mod host {
             vcpu::reset(vm, vcpu, entry)
         }
 
+        fn await_start(vcpu: &VcpuFd) -> Result<(), ArchError> {
+            vcpu::await_start(vcpu)
+        }
+
         fn save_vcpu(_kvm: &Kvm, vcpu: &VcpuFd) -> Result<vcpu::State, ArchError> {
             vcpu::State::of(vcpu)
         }

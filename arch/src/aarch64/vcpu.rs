@@ -7,8 +7,8 @@ mod stolen;
 use std::mem::offset_of;
 
 use kvm_bindings::{
-    KVM_ARM_VCPU_POWER_OFF, KVM_ARM_VCPU_SVE, KVM_REG_ARM_CORE, KVM_REG_ARM64, KVM_REG_SIZE_U64,
-    kvm_regs, kvm_vcpu_init,
+    KVM_ARM_VCPU_POWER_OFF, KVM_ARM_VCPU_SVE, KVM_MP_STATE_STOPPED, KVM_REG_ARM_CORE,
+    KVM_REG_ARM64, KVM_REG_SIZE_U64, kvm_mp_state, kvm_regs, kvm_vcpu_init,
 };
 
 pub use self::state::State;
@@ -33,6 +33,13 @@ pub fn reset(vm: &VmFd, vcpu: &VcpuFd, entry: Option<&Entry>) -> Result<(), Arch
         set_core(vcpu, offset_of!(kvm_regs, regs.regs), layout::RAM.0)?;
     }
     Ok(())
+}
+
+/// Powers a vCPU off that KVM takes for one that runs if the guest has called CPU_ON for it: it would
+/// begin there long after the guest gave it up, and a second call would find it on already.
+pub fn await_start(vcpu: &VcpuFd) -> Result<(), ArchError> {
+    let stopped = kvm_mp_state { mp_state: KVM_MP_STATE_STOPPED };
+    vcpu.set_mp_state(stopped).map_err(ArchError::kvm("power a vCPU off"))
 }
 
 /// Fixes what a vCPU that was initialized as `init` says can be chosen once only: the lengths of its

@@ -11,6 +11,8 @@ mend_emulator() { :; }
 # LAB_GIC=2 is a machine whose KVM has no newer interrupt controller to offer. The processor is not
 # `max`, which is twice as slow.
 machine=(-M "virt,virtualization=on,gic-version=${LAB_GIC:-3}")
+# What kinds of it there are beside the usual one.
+machines=(LAB_GIC=2)
 processor=(-cpu neoverse-n1)
 processor_icount=(-cpu neoverse-n1)
 cmdline=
@@ -20,9 +22,10 @@ has_virtualization() { [ -e /dev/kvm ]; }
 # What compiles for it on machines of another architecture.
 cross_prefix=aarch64-linux-gnu
 cross_packages=(gcc-aarch64-linux-gnu libc6-dev-arm64-cross)
-# Tests that are for other architectures: those of one's own parts, and the login on a disk of packages
-# for this machine.
-foreign_tests=(x86_64 debian)
+# Tests that are for other architectures: those of one's own parts; on another machine the login, whose
+# disk is made of that machine's packages.
+foreign_tests=(x86_64)
+[ "$(uname -m)" = aarch64 ] || foreign_tests+=(debian)
 # Tests that cannot hold here. The processor says nothing of a store of several registers to memory that
 # may not be written (ESR_ELx.ISV is clear), so KVM cannot drop it, and the guest's machine ends.
 unfit_tests=(pmem::a_guest_that_writes_to_a_read_only_file_goes_on_without_effect)

@@ -32,6 +32,7 @@ mend_emulator() {
 }
 # SVM with nested paging; a processor whose string instructions count as what they do.
 machine=(-M q35)
+machines=()
 processor=(-cpu max)
 processor_icount=(-cpu max,-erms,-fsrm)
 # Linux does not trust the emulated time stamp counter by itself, and every other clock takes QEMU's

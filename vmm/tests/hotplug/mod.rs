@@ -92,6 +92,26 @@ fn a_vcpu_that_is_not_granted_does_not_start_and_hurts_nobody() {
 
 #[test]
 #[ignore = "needs KVM that boots Linux"]
+fn a_vcpu_that_the_guest_tried_too_early_starts_once_it_is_granted() {
+    let mut guest = Guest::new(
+        "cd /sys/devices/system/cpu
+         echo 1 > cpu1/online || echo REFUSED
+         until stty size < /dev/hvc0 | grep -q '43 132'; do sleep 1; done
+         echo 1 > cpu1/online && taskset 2 echo STARTED",
+    );
+    guest.config.max_vcpus = Some(2);
+    let vm = guest.start();
+    await_word(&vm, "REFUSED");
+
+    vm.grant_vcpus(2).unwrap();
+    vm.resize_console(132, 43);
+    let ended = wait(vm);
+
+    assert!(ended.output.contains("STARTED"), "{ended:?}");
+}
+
+#[test]
+#[ignore = "needs KVM that boots Linux"]
 fn a_vcpu_that_came_later_pauses_with_the_others() {
     let mut guest = Guest::new(
         "echo START; until echo 1 > /sys/devices/system/cpu/cpu1/online; do sleep 1; done
