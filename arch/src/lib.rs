@@ -89,7 +89,8 @@ pub trait Arch {
     ) -> Result<(), ArchError>;
 
     /// Has `vcpu`, which was not granted until now and so has no thread, wait for the guest to start it. A
-    /// guest may have tried that before: it gave up meanwhile, and must find the vCPU as it was.
+    /// guest may have tried that before: it gave up meanwhile, and must find the vCPU as it was. One that
+    /// tries at this very moment has to try again.
     fn await_start(vcpu: &VcpuFd) -> Result<(), ArchError>;
 
     /// Says where `vcpu` stands. It must be outside the guest, with no access to a device half done.

@@ -43,7 +43,8 @@ fn trimmed_size(kernel: &[u8], segment: &ProgramHeader64<LittleEndian>) -> Optio
     let end = start.checked_add(usize::try_from(size).ok()?)?;
     let contents = kernel.get(start..end)?;
     let last = contents.iter().rposition(|byte| *byte != 0);
-    Some(last.map_or(0, |last| last as u64 + 1))
+    // Loaders take no notice of a segment of which the file has nothing, not even of where it ends.
+    Some(last.map_or(size.min(1), |last| last as u64 + 1))
 }
 
 #[cfg(test)]
@@ -135,7 +136,7 @@ mod tests {
 
         leave_zeros_out(&mut kernel).unwrap();
 
-        assert_eq!(sizes(&kernel, 4), [(4, 4), (5, 8), (0, 9), (5, 5)]);
+        assert_eq!(sizes(&kernel, 4), [(4, 4), (5, 8), (1, 9), (5, 5)]);
         assert_eq!(kernel[HEADER + 4 * SEGMENT..], contents);
     }
 

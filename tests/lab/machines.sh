@@ -30,6 +30,9 @@ tests() {
   local executable; executable=$(sed -n "s/.*Executable .*(\(.*\/$1-[^/]*\))$/\1/p" "$built"); shift
   echo "tests/lab/bounded.sh '$executable' --test-threads=1 --ignored $*"
 }
+for name in "${linux_tests[@]}"; do
+  grep -rq "fn [a-z_]*$name" vmm/tests || { echo "machines: there is no test $name any more" >&2; exit 1; }
+done
 script="export CORACLE_TEST_KERNEL=/var/lib/coracle/guest/kernel"
 script+=" CORACLE_TEST_INITRD=/var/lib/coracle/guest/initrd"
 script+="; $(tests "$arch") && $(tests linux "${linux_tests[@]}")"

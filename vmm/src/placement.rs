@@ -2,7 +2,7 @@
 
 use std::io;
 use std::ops::Range;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use arch::machine::{MmioDevice, Space};
 use arch::{Arch, Host, VmFd};
@@ -353,7 +353,10 @@ fn irq_line(vm: &Arc<VmFd>, gsi: u32) -> Result<Arc<IrqLine>, PlacementError> {
 /// A line that whoever raises it raises by itself. It does not keep the machine alive.
 fn direct_line(vm: &Arc<VmFd>, gsi: u32) -> IrqLine {
     let vm = Arc::downgrade(vm);
+    // An edge within another one would be none.
+    let is_raised = Mutex::new(());
     IrqLine::Direct(Box::new(move || {
+        let _one = is_raised.lock().unwrap_or_else(PoisonError::into_inner);
         // A machine that is gone is not interrupted. KVM refuses lines that it does not have only.
         if let Some(vm) = vm.upgrade() {
             let _ = vm.set_irq_line(gsi, true).and_then(|()| vm.set_irq_line(gsi, false));

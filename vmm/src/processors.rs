@@ -102,11 +102,11 @@ impl Processors {
             return Err(GrantError::Count { least, most });
         }
         for index in least..count {
+            if let Some(fd) = granted.spare.front() {
+                Host::await_start(fd).map_err(GrantError::Reset)?;
+            }
             let fd = match granted.spare.pop_front() {
-                Some(fd) => {
-                    Host::await_start(&fd).map_err(GrantError::Reset)?;
-                    fd
-                }
+                Some(fd) => fd,
                 None => create(kvm, vm, index, most)?,
             };
             let control = &self.shared.control;

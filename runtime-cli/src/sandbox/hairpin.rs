@@ -109,7 +109,20 @@ impl Hairpin {
         netlink.change(Message::NewAddress(source_address()), make)?;
         netlink.change(Message::NewNeighbour(self.neighbour(tap)), make)?;
         netlink.change(Message::NewRoute(self.route(tap)), make)?;
-        netlink.change(Message::DelRoute(self.local_route()), 0)
+        match netlink.change(Message::DelRoute(self.local_route()), 0) {
+            // The way was open before, for another sandbox.
+            Err(error) if error.raw_os_error() == Some(libc::ESRCH) => Ok(()),
+            result => result,
+        }
+    }
+
+    /// Gives the address back to the namespace. The rest ends with the tap.
+    pub(super) fn close(&self, netlink: &Netlink) -> io::Result<()> {
+        let mut local = self.local_route();
+        local.header.protocol = RouteProtocol::Kernel;
+        local.attributes.push(RouteAttribute::PrefSource(self.address.into()));
+        netlink.change(Message::DelAddress(source_address()), 0)?;
+        netlink.change(Message::NewRoute(local), NLM_F_CREATE | NLM_F_REPLACE)
     }
 
     fn neighbour(&self, tap: u32) -> NeighbourMessage {
@@ -247,6 +260,15 @@ mod tests {
             assert!(neighbour.contains("10.0.2.100 lladdr 02:00:00:00:00:09"), "{neighbour}");
             let filter = shell("tc filter show dev tap7 ingress");
             assert!(filter.contains("match c0000008/ffffffff at 16"), "{filter}");
+            let of_loopback = shell("ip -4 -o addr show lo");
+            assert!(of_loopback.contains("192.0.0.8/32"), "{of_loopback}");
+
+            shell("ip link del tap7");
+            hairpin.close(&Netlink::open().unwrap()).unwrap();
+
+            let route = shell("ip route get 10.0.2.100");
+            assert!(route.starts_with("local 10.0.2.100"), "{route}");
+            assert!(!shell("ip -4 -o addr show lo").contains("192.0.0.8"));
         });
         thread.join().unwrap();
     }

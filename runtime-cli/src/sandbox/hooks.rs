@@ -94,12 +94,27 @@ pub(super) fn run(
     Ok(())
 }
 
-/// Runs the hooks of a container's end. One that fails is logged, and the rest goes on (runtime.md,
-/// Lifecycle).
+/// Runs the hooks of a container's start, whose program runs.
+pub(super) fn run_poststart(hooks: &[Hook], state: &State) {
+    let running = State { status: Status::Running, ..state.clone() };
+    run_each("poststart", hooks, &running, None);
+}
+
+/// Runs the hooks of a container's end.
 pub(super) fn run_poststop(hooks: &[Hook], state: &State, namespaces: Option<&HostNamespaces>) {
     let stopped = State { status: Status::Stopped, ..state.clone() };
+    run_each("poststop", hooks, &stopped, namespaces);
+}
+
+/// Runs `hooks` of which one that fails is logged, and the rest goes on (runtime.md, Lifecycle).
+fn run_each(
+    kind: &'static str,
+    hooks: &[Hook],
+    state: &State,
+    namespaces: Option<&HostNamespaces>,
+) {
     for hook in hooks {
-        if let Err(error) = run("poststop", std::slice::from_ref(hook), &stopped, namespaces) {
+        if let Err(error) = run(kind, std::slice::from_ref(hook), state, namespaces) {
             log::warn!("{}", chain(&error));
         }
     }

@@ -64,7 +64,7 @@ pub use probe::boot;
 use crate::bundle::Bundle;
 use crate::logging::{LogOptions, chain};
 use crate::settings::Settings;
-use crate::state::{self, ContainerDir, State, Status};
+use crate::state::{self, ContainerDir, State};
 use folder::Later;
 use launch::Launched;
 use pidfd::Pidfd;
@@ -163,17 +163,14 @@ fn take_name() {
 }
 
 /// Has the program of a created container run by its sandbox process, which `client` is connected to, then
-/// runs the poststart hooks, as runc does in the process of `start`: however long they take, the container
-/// is served meanwhile.
+/// runs the poststart hooks, as runc does in the process of `start` since 1.2: however long they take, the
+/// container is served meanwhile.
 pub fn start(dir: &ContainerDir, client: &Client) -> Result<(), Error> {
     // Whoever waits for the container's end may remove it at once.
     let hooks = folder::hooks(dir, Later::Poststart).map_err(Error::Hooks)?;
-    let state = State { status: Status::Running, ..dir.load()? };
+    let state = dir.load()?;
     client.start()?;
-    // runtime.md, Lifecycle: a poststart hook that fails is logged, and the container goes on.
-    if let Err(error) = hooks::run("poststart", &hooks, &state, None) {
-        log::warn!("{}", chain(&error));
-    }
+    hooks::run_poststart(&hooks, &state);
     Ok(())
 }
 

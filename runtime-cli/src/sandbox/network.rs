@@ -185,13 +185,17 @@ impl Network {
         Ok(())
     }
 
-    /// Takes back what [`Self::join`] did to interfaces that outlive the sandbox; the taps, and
-    /// what was attached to them, end with it.
+    /// Takes back what [`Self::join`] did to the namespace and to interfaces that outlive the sandbox; the
+    /// taps, and what was attached to them, end with it.
     pub(super) fn part(&self) {
         let Ok(netlink) = Netlink::open() else { return };
         for link in &self.links {
             // The interface may have gone with its other end, as a veth does.
             let _ = netlink.change(Message::DelQueueDiscipline(ingress(link.index)), 0);
+        }
+        if let Some(hairpin) = Hairpin::of(self) {
+            // It may never have been opened, and its interface may be gone.
+            let _ = hairpin.close(&netlink);
         }
     }
 }

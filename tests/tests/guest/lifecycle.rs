@@ -304,12 +304,12 @@ fn hooks_run_at_their_points_with_the_state_on_stdin() {
 }
 
 #[test]
-fn a_container_is_served_while_a_poststart_hook_waits_for_it() {
+fn a_container_is_served_while_a_poststart_hook_waits_for_it_though_one_failed() {
     let bundle = Bundle::new(&["sh", "-c", "until [ -e /go ]; do sleep 0.1; done; exit 3"]);
     let script = "exec coracle exec t-waits touch /go";
     let path = std::env::var("PATH").unwrap();
     bundle.edit(|config| {
-        config["hooks"]["poststart"] = json!([{
+        config["hooks"]["poststart"] = json!([{ "path": "/bin/false" }, {
             "path": "/bin/sh", "args": ["sh", "-c", script], "env": [format!("PATH={path}")],
             "timeout": 60,
         }]);

@@ -1,6 +1,7 @@
 //! Looks at what the guest forgets, so that it need not kick for each file.
 //!
-//! Nobody waits for that a file is forgotten, and whoever removes a tree forgets thousands. The first kick
+//! Nobody waits for that a file is forgotten but who unmounts a share, and whoever removes a tree forgets
+//! thousands. The first kick
 //! starts a timer; while it runs the guest kicks once for many. When there was nothing more, the timer
 //! stops and the next kick is wanted again: an idle guest wakes nobody.
 

@@ -14,7 +14,9 @@ use crate::virtio::state::{DeviceState, Position, RestoreError};
 pub struct TransportState {
     device_type: u32,
     status: u32,
+    /// Causes of interrupts that the driver has not read, and those it has read and not acknowledged.
     interrupts: u32,
+    seen: u32,
     config_generation: u32,
     registers: Registers,
     /// Where the device stands in each queue; empty if it is idle.
@@ -36,7 +38,8 @@ impl MmioTransport {
         TransportState {
             device_type: self.device_type,
             status: self.shared.status(),
-            interrupts: self.seen | self.shared.interrupts.load(Ordering::Acquire),
+            interrupts: self.shared.interrupts.load(Ordering::Acquire),
+            seen: self.seen,
             config_generation: self.shared.config_generation.load(Ordering::Acquire),
             registers: self.registers.clone(),
             queues,
@@ -55,7 +58,7 @@ impl MmioTransport {
         self.compare(state)?;
         self.registers = state.registers.clone();
         self.shared.status.store(state.status, Ordering::Release);
-        self.seen = 0;
+        self.seen = state.seen;
         self.shared.interrupts.store(state.interrupts, Ordering::Release);
         self.shared.config_generation.store(state.config_generation, Ordering::Release);
         if state.queues.is_empty() {
