@@ -1014,6 +1014,20 @@ mod tests {
     }
 
     #[test]
+    fn a_driver_acknowledges_to_a_device_built_anew_what_it_read_before() {
+        let mut old = Guest::running();
+        let interrupt = old.device.lock().unwrap().active.as_ref().unwrap().interrupt.clone();
+        interrupt.config_changed();
+        assert_eq!(old.read(VIRTIO_MMIO_INTERRUPT_STATUS), VIRTIO_MMIO_INT_CONFIG);
+        interrupt.used_buffer();
+
+        let mut new = handed_over(old);
+        new.write(VIRTIO_MMIO_INTERRUPT_ACK, VIRTIO_MMIO_INT_CONFIG);
+
+        assert_eq!(new.read(VIRTIO_MMIO_INTERRUPT_STATUS), VIRTIO_MMIO_INT_VRING);
+    }
+
+    #[test]
     fn a_driver_goes_on_negotiating_with_a_device_built_anew() {
         let mut old = Guest::new();
         old.negotiate(VERSION_1);
