@@ -4,7 +4,7 @@
 use std::fs;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::time::Instant;
 
 use agent_protocol::{CONTROL_PORT, Event, Message, frame};
@@ -17,7 +17,8 @@ use nix::sys::socket::{
 };
 
 use crate::Options;
-use crate::boot::{BOOT_TIMEOUT_MS, to_ready, watched};
+use crate::boot::{BOOT_TIMEOUT_MS, add_exits, to_ready, watched};
+use crate::guest::Running;
 use crate::peer::{Kind, Peer};
 use crate::report::Report;
 use crate::samples::Samples;
@@ -26,17 +27,6 @@ use crate::samples::Samples;
 const VHOST: &str = "/dev/vhost-vsock";
 /// Highest ratio of our boot to the agent to QEMU's, and of our exits until then to QEMU's.
 const GOAL: f64 = 1.0;
-
-/// A machine that ends with this.
-struct Machine(Child);
-
-impl Drop for Machine {
-    fn drop(&mut self) {
-        // It may be gone already; either way nothing of it is left.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
 
 /// Measures and adds the rows, if QEMU is among the peers.
 pub fn measure(report: &mut Report, options: &Options, image: &Path) -> Result<()> {
@@ -69,12 +59,7 @@ pub fn measure(report: &mut Report, options: &Options, image: &Path) -> Result<(
     );
     if report.counts_instructions() {
         let (ours, theirs) = (watched(ours_to_ready)?, watched(|| to_agent(qemu, image))?);
-        let exits = [ours.all_exits(), theirs.all_exits()].map(f64::from);
-        let what = "exits of the guest, tuned kernel to agent";
-        report.beside(what, ("exits", exits[0]), (&name, exits[1]), Some(GOAL));
-        let exits = [ours.exits_to_user, theirs.exits_to_user].map(f64::from);
-        let what = "exits to user space, tuned kernel to agent";
-        report.beside(what, ("exits", exits[0]), (&name, exits[1]), Some(GOAL));
+        add_exits(report, "tuned kernel to agent", &ours, (&name, &theirs), Some(GOAL));
     }
     Ok(())
 }
@@ -83,12 +68,12 @@ pub fn measure(report: &mut Report, options: &Options, image: &Path) -> Result<(
 fn to_agent(peer: &Peer, image: &Path) -> Result<f64> {
     let listener = listener()?;
     let started = Instant::now();
-    let machine = Command::new(peer.program())
+    let child = Command::new(peer.program())
         .args(arguments(image))
         .stdin(Stdio::null())
         .spawn()
         .with_context(|| format!("start {peer}"))?;
-    let _machine = Machine(machine);
+    let _machine = Running { child };
     let mut sources = [PollFd::new(listener.as_fd(), PollFlags::POLLIN)];
     if poll(&mut sources, BOOT_TIMEOUT_MS)? == 0 {
         bail!("the agent of {peer}'s guest does not connect");

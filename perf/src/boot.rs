@@ -170,14 +170,26 @@ fn add_watched(
         let theirs = watched(|| to_init(peer))?;
         let what = "instructions outside the guest beside a peer's";
         report.beside(what, ("M", ours_outside), (&name, outside(samples, &theirs)), None);
-        let exits = [&ours, &theirs].map(|guests| f64::from(guests.all_exits()));
-        let what = "exits of the guest, distro kernel to init";
-        report.beside(what, ("exits", exits[0]), (&name, exits[1]), None);
-        let exits = [&ours, &theirs].map(|guests| f64::from(guests.exits_to_user));
-        let what = "exits to user space, distro kernel to init";
-        report.beside(what, ("exits", exits[0]), (&name, exits[1]), None);
+        add_exits(report, "distro kernel to init", &ours, (&name, &theirs), None);
     }
     Ok(())
+}
+
+/// Adds how often our guest was left in a boot of this kind, beside that of the peer of this name.
+pub fn add_exits(
+    report: &mut Report,
+    boot: &str,
+    ours: &Guests,
+    (peer, theirs): (&str, &Guests),
+    goal: Option<f64>,
+) {
+    let all = [ours, theirs].map(Guests::all_exits);
+    let to_user = [ours, theirs].map(|guests| guests.exits_to_user);
+    for (which, exits) in [("of the guest", all), ("to user space", to_user)] {
+        let [ours, theirs] = exits.map(f64::from);
+        let what = format!("exits {which}, {boot}");
+        report.beside(&what, ("exits", ours), (peer, theirs), goal);
+    }
 }
 
 /// What guests do in one more `boot`.

@@ -157,7 +157,8 @@ impl Guest {
 /// A guest that runs; dropping it ends it.
 #[derive(Debug)]
 pub struct Running {
-    child: Child,
+    /// The process that holds the machine.
+    pub child: Child,
 }
 
 impl Running {

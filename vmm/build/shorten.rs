@@ -5,10 +5,10 @@ use std::collections::BTreeMap;
 
 use seccompiler::{BpfProgram, sock_filter};
 
+use super::JUMP;
+
 /// `A = a field of the call` (linux/filter.h, `BPF_LD | BPF_W | BPF_ABS`).
 const LOAD: u16 = 0x20;
-/// Jumps over `k` instructions (`BPF_JMP | BPF_JA`).
-const JUMP: u16 = 0x05;
 /// Ends the filter with the verdict `k` (`BPF_RET | BPF_K`).
 const RETURN: u16 = 0x06;
 /// Bits of a code that say its class; 5 are jumps (linux/bpf_common.h, `BPF_CLASS`).

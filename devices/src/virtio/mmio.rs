@@ -637,6 +637,11 @@ mod tests {
             self.write(VIRTIO_MMIO_QUEUE_READY, 1);
         }
 
+        /// What the device tells its driver through, once it runs.
+        fn interrupt(&self) -> Arc<dyn Interrupt> {
+            self.device.lock().unwrap().active.as_ref().unwrap().interrupt.clone()
+        }
+
         /// A device that runs with one queue.
         fn running() -> Self {
             let mut guest = Guest::new();
@@ -830,7 +835,7 @@ mod tests {
     #[test]
     fn an_interrupt_has_its_cause_until_acknowledged() {
         let mut guest = Guest::running();
-        let interrupt = guest.device.lock().unwrap().active.as_ref().unwrap().interrupt.clone();
+        let interrupt = guest.interrupt();
 
         interrupt.used_buffer();
         interrupt.config_changed();
@@ -844,7 +849,7 @@ mod tests {
     #[test]
     fn a_late_acknowledgement_takes_away_only_what_was_read() {
         let mut guest = Guest::running();
-        let interrupt = guest.device.lock().unwrap().active.as_ref().unwrap().interrupt.clone();
+        let interrupt = guest.interrupt();
         interrupt.used_buffer();
         assert_eq!(guest.read(VIRTIO_MMIO_INTERRUPT_STATUS), VIRTIO_MMIO_INT_VRING);
 
@@ -860,7 +865,7 @@ mod tests {
     fn a_config_change_is_a_new_generation() {
         let mut guest = Guest::running();
         let before = guest.read(VIRTIO_MMIO_CONFIG_GENERATION);
-        guest.device.lock().unwrap().active.as_ref().unwrap().interrupt.config_changed();
+        guest.interrupt().config_changed();
         assert_ne!(guest.read(VIRTIO_MMIO_CONFIG_GENERATION), before);
     }
 
@@ -884,7 +889,7 @@ mod tests {
     #[test]
     fn interrupts_are_counted_across_a_reset() {
         let mut guest = Guest::running();
-        guest.device.lock().unwrap().active.as_ref().unwrap().interrupt.used_buffer();
+        guest.interrupt().used_buffer();
 
         guest.set_status(0);
 
@@ -894,7 +899,7 @@ mod tests {
     #[test]
     fn a_reset_stops_the_device_and_forgets_everything() {
         let mut guest = Guest::running();
-        guest.device.lock().unwrap().active.as_ref().unwrap().interrupt.used_buffer();
+        guest.interrupt().used_buffer();
 
         assert_eq!(guest.set_status(0), 0);
 
@@ -1016,7 +1021,7 @@ mod tests {
     #[test]
     fn a_driver_acknowledges_to_a_device_built_anew_what_it_read_before() {
         let mut old = Guest::running();
-        let interrupt = old.device.lock().unwrap().active.as_ref().unwrap().interrupt.clone();
+        let interrupt = old.interrupt();
         interrupt.config_changed();
         assert_eq!(old.read(VIRTIO_MMIO_INTERRUPT_STATUS), VIRTIO_MMIO_INT_CONFIG);
         interrupt.used_buffer();
