@@ -21,7 +21,7 @@ use crate::error::Error;
 use crate::event_loop::EventLoop;
 use crate::handle::VmHandle;
 use crate::jail::{Jail, beside};
-use crate::memory::{GuestRam, MemoryError, SavedMemory, Store};
+use crate::memory::{GuestRam, MemoryError, Pluggable, SavedMemory, Store};
 use crate::metrics::{Metrics, Record, now_ns};
 use crate::peripherals::{self, Ends};
 use crate::placement::{Placed, Placement};
@@ -271,8 +271,8 @@ struct Core {
     vcpus: Vec<VcpuFd>,
     spare_vcpus: Vec<VcpuFd>,
     board: <Host as Arch>::Board,
-    /// Where memory can be plugged in.
-    pluggable: Option<Range<u64>>,
+    /// The memory that can be plugged in.
+    pluggable: Option<Pluggable>,
     /// Where the windows of the shares are.
     windows: Range<u64>,
     files: Vec<MappedFile>,

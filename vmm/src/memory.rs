@@ -1,6 +1,7 @@
 //! Guest RAM: host memory that suits the guest's page tables, and the KVM slots that show it.
 
 mod copy;
+mod pluggable;
 mod store;
 
 use std::fs::File;
@@ -21,6 +22,7 @@ use crate::config::MemoryConfig;
 
 pub use self::copy::MemoryLayout;
 use self::copy::Part;
+pub use self::pluggable::Pluggable;
 pub use self::store::{SavedMemory, Sharing, Store};
 
 /// Size of a huge page, in bytes: guest and host addresses agree modulo this, or KVM could map RAM
@@ -126,14 +128,14 @@ impl GuestRam {
     }
 
     /// Maps the memory that can be plugged in later at the start of `window`, and takes its addresses
-    /// out of there, in whole GiB. Nothing of it becomes resident before it is touched. Returns where
-    /// it is, if there is any.
+    /// out of there, in whole GiB. Nothing of it becomes resident before it is touched. Returns it, if there
+    /// is any.
     pub fn add_pluggable(
         &mut self,
-        vm: &VmFd,
+        vm: &Arc<VmFd>,
         window: &mut Range<u64>,
         config: &MemoryConfig,
-    ) -> Result<Option<Range<u64>>, MemoryError> {
+    ) -> Result<Option<Pluggable>, MemoryError> {
         let bytes = u64::from(config.pluggable_mib) << 20;
         if bytes == 0 {
             return Ok(None);
@@ -144,9 +146,10 @@ impl GuestRam {
             return Err(MemoryError::NoAddresses { bytes });
         }
         let region = allocate_region(GuestAddress(start), bytes, config, &mut self.store)?;
-        self.extend(vm, region, false)?;
+        let host_address = region.as_ptr().addr() as u64;
+        self.insert(region)?;
         self.pluggable = Some(start..start + bytes);
-        Ok(self.pluggable.clone())
+        Ok(Some(Pluggable::new(vm.clone(), start..start + bytes, host_address)))
     }
 
     /// Where the memory is, for who copies it to the file of a [`SavedMemory`]. What can be plugged in
@@ -183,7 +186,11 @@ impl GuestRam {
         read_only: bool,
     ) -> Result<(), MemoryError> {
         let slot = u32::try_from(self.with_extensions.num_regions()).expect("a handful");
-        set_slot(vm, slot, if read_only { KVM_MEM_READONLY } else { 0 }, &region)?;
+        show(vm, slot, if read_only { KVM_MEM_READONLY } else { 0 }, &region)?;
+        self.insert(region)
+    }
+
+    fn insert(&mut self, region: GuestRegionMmap) -> Result<(), MemoryError> {
         self.with_extensions =
             self.with_extensions.insert_region(Arc::new(region)).map_err(MemoryError::Layout)?;
         Ok(())
@@ -191,24 +198,35 @@ impl GuestRam {
 
     /// Makes each region a memory slot of `vm`.
     pub fn register(&self, vm: &VmFd) -> Result<(), MemoryError> {
-        (0..).zip(self.memory.iter()).try_for_each(|(slot, region)| set_slot(vm, slot, 0, region))
+        (0..).zip(self.memory.iter()).try_for_each(|(slot, region)| show(vm, slot, 0, region))
     }
 }
 
 /// Makes `region` memory slot number `slot` of `vm`.
-fn set_slot(vm: &VmFd, slot: u32, flags: u32, region: &GuestRegionMmap) -> Result<(), MemoryError> {
-    let base = region.start_addr().raw_value();
-    let description = kvm_userspace_memory_region {
-        slot,
-        flags,
-        guest_phys_addr: base,
-        memory_size: region.len(),
-        userspace_addr: region.as_ptr().addr() as u64,
-    };
-    // SAFETY: the region is mapped for the rest of the process: `GuestRam` never unmaps one. KVM
-    // itself refuses slots that overlap.
-    unsafe { vm.set_user_memory_region(description) }
-        .map_err(|source| MemoryError::Slot { base, source })
+fn show(vm: &VmFd, slot: u32, flags: u32, region: &GuestRegionMmap) -> Result<(), MemoryError> {
+    let (base, address) = (region.start_addr().raw_value(), region.as_ptr().addr() as u64);
+    // SAFETY: the region is mapped for the rest of the process: `GuestRam` never unmaps one.
+    unsafe { set_slot(vm, slot, flags, base, region.len(), address) }
+}
+
+/// Makes `memory_size` bytes from `userspace_addr` on memory slot number `slot` of `vm`.
+///
+/// # Safety
+///
+/// They must be memory of this process for as long as there is the machine, and nothing but the guest's.
+unsafe fn set_slot(
+    vm: &VmFd,
+    slot: u32,
+    flags: u32,
+    guest_phys_addr: u64,
+    memory_size: u64,
+    userspace_addr: u64,
+) -> Result<(), MemoryError> {
+    let region =
+        kvm_userspace_memory_region { slot, flags, guest_phys_addr, memory_size, userspace_addr };
+    // SAFETY: as the caller promises; KVM itself refuses slots that overlap.
+    unsafe { vm.set_user_memory_region(region) }
+        .map_err(|source| MemoryError::Slot { base: guest_phys_addr, source })
 }
 
 impl Drop for GuestRam {

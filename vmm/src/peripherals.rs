@@ -32,6 +32,7 @@ use crate::config::{
 use crate::console::{self, ConsoleLog};
 use crate::error::Error;
 use crate::jail::Jail;
+use crate::memory::Pluggable;
 use crate::placement::{Loop, Placement, PlacementError};
 use crate::pmem::MappedFile;
 
@@ -66,7 +67,7 @@ pub fn place_all(
     log: &ConsoleLog,
     jail: Option<&Jail>,
     files: &[MappedFile],
-    pluggable: Option<Range<u64>>,
+    pluggable: Option<Pluggable>,
     placement: &mut Placement<'_>,
 ) -> Result<Ends, Error> {
     place_platform(config, log, placement)?;
@@ -99,7 +100,7 @@ pub fn place_all(
     }
     let balloon =
         config.balloon.as_ref().map(|balloon| place_balloon(balloon, placement)).transpose()?;
-    let pluggable = pluggable.map(|region| place_mem(&region, placement)).transpose()?;
+    let pluggable = pluggable.map(|memory| place_mem(memory, placement)).transpose()?;
     for number in 0..config.spare_slots {
         let name = format!("(spare slot {number})");
         placement.reserve().map_err(error_at(&name))?;
@@ -279,9 +280,10 @@ fn open_taps(config: &NetConfig) -> Result<Vec<Tap>, TapError> {
     }
 }
 
-fn place_mem(region: &Range<u64>, placement: &mut Placement<'_>) -> Result<MemHost, Error> {
-    let bytes = region.end - region.start;
-    let mem = Mem::new(placement.memory().clone(), region.start, bytes);
+fn place_mem(mut region: Pluggable, placement: &mut Placement<'_>) -> Result<MemHost, Error> {
+    let addresses = region.addresses().clone();
+    let show = Box::new(move |range: &Range<u64>| region.show(range));
+    let mem = Mem::new(placement.memory().clone(), addresses, show);
     place("mem", mem, Loop::Vmm, placement).map(MemHost::of)
 }
 

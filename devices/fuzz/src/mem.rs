@@ -21,7 +21,11 @@ const ANSWER_BYTES: u32 = 10;
 fn guest() -> Guest {
     let memory = memory();
     let [.., (start, bytes)] = REGIONS;
-    let device = Arc::new(Mutex::new(Mem::new(memory.clone(), start, bytes as u64)));
+    let device = Arc::new(Mutex::new(Mem::new(
+        memory.clone(),
+        start..start + bytes as u64,
+        Box::new(|_| Ok(())),
+    )));
     let host = Host::of(device.clone());
     let act = move |what: u8, _: &[u8]| {
         // More than there is is refused.

@@ -68,6 +68,13 @@ impl Blocks {
             if plugged { self.plugged_count + count } else { self.plugged_count - count };
     }
 
+    /// Where each of the plugged blocks is.
+    pub fn plugged(&self) -> impl Iterator<Item = Range<u64>> {
+        let start = |block: usize| self.start + block as u64 * BLOCK_BYTES;
+        let plugged = (0..self.count).filter(|&block| self.is_plugged(block));
+        plugged.map(move |block| start(block)..start(block + 1))
+    }
+
     /// A bit for each block, from the lowest one on.
     pub fn bits(&self) -> &[u64] {
         &self.plugged

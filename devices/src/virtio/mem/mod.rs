@@ -2,13 +2,15 @@
 //! it again, in blocks of 2 MiB.
 //!
 //! The host says how much it wants plugged; the driver chooses the blocks. All blocks are mapped from
-//! the start, so that plugging one is a note in a bitmap, and unplugging one gives its pages back.
+//! the start; the guest is shown those that it plugs, and unplugging one gives its pages back.
 
 mod blocks;
 mod host;
 #[cfg(test)]
 mod tests;
 
+use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_MEM;
@@ -51,6 +53,8 @@ enum Answer {
     Done(State),
     /// More than the host wants plugged.
     Denied,
+    /// Not now.
+    Busy,
     /// The request makes no sense.
     Wrong,
 }
@@ -63,9 +67,14 @@ enum State {
     Mixed,
 }
 
+/// Lets the guest reach the blocks at these addresses, which are to be plugged; those next to them, too, for
+/// all it matters, and they may have been shown before.
+pub type Show = Box<dyn FnMut(&Range<u64>) -> io::Result<()> + Send>;
+
 /// Memory that can be plugged and unplugged.
 pub struct Mem {
     blocks: Blocks,
+    show: Show,
     requested_bytes: u64,
     discarder: Discarder,
     complaints: Complaints,
@@ -85,6 +94,7 @@ impl Answer {
             Answer::Done(State::Unplugged) => (0, 1),
             Answer::Done(State::Mixed) => (0, 2),
             Answer::Denied => (1, 0),
+            Answer::Busy => (2, 0),
             Answer::Wrong => (3, 0),
         };
         let mut bytes = [0; ANSWER_BYTES];
@@ -95,11 +105,12 @@ impl Answer {
 }
 
 impl Mem {
-    /// An idle device for the `bytes` bytes of `memory` from address `start` on, both multiples of
-    /// [`BLOCK_BYTES`], none of which is plugged.
-    pub fn new(memory: GuestMemoryMmap, start: u64, bytes: u64) -> Self {
+    /// An idle device for the part of `memory` at `addresses`, both multiples of [`BLOCK_BYTES`], of which
+    /// nothing is plugged.
+    pub fn new(memory: GuestMemoryMmap, addresses: Range<u64>, show: Show) -> Self {
         Mem {
-            blocks: Blocks::new(start, bytes),
+            blocks: Blocks::new(addresses.start, addresses.end - addresses.start),
+            show,
             requested_bytes: 0,
             discarder: Discarder::new(memory),
             complaints: Complaints::of("mem"),
@@ -131,6 +142,10 @@ impl Mem {
             (PLUG, State::Unplugged) => {
                 if self.blocks.plugged_bytes() + bytes > self.requested_bytes {
                     return Answer::Denied;
+                }
+                if let Err(error) = (self.show)(&(address..address + bytes)) {
+                    self.complaints.add(&error);
+                    return Answer::Busy;
                 }
                 self.blocks.set(&blocks, true);
                 Answer::Done(State::Plugged)
@@ -236,7 +251,10 @@ impl VirtioDevice for Mem {
         };
         self.requested_bytes = *requested_bytes;
         if self.blocks.set_bits(plugged) {
-            return Ok(());
+            let mut plugged = self.blocks.plugged();
+            return plugged
+                .try_for_each(|range| (self.show)(&range))
+                .map_err(RestoreError::Backend);
         }
         let (saved, found) = (plugged.len() as u64 * 64, self.blocks.bytes() / BLOCK_BYTES);
         Err(RestoreError::Other { what: "the number of blocks, up to", saved, found })

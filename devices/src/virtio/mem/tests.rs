@@ -13,11 +13,17 @@ const START: u64 = 2 << 20;
 
 const DONE: u16 = 0;
 const DENIED: u16 = 1;
+const BUSY: u16 = 2;
 const WRONG: u16 = 3;
+
+/// Shows whatever it is asked for.
+fn shown() -> Show {
+    Box::new(|_| Ok(()))
+}
 
 /// A device of one block, of which `requested_mib` MiB shall be plugged.
 fn active(driver: &Driver<'_>, memory: &GuestMemoryMmap, requested_mib: u32) -> Host {
-    let device = Mem::new(memory.clone(), START, BLOCK_BYTES);
+    let device = Mem::new(memory.clone(), START..START + BLOCK_BYTES, shown());
     let host = Host::of(Arc::new(Mutex::new(device)));
     host.request_mib(requested_mib).unwrap();
     host.lock().activate(driver.activation()).unwrap();
@@ -41,6 +47,35 @@ fn ask(driver: &Driver<'_>, host: &Host, kind: u16, address: u64, count: u16) ->
     assert_eq!(answer.len(), ANSWER_BYTES);
     let half = |at: usize| u16::from_le_bytes([answer[at], answer[at + 1]]);
     (half(0), half(8))
+}
+
+#[test]
+fn a_block_that_cannot_be_shown_is_not_plugged() {
+    let memory = memory();
+    let driver = Driver::new(&memory);
+    let refuse = Box::new(|_: &Range<u64>| Err(io::ErrorKind::OutOfMemory.into()));
+    let device = Mem::new(memory.clone(), START..START + BLOCK_BYTES, refuse);
+    let host = Host::of(Arc::new(Mutex::new(device)));
+    host.request_mib(2).unwrap();
+    host.lock().activate(driver.activation()).unwrap();
+
+    assert_eq!(ask(&driver, &host, PLUG, START, 1), (BUSY, 0));
+    assert_eq!(host.plugged_mib(), 0);
+}
+
+#[test]
+fn what_was_plugged_is_shown_when_a_machine_goes_on() {
+    let mut old = Mem::new(memory(), START..START + 4 * BLOCK_BYTES, shown());
+    old.blocks.set(&(1..3), true);
+    let (tell, told) = std::sync::mpsc::channel();
+    let show =
+        Box::new(move |range: &Range<u64>| tell.send(range.clone()).map_err(io::Error::other));
+    let mut new = Mem::new(memory(), START..START + 4 * BLOCK_BYTES, show);
+
+    new.restore(&old.save()).unwrap();
+
+    let block = |number: u64| START + number * BLOCK_BYTES..START + (number + 1) * BLOCK_BYTES;
+    assert_eq!(told.try_iter().collect::<Vec<_>>(), [block(1), block(2)]);
 }
 
 #[test]
@@ -183,7 +218,11 @@ fn a_device_built_anew_knows_what_is_plugged() {
     let old = active(&driver, &memory, 2);
     assert_eq!(ask(&driver, &old, PLUG, START, 1), (DONE, 0));
 
-    let new = Host::of(Arc::new(Mutex::new(Mem::new(memory.clone(), START, BLOCK_BYTES))));
+    let new = Host::of(Arc::new(Mutex::new(Mem::new(
+        memory.clone(),
+        START..START + BLOCK_BYTES,
+        shown(),
+    ))));
     driver.hand_over(0, &mut *old.lock(), &mut *new.lock());
 
     assert_eq!(new.plugged_mib(), 2);
@@ -194,8 +233,8 @@ fn a_device_built_anew_knows_what_is_plugged() {
 #[test]
 fn the_state_of_a_larger_device_is_refused() {
     let memory = memory();
-    let state = Mem::new(memory.clone(), 0, 65 * BLOCK_BYTES).save();
-    let mut smaller = Mem::new(memory, START, BLOCK_BYTES);
+    let state = Mem::new(memory.clone(), 0..65 * BLOCK_BYTES, shown()).save();
+    let mut smaller = Mem::new(memory, START..START + BLOCK_BYTES, shown());
 
     assert!(matches!(smaller.restore(&state), Err(RestoreError::Other { .. })));
 }

@@ -1,0 +1,102 @@
+//! Memory that can be plugged in while a machine runs: a KVM memory slot for each part of it that the guest
+//! has used. For every page of a slot a host's kernel may keep two bytes that nobody gets back, which for
+//! a guest that may grow as large as its host is more than the guest.
+
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+
+use arch::VmFd;
+
+use super::{MemoryError, set_slot};
+
+/// First of the KVM memory slots for it: behind those for RAM and files, and before those for DAX windows.
+const FIRST_SLOT: u32 = 128;
+
+/// Most parts.
+const MAX_PARTS: u64 = 64;
+
+/// Least size of a part, in bytes: that of a block of memory for Linux.
+const MIN_PART_BYTES: u64 = 128 << 20;
+
+/// Memory that can be plugged in, as KVM has it.
+pub struct Pluggable {
+    vm: Arc<VmFd>,
+    /// Where the guest has it, and where this process has its beginning.
+    addresses: Range<u64>,
+    host_address: u64,
+    part_bytes: u64,
+    /// Whether KVM has a slot for each part.
+    shown: Vec<bool>,
+}
+
+impl Pluggable {
+    /// Memory of which KVM knows nothing yet, at `addresses` of the guest. It has to be mapped from
+    /// `host_address` on for the rest of the process.
+    pub(super) fn new(vm: Arc<VmFd>, addresses: Range<u64>, host_address: u64) -> Self {
+        let bytes = addresses.end - addresses.start;
+        let part_bytes = part_bytes(bytes);
+        let parts = usize::try_from(bytes.div_ceil(part_bytes)).expect("no more than 64");
+        Pluggable { vm, addresses, host_address, part_bytes, shown: vec![false; parts] }
+    }
+
+    /// Where the guest has it.
+    pub fn addresses(&self) -> &Range<u64> {
+        &self.addresses
+    }
+
+    /// Lets the guest reach `range`, which lies in there.
+    pub fn show(&mut self, range: &Range<u64>) -> io::Result<()> {
+        for part in parts(&self.addresses, self.part_bytes, range) {
+            let shown = usize::try_from(part).ok().and_then(|part| self.shown.get_mut(part));
+            let shown = shown.ok_or(io::ErrorKind::InvalidInput)?;
+            if !*shown {
+                let offset = part * self.part_bytes;
+                let base = self.addresses.start + offset;
+                let bytes = self.part_bytes.min(self.addresses.end - base);
+                let slot = FIRST_SLOT + u32::try_from(part).expect("a part has a small number");
+                // SAFETY: the memory is mapped for the rest of the process, as whoever made this promised.
+                unsafe { set_slot(&self.vm, slot, 0, base, bytes, self.host_address + offset) }
+                    .map_err(|error: MemoryError| io::Error::other(error))?;
+                *shown = true;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// How large the parts of `bytes` bytes are: huge pages fit into them.
+fn part_bytes(bytes: u64) -> u64 {
+    bytes.div_ceil(MAX_PARTS).next_power_of_two().max(MIN_PART_BYTES)
+}
+
+/// The numbers of the parts that have something of `range`.
+fn parts(addresses: &Range<u64>, part_bytes: u64, range: &Range<u64>) -> Range<u64> {
+    let offset = |address: u64| address.saturating_sub(addresses.start);
+    offset(range.start) / part_bytes..offset(range.end).div_ceil(part_bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GIB: u64 = 1 << 30;
+
+    #[test]
+    fn there_are_no_more_parts_than_slots() {
+        assert_eq!(part_bytes(2 << 20), 128 << 20);
+        assert_eq!(part_bytes(8 * GIB), 128 << 20);
+        assert_eq!(part_bytes(8 * GIB + 1), 256 << 20);
+        assert_eq!(part_bytes(1024 * GIB), 16 * GIB);
+        assert!((1000 * GIB).div_ceil(part_bytes(1000 * GIB)) <= MAX_PARTS);
+    }
+
+    #[test]
+    fn a_range_has_something_of_each_part_that_it_touches() {
+        let of = |range| parts(&(4 * GIB..8 * GIB), GIB, &range);
+
+        assert_eq!(of(4 * GIB..4 * GIB + 1), 0..1);
+        assert_eq!(of(5 * GIB - 1..5 * GIB + 1), 0..2);
+        assert_eq!(of(7 * GIB..8 * GIB), 3..4);
+    }
+}
