@@ -18,6 +18,7 @@ mod network;
 mod processors;
 mod reaper;
 mod redirection;
+mod repeating;
 mod resolver;
 mod resumed;
 mod sandbox;

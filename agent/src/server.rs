@@ -29,6 +29,7 @@ use crate::failure::{Context, failed, failed_with};
 use crate::greeting::{Greeting, Progress};
 use crate::growth::Growth;
 use crate::lifecycle::Pending;
+use crate::repeating::Repeating;
 use crate::resolver::Resolver;
 use crate::stdio::{CHUNK_BYTES, Stdio, set_non_blocking};
 use crate::{HOST_CID, processors, reaper};
@@ -93,6 +94,7 @@ pub struct Server {
     pub(crate) devices: Devices,
     pub(crate) resolver: Option<Resolver>,
     pub(crate) growth: Option<Growth>,
+    repeating: Repeating,
     over: bool,
     started_us: u64,
 }
@@ -127,6 +129,7 @@ impl Server {
             devices: Devices::default(),
             resolver: None,
             growth: None,
+            repeating: Repeating::default(),
             over: false,
             started_us,
         })
@@ -237,6 +240,10 @@ impl Server {
                 if let Some(resolver) = &mut self.resolver {
                     resolver.answer(number, answer.as_deref());
                 }
+                Ok(())
+            }
+            Request::Repeat(changes) => {
+                self.repeating.add(changes);
                 Ok(())
             }
             Request::CreateContainer(container) => return self.create(&container),
@@ -412,6 +419,7 @@ impl Server {
     }
 
     fn end(&mut self, pid: Pid, status: ExitStatus) {
+        self.repeating.ended(pid);
         let is_it = |process: &&mut Process| process.pid == pid && process.end.is_none();
         // Any other child is an orphan, of which nobody wants to hear.
         let Some(process) = self.processes.iter_mut().find(is_it) else { return };

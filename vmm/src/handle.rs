@@ -9,6 +9,7 @@ use std::time::Duration;
 use arch::{Arch, Host, Kvm, VmFd};
 use devices::listener::SocketFile;
 use devices::virtio::balloon::Host as BalloonHost;
+use devices::virtio::fs::Changes;
 use devices::virtio::mem::Host as MemHost;
 use devices::virtio::vsock::Host as VsockHost;
 
@@ -216,6 +217,11 @@ impl VmHandle {
     /// The host's end of the socket device, if the VM has one.
     pub fn vsock(&self) -> Option<&VsockHost> {
         self.ends.vsock.as_ref()
+    }
+
+    /// What others change in the first shared directory that is told of.
+    pub fn changes(&self) -> Option<&Changes> {
+        self.ends.changes.as_deref()
     }
 
     /// The host's end of the memory balloon, if the VM has one.

@@ -64,6 +64,11 @@ pub mod balloon {
     pub use devices::virtio::balloon::{Host, Statistics};
 }
 
+/// What others change in directories that are shared with the guest.
+pub mod changes {
+    pub use devices::virtio::fs::{Change, ChangeKind, Changes, Telling};
+}
+
 /// The host's end of the memory that can be plugged into the guest.
 pub mod mem {
     pub use devices::virtio::mem::{Host, RequestError};

@@ -15,7 +15,7 @@ use devices::virtio::VirtioDevice;
 use devices::virtio::balloon::{Balloon, Host as BalloonHost, Offer};
 use devices::virtio::block::{Access, Block, Disk, Ring};
 use devices::virtio::console::Console;
-use devices::virtio::fs::{Fs, Server, raise_file_limit};
+use devices::virtio::fs::{Changes, Fs, Server, raise_file_limit};
 use devices::virtio::mem::{Host as MemHost, Mem};
 use devices::virtio::net::{Missing, Net, Tap, TapError, Vhost, VhostError};
 use devices::virtio::pmem::Pmem;
@@ -49,6 +49,8 @@ pub struct Ends {
     pub balloon: Option<BalloonHost>,
     /// Of the memory that can be plugged in.
     pub pluggable: Option<MemHost>,
+    /// What others change in a shared directory.
+    pub changes: Option<Arc<Changes>>,
 }
 
 /// Opens where the guest's console goes.
@@ -106,7 +108,8 @@ pub fn place_all(
         placement.reserve().map_err(error_at(&name))?;
     }
     let console = Some(console).filter(|_| !config.console.serial);
-    Ok(Ends { console, vsock: host, balloon, pluggable })
+    let changes = config.shares.iter().find_map(|share| Some(share.telling.as_ref()?.to.clone()));
+    Ok(Ends { console, vsock: host, balloon, pluggable, changes })
 }
 
 /// Places what is not virtio. The serial port is there only for who asks for it: each character on it is

@@ -19,7 +19,7 @@ pub use network::*;
 pub use stats::*;
 
 /// Version of this protocol; the agent sends it in [`Event::Ready`] and the host refuses others.
-pub const VERSION: u32 = 4;
+pub const VERSION: u32 = 5;
 
 /// Host port (vsock CID 2) the agent connects to when it is ready.
 pub const CONTROL_PORT: u32 = 1024;
@@ -32,6 +32,12 @@ pub const SHARE_TAG: &str = "coracle";
 
 /// ...and that is here; every guest path of a rootfs or bind mount source lies below it.
 pub const SHARE_PATH: &str = "/run/coracle/share";
+
+/// First of the groups in whose names the agent repeats a [`Change`]. The host, which serves the files, then
+/// does nothing, and answers as if it had: to the first that a file was written or has other attributes, to
+/// the second that one was made, to the third that a file is gone or has another name, and to the fourth
+/// that a directory is gone.
+pub const REPEATING_GROUP: u32 = 0xffff_f000;
 
 /// Name of a container's first process in messages; `exec`ed ones have names of their own.
 pub const INIT_PROCESS: &str = "";

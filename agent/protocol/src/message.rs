@@ -1,6 +1,7 @@
 //! Every message, as plain data. The host translates the OCI configuration into these types and
 //! checks it there, so that the agent needs neither a JSON parser nor a seccomp compiler.
 
+use std::ffi::OsString;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -91,6 +92,8 @@ pub enum Request {
         /// Whether there may be more.
         more: bool,
     },
+    /// Has the guest's kernel tell those who watch files (inotify(7)) what others have changed in the share.
+    Repeat(Vec<Change>),
     /// Lists the processes of a container. Answered with [`Response::Processes`].
     Processes {
         /// Container id.
@@ -108,6 +111,35 @@ pub enum Request {
     },
     /// Syncs file systems and powers the guest off.
     Shutdown,
+}
+
+/// A change in the share that is not the guest's.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Change {
+    /// Where, below [`SHARE_PATH`](crate::SHARE_PATH).
+    pub folder: OsString,
+    /// What, in there.
+    pub name: OsString,
+    /// What happened to it.
+    pub kind: ChangeKind,
+}
+
+/// What happened to a file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ChangeKind {
+    /// It was made; `st_mode` (inode(7)).
+    Made(u32),
+    /// Its contents changed.
+    Written,
+    /// Its attributes changed.
+    Attributes,
+    /// It was removed.
+    Removed {
+        /// Whether it was a directory.
+        is_directory: bool,
+    },
+    /// It, which is no directory, is now in this folder below the share and has this name.
+    Moved(OsString, OsString),
 }
 
 /// What the agent sends.

@@ -4,10 +4,10 @@ use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Mutex, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::thread;
 
-use devices::virtio::fs::{Fs, Server};
+use devices::virtio::fs::{Changes, Fs, Options, Server, Telling};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use nix::unistd::{chdir, chroot};
@@ -23,6 +23,10 @@ const SECRET: &[u8] = b"nothing the guest may see or change";
 
 /// What the first byte of an input chooses.
 const READ_ONLY: u8 = 1;
+const TELLING: u8 = 2;
+
+/// The groups in whose names the guest repeats what others changed, if the host tells it.
+const FIRST_GROUP: u32 = 4;
 
 /// The queue for ordinary requests.
 const REQUESTS: u8 = 1;
@@ -126,7 +130,14 @@ fn fill() {
 fn play(data: &[u8]) {
     let Some((&variant, data)) = data.split_first() else { return };
     fill();
-    let server = Server::open(Path::new(SHARE), variant & READ_ONLY != 0).expect("it is there");
+    let telling = || {
+        let to = Arc::new(Changes::new().expect("the process has descriptors left"));
+        Telling { below: "b".into(), first_group: FIRST_GROUP, to }
+    };
+    let read_only = variant & READ_ONLY != 0;
+    let telling = (variant & TELLING != 0).then(telling);
+    let options = Options { read_only, telling, ..Options::default() };
+    let server = Server::with_options(Path::new(SHARE), options).expect("it is there");
     let device = Fs::new("share", server).with_deferred_forgetting().expect("the host has a timer");
     let mut guest = Guest::new(device, Box::new(|_, _| ()));
     let nodes = look_around(&mut guest);
@@ -205,6 +216,7 @@ pub fn seeds() -> Vec<Seed> {
         ("files", session(0, &files())),
         ("lies", session(0, &lies())),
         ("read_only", session(READ_ONLY, &all)),
+        ("repeats", session(TELLING, &repeats())),
         ("broken_rings", [vec![0], rings].concat()),
     ]
 }
@@ -232,6 +244,16 @@ fn names() -> Vec<Vec<u8>> {
         fuse(GETXATTR, 2, &named(&[u32::MAX, 0], "trusted.x\0")),
         fuse(LISTXATTR, 2, &words(&[u32::MAX, 0])),
     ]
+}
+
+/// What says that others changed files, true or not, in the name of each group.
+fn repeats() -> Vec<Vec<u8>> {
+    let all = [names(), files()].concat();
+    let in_group = |(mut request, group): (Vec<u8>, u32)| {
+        request[28..32].copy_from_slice(&group.to_le_bytes());
+        request
+    };
+    all.into_iter().zip((FIRST_GROUP..FIRST_GROUP + 4).cycle()).map(in_group).collect()
 }
 
 /// What opens, reads and writes files. A device gives its handles out from 1 on.

@@ -52,6 +52,8 @@ pub(super) enum Asker {
     Update(u64, Vec<(String, String)>),
     /// The network of the guest, which changes.
     Network,
+    /// Whoever tells what others change.
+    Changes,
     /// The client that starts a process of this name.
     Exec(u64, String),
 }

@@ -41,6 +41,7 @@ mod signals;
 mod start;
 mod stdio;
 mod streams;
+mod telling;
 mod template;
 mod view;
 

@@ -236,6 +236,7 @@ fn create(
     phases.end("share the files");
     let mut config = machine::config(&settings, &room, tree.path(), network.devices(), dir.path());
     config.disks = disks::of(&mut container.devices, &resources)?;
+    config.shares.iter_mut().for_each(|share| share.telling = tree.telling());
     let Machine { vm, mut agent, origin } = start_machine(&settings, config, network, &mut phases)?;
     let timeout_s = settings.boot_timeout_s;
     let mut boot = Boot { vm: &vm, agent: &mut agent, caller, signals: &mut signals, timeout_s };

@@ -21,6 +21,7 @@ use super::resolver::Resolver;
 use super::rewire::{Rewiring, Wiring};
 use super::signals::Signals;
 use super::streams::Running;
+use super::telling::Untold;
 use crate::logging::chain;
 use crate::phases::Phases;
 use crate::state::{ContainerDir, State, Status};
@@ -72,6 +73,7 @@ pub(super) struct Serving<'a> {
     pub(super) growing: Option<Growing>,
     pub(super) rewiring: Rewiring,
     pub(super) resolver: Resolver,
+    pub(super) untold: Untold,
 }
 
 /// What an event came from.
@@ -84,6 +86,7 @@ enum Source {
     Output,
     Network,
     Resolver,
+    Changes,
 }
 
 impl<'a> Serving<'a> {
@@ -103,6 +106,7 @@ impl<'a> Serving<'a> {
             growing: None,
             rewiring: Rewiring::default(),
             resolver: Resolver::default(),
+            untold: Untold::default(),
         }
     }
 
@@ -142,6 +146,9 @@ impl<'a> Serving<'a> {
             watch(Source::Listener, self.parts.listener.as_fd(), PollFlags::POLLIN);
         }
         watch(Source::Network, self.parts.wiring.watch.as_fd(), PollFlags::POLLIN);
+        if let Some(changes) = self.parts.vm.changes() {
+            watch(Source::Changes, changes.as_fd(), PollFlags::POLLIN);
+        }
         self.resolver.fds().for_each(|fd| watch(Source::Resolver, fd, PollFlags::POLLIN));
         for (number, peer) in &self.peers {
             watch(Source::Peer(*number), peer.as_fd(), PollFlags::POLLIN);
@@ -169,6 +176,7 @@ impl<'a> Serving<'a> {
             self.agent_deadline,
             self.growing.as_ref().map(|growing| growing.look_at),
             self.rewiring.look_at,
+            self.untold.tell_at,
             self.resolver.deadline(),
         ];
         let next = self
@@ -210,6 +218,7 @@ impl<'a> Serving<'a> {
             },
             Source::Peer(number) => self.serve_peer(*number),
             Source::Network => self.network_moved(),
+            Source::Changes => self.files_changed(),
             // Answers are looked for whenever something happened.
             Source::Output | Source::Resolver => {}
         }
@@ -269,6 +278,7 @@ impl<'a> Serving<'a> {
                 }
                 self.rewired();
             }
+            Asker::Changes => self.changes_told(),
             Asker::Peer(peer) => self.answer(peer, &answer),
             Asker::Start(peer) => self.started(peer, &answer),
             Asker::Freeze(peer, frozen) => {
@@ -361,6 +371,9 @@ impl<'a> Serving<'a> {
         self.look_at_memory();
         if self.rewiring.look_at.is_some_and(|at| now >= at) {
             self.rewire();
+        }
+        if self.untold.tell_at.is_some_and(|at| now >= at) {
+            self.tell_changes();
         }
         let passed = |deadline: Option<Instant>| deadline.is_some_and(|deadline| now >= deadline);
         if self.code.is_none() && passed(self.kill_deadline) {

@@ -10,11 +10,17 @@ use std::path::{Path, PathBuf};
 
 use agent_protocol::SHARE_PATH;
 use nix::mount::{MsFlags, mount};
+use vmm::changes::Telling;
 
+use super::telling;
 use crate::translate::Bind;
 
 /// The tmpfs holds mount points only.
 const TMPFS_OPTIONS: &str = "mode=0711,size=1m";
+
+/// Where containers have what engines bind into each of them.
+const OF_ENGINES: [&str; 5] =
+    ["/etc/hostname", "/etc/hosts", "/etc/resolv.conf", "/dev/shm", "/run/.containerenv"];
 
 /// Why a file or folder cannot be shared with the guest.
 #[derive(Debug, thiserror::Error)]
@@ -56,6 +62,8 @@ pub(super) struct ShareTree {
     path: PathBuf,
     /// Where the container has them.
     mounts: Vec<PathBuf>,
+    /// Whether one of them is more than what engines give every container.
+    is_of_user: bool,
 }
 
 impl ShareTree {
@@ -77,7 +85,7 @@ impl ShareTree {
         made().map_err(|source| Error::Tree { path: path.into(), source })?;
         bind(rootfs, &path.join(Self::ROOTFS), true)
             .map_err(|source| Error::Bind { host: rootfs.into(), source })?;
-        Ok(Self { path: path.into(), mounts: Vec::new() })
+        Ok(Self { path: path.into(), mounts: Vec::new(), is_of_user: false })
     }
 
     /// The folder to share.
@@ -88,6 +96,13 @@ impl ShareTree {
     /// Where the container has the bind mounts, in their order.
     pub(super) fn mounts(&self) -> &[PathBuf] {
         &self.mounts
+    }
+
+    /// How changes of the bind mounts are told, if somebody may care: the kernel can tell no more than a
+    /// hundred containers of a user.
+    pub(super) fn telling(&self) -> Option<Telling> {
+        let told = |error: &io::Error| log::info!("changes of files are not told: {error}");
+        self.is_of_user.then(telling::telling)?.inspect_err(told).ok()
     }
 
     /// Guest path of the root file system.
@@ -118,6 +133,7 @@ impl ShareTree {
         if mount.private {
             private(&target).map_err(failed)?;
         }
+        self.is_of_user |= !OF_ENGINES.iter().any(|path| Path::new(path) == mount.destination);
         self.mounts.push(mount.destination.into());
         Ok(format!("{SHARE_PATH}/{name}"))
     }
@@ -234,7 +250,8 @@ mod tests {
 
     #[test]
     fn a_missing_source_is_named_in_the_wording_of_runc() {
-        let mut tree = ShareTree { path: "/nonexistent".into(), mounts: Vec::new() };
+        let mut tree =
+            ShareTree { path: "/nonexistent".into(), mounts: Vec::new(), is_of_user: false };
 
         let error = tree.add(&mount_of(Path::new("/nonexistent/source"), false)).unwrap_err();
 

@@ -39,6 +39,10 @@ pub struct ShareConfig {
     /// the host what it maps. Without a window, 0, it reads and writes by requests.
     #[serde(default)]
     pub dax_mib: u32,
+    /// Who is told what others change in the directories that the guest knows. Not for files: for who
+    /// builds a machine.
+    #[serde(skip)]
+    pub telling: Option<fs::Telling>,
 }
 
 /// For how long a guest may go by what it has been told or has read.
@@ -64,6 +68,7 @@ impl ShareConfig {
             cache: CachePolicy::default(),
             writeback: false,
             dax_mib: 0,
+            telling: None,
         }
     }
 
@@ -83,6 +88,7 @@ impl ShareConfig {
             },
             writeback: self.writeback,
             window: None,
+            telling: self.telling.clone(),
         }
     }
 }

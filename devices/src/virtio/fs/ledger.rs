@@ -18,6 +18,7 @@ use fuse_backend_rs::api::filesystem::{
 use fuse_backend_rs::transport::FsCacheReqHandler;
 
 use super::book::{Book, Open};
+use super::observer::Observer;
 use super::tree::Tree;
 
 /// A tree and what one guest knows of it.
@@ -27,12 +28,14 @@ pub(super) struct Ledger {
     book: Mutex<Book>,
     /// What the guest's kernel said it can do, if it has mounted the tree.
     pub(super) capable: Mutex<Option<FsOptions>>,
+    /// Who sees what others change, if anybody is told.
+    pub(super) observer: Option<Observer>,
 }
 
 impl Ledger {
     /// A tree of which nobody knows anything yet.
-    pub fn new(tree: Tree) -> Self {
-        Ledger { tree, book: Mutex::default(), capable: Mutex::default() }
+    pub fn new(tree: Tree, observer: Option<Observer>) -> Self {
+        Ledger { tree, book: Mutex::default(), capable: Mutex::default(), observer }
     }
 
     pub(super) fn book(&self) -> MutexGuard<'_, Book> {
@@ -97,6 +100,7 @@ impl FileSystem for Ledger {
     fn destroy(&self) {
         *self.book() = Book::default();
         self.set_capable(None);
+        self.observer.iter().for_each(Observer::clear);
         self.tree.destroy();
     }
 
@@ -126,12 +130,16 @@ impl FileSystem for Ledger {
     }
 
     fn lookup(&self, context: &Context, parent: u64, name: &CStr) -> io::Result<Entry> {
-        self.tree.lookup(context, self.file(parent)?, name).map(|entry| self.tell(entry))
+        let parent = self.file(parent)?;
+        let found =
+            || self.tree.lookup(context, parent, name).map(|entry| self.tell_in(parent, entry));
+        self.echo(context).map_or_else(found, |echo| echo.lookup(found))
     }
 
     fn forget(&self, context: &Context, inode: u64, count: u64) {
         let forgotten = self.book().forget(inode, count);
         if let Some(inode) = forgotten {
+            self.observer.iter().for_each(|observer| observer.forget(inode));
             self.tree.forget(context, inode, u64::MAX);
         }
     }
@@ -161,6 +169,9 @@ impl FileSystem for Ledger {
         handle: Option<u64>,
         valid: SetattrValid,
     ) -> io::Result<(stat64, Duration)> {
+        if self.echo(context).is_some() {
+            return self.getattr(context, inode, handle);
+        }
         let handle = handle.map(|handle| self.book().handle(handle)).transpose()?;
         let attributes =
             self.tree.setattr(context, self.file(inode)?, attributes, handle, valid)?;
@@ -178,8 +189,7 @@ impl FileSystem for Ledger {
         parent: u64,
         name: &CStr,
     ) -> io::Result<Entry> {
-        let entry = self.tree.symlink(context, target, self.file(parent)?, name)?;
-        Ok(self.tell(entry))
+        self.make(context, parent, name, |parent| self.tree.symlink(context, target, parent, name))
     }
 
     fn mknod(
@@ -191,8 +201,9 @@ impl FileSystem for Ledger {
         device: u32,
         umask: u32,
     ) -> io::Result<Entry> {
-        let entry = self.tree.mknod(context, self.file(parent)?, name, mode, device, umask)?;
-        Ok(self.tell(entry))
+        self.make(context, parent, name, |parent| {
+            self.tree.mknod(context, parent, name, mode, device, umask)
+        })
     }
 
     fn mkdir(
@@ -203,16 +214,23 @@ impl FileSystem for Ledger {
         mode: u32,
         umask: u32,
     ) -> io::Result<Entry> {
-        let entry = self.tree.mkdir(context, self.file(parent)?, name, mode, umask)?;
-        Ok(self.tell(entry))
+        self.make(context, parent, name, |parent| {
+            self.tree.mkdir(context, parent, name, mode, umask)
+        })
     }
 
     fn unlink(&self, context: &Context, parent: u64, name: &CStr) -> io::Result<()> {
-        self.tree.unlink(context, self.file(parent)?, name)
+        match self.echo(context) {
+            Some(_) => Ok(()),
+            None => self.tree.unlink(context, self.file(parent)?, name),
+        }
     }
 
     fn rmdir(&self, context: &Context, parent: u64, name: &CStr) -> io::Result<()> {
-        self.tree.rmdir(context, self.file(parent)?, name)
+        match self.echo(context) {
+            Some(_) => Ok(()),
+            None => self.tree.rmdir(context, self.file(parent)?, name),
+        }
     }
 
     fn rename(
@@ -224,6 +242,9 @@ impl FileSystem for Ledger {
         new_name: &CStr,
         flags: u32,
     ) -> io::Result<()> {
+        if self.echo(context).is_some() {
+            return Ok(());
+        }
         let (parent, new_parent) = (self.file(parent)?, self.file(new_parent)?);
         self.tree.rename(context, parent, name, new_parent, new_name, flags)
     }
@@ -240,6 +261,7 @@ impl FileSystem for Ledger {
         flags: u32,
         fuse_flags: u32,
     ) -> io::Result<(Option<u64>, OpenOptions, Option<u32>)> {
+        let flags = self.echo(context).map_or(flags, |_| libc::O_RDONLY as u32);
         let (handle, options, passthrough) =
             self.tree.open(context, self.file(inode)?, flags, fuse_flags)?;
         let open = Open { file: inode, flags, is_directory: false };
@@ -400,19 +422,21 @@ impl FileSystem for Ledger {
         offset: u64,
         add: &mut dyn FnMut(DirEntry, Entry) -> io::Result<usize>,
     ) -> io::Result<()> {
-        let (inode, handle) = self.both(inode, handle)?;
+        let (parent, handle) = self.both(inode, handle)?;
         let add = &mut |mut name: DirEntry, entry: Entry| {
             let own = entry.inode;
             let inode = self.book().name(own);
             name.ino = inode;
+            let mode = entry.attr.st_mode;
             let added = add(name, named(entry, inode))?;
             // Where it does not fit any more, the guest has not heard of it.
             if added > 0 {
                 self.book().tell(own);
+                self.observe(parent, own, mode);
             }
             Ok(added)
         };
-        self.tree.readdirplus(context, inode, handle, size, offset, add)
+        self.tree.readdirplus(context, parent, handle, size, offset, add)
     }
 
     fn fsyncdir(

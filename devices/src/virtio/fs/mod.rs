@@ -2,11 +2,15 @@
 
 mod access;
 mod book;
+#[cfg(test)]
+mod change_tests;
+mod changes;
 mod credentials;
 mod extension;
 mod forgetting;
 mod ledger;
 mod listing;
+mod observer;
 mod opening;
 mod saved;
 mod server;
@@ -32,7 +36,9 @@ use super::queue::{QueueError, Verdict, VirtQueue};
 use super::state::{DeviceState, Position, RestoreError};
 use super::{ActivateError, Activation, Backend, DeviceTraits, VirtioDevice, copy_config};
 
+pub use self::changes::{Change, ChangeKind, Changes, Telling};
 use self::forgetting::Forgetting;
+use self::observer::Observer;
 pub use self::saved::State;
 pub use self::server::{Cache, Error, Options, Server, raise_file_limit};
 use self::watch::Watch;
@@ -60,6 +66,8 @@ enum Source {
     Forgetting,
     /// It is time to look after the window.
     Watch,
+    /// Somebody else changed a file.
+    Changes,
 }
 
 // A request of 1 MiB takes 256 descriptors for its pages and a few more; Linux makes its requests
@@ -128,9 +136,11 @@ impl Fs {
         let woken = Backend { fd: self.server.woken().as_raw_fd(), events: EventSet::IN };
         let forgetting = self.forgetting.as_ref().map(Forgetting::backend);
         let watch = self.watch.as_ref().map(Watch::backend);
+        let changes = self.server.observer().map(Observer::backend);
         iter::once((Source::Woken, woken))
             .chain(forgetting.map(|backend| (Source::Forgetting, backend)))
             .chain(watch.map(|backend| (Source::Watch, backend)))
+            .chain(changes.map(|backend| (Source::Changes, backend)))
     }
 
     /// Serves what is in queue `index`. Returns whether there was anything.
@@ -233,6 +243,7 @@ impl VirtioDevice for Fs {
                     watch.look_after(window);
                 }
             }
+            Some(Source::Changes) => self.server.observer().into_iter().for_each(Observer::look),
             None => {}
         }
         Ok(())

@@ -21,7 +21,7 @@ use super::tree::Tree;
 const NO_FLUSH: OpenOptions = unsafe { OpenOptions::from_bits_unchecked(1 << 5) };
 
 /// What a node number has below the number of the mount.
-const INODE_BITS: u32 = 47;
+pub(super) const INODE_BITS: u32 = 47;
 
 /// The coarsest clock that file systems have for their time stamps: two changes within one tick of it
 /// may look like one.

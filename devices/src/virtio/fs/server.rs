@@ -15,8 +15,10 @@ use fuse_backend_rs::transport::{FsCacheReqHandler, Reader, VirtioFsWriter};
 use vm_memory::{Address, Bytes, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::changes::Telling;
 use super::extension::Extension;
 use super::ledger::Ledger;
+use super::observer::Observer;
 use super::saved::State;
 use super::tree::Tree;
 use super::window::{Mapper, Window};
@@ -81,6 +83,8 @@ pub struct Options {
     pub writeback: bool,
     /// Where the guest may map files.
     pub window: Option<Arc<Window>>,
+    /// Who is told what others change.
+    pub telling: Option<Telling>,
 }
 
 /// Why a directory cannot be shared.
@@ -158,7 +162,12 @@ impl Server {
             .and_then(|files| files.import().map(|()| files))
             .map_err(|source| Error::Serve { path: root.to_owned(), source })?;
         let wake = EventFd::new(EFD_NONBLOCK).map_err(Error::Eventfd)?;
-        let ledger = Arc::new(Ledger::new(Tree::new(files, &options)));
+        let observe = |telling| Observer::new(directory.try_clone()?, telling);
+        let observer = options.telling.clone().and_then(|telling| {
+            let failed = |error: &io::Error| log::info!("changes of files are not seen: {error}");
+            observe(telling).inspect_err(failed).ok()
+        });
+        let ledger = Arc::new(Ledger::new(Tree::new(files, &options), observer));
         let server = server::Server::new(ledger.clone());
         Ok(Server { server, ledger, window: options.window, root: directory, wake })
     }
@@ -201,6 +210,11 @@ impl Server {
             .handle_message(request, answer.into(), mapper, None)
             .map_err(RequestError::Message)?;
         Ok(bytes_of_answer(written))
+    }
+
+    /// Who sees what others change, if anybody is told.
+    pub(super) fn observer(&self) -> Option<&Observer> {
+        self.ledger.observer.as_ref()
     }
 
     /// Wakes up the thread that serves the directory.

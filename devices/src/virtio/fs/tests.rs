@@ -47,17 +47,18 @@ const ROOM: u32 = 4096;
 const WINDOW: u64 = 8 << 30;
 
 /// A guest that has mounted a directory.
-struct Guest<'m> {
-    device: Fs,
+pub(super) struct Guest<'m> {
+    pub(super) device: Fs,
     driver: Driver<'m>,
     uid: u32,
+    pub(super) gid: u32,
 }
 
 /// What came back: the error number, 0 for none, and the bytes behind the header.
 #[derive(Debug)]
-struct Answer {
-    errno: i32,
-    data: Vec<u8>,
+pub(super) struct Answer {
+    pub(super) errno: i32,
+    pub(super) data: Vec<u8>,
 }
 
 impl Answer {
@@ -66,7 +67,7 @@ impl Answer {
     }
 
     /// The node of an answer to a lookup and the like.
-    fn node(&self) -> u64 {
+    pub(super) fn node(&self) -> u64 {
         assert_eq!(self.errno, 0);
         self.field(0)
     }
@@ -77,13 +78,18 @@ impl<'m> Guest<'m> {
         Guest::mount_with(memory, root, Options { read_only, ..Options::default() })
     }
 
-    fn mount_with(memory: &'m GuestMemoryMmap, root: impl AsRef<Path>, options: Options) -> Self {
+    pub(super) fn mount_with(
+        memory: &'m GuestMemoryMmap,
+        root: impl AsRef<Path>,
+        options: Options,
+    ) -> Self {
         let root = root.as_ref();
         let server = Server::with_options(root, options).unwrap();
         let mut device = Fs::new("root", server).with_window_at(WINDOW).unwrap();
         let driver = Driver::with_queues(memory, 2);
         device.activate(driver.activation()).unwrap();
-        let mut guest = Guest { device, driver, uid: root.metadata().unwrap().uid() };
+        let about = root.metadata().unwrap();
+        let mut guest = Guest { device, driver, uid: about.uid(), gid: about.gid() };
         assert_eq!(guest.init().errno, 0);
         guest
     }
@@ -97,11 +103,11 @@ impl<'m> Guest<'m> {
         let length = u32::try_from(40 + body).unwrap();
         let mut header = words(&[length, opcode, 77, 0]);
         header.extend(node.to_le_bytes());
-        header.extend(words(&[self.uid, self.uid, 1, 0]));
+        header.extend(words(&[self.uid, self.gid, 1, 0]));
         header
     }
 
-    fn ask(&mut self, opcode: u32, node: u64, body: &[&[u8]]) -> Answer {
+    pub(super) fn ask(&mut self, opcode: u32, node: u64, body: &[&[u8]]) -> Answer {
         let body = body.concat();
         let header = self.header(opcode, node, body.len());
         self.ask_raw(&[&header, &body], &[16, ROOM]).expect("an answer")
@@ -150,7 +156,7 @@ impl<'m> Guest<'m> {
     }
 }
 
-fn words(words: &[u32]) -> Vec<u8> {
+pub(super) fn words(words: &[u32]) -> Vec<u8> {
     words.iter().flat_map(|word| word.to_le_bytes()).collect()
 }
 
@@ -447,7 +453,7 @@ impl<'m> Guest<'m> {
         memory.write_slice(&[0; 0x2000], GuestAddress(0)).unwrap();
         let driver = Driver::with_queues(memory, 2);
         device.activate(driver.activation()).unwrap();
-        let mut guest = Guest { device, driver, uid: guest.uid };
+        let mut guest = Guest { device, driver, uid: guest.uid, gid: guest.gid };
         assert_eq!(guest.init().errno, 0);
         guest
     }
@@ -794,7 +800,7 @@ fn a_directory_that_was_not_mounted_is_mounted_later() {
     device.activate(driver.activation()).unwrap();
     let uid = root.path().metadata().unwrap().uid();
 
-    let mut guest = handed_over(Guest { device, driver, uid }, root.path());
+    let mut guest = handed_over(Guest { device, driver, uid, gid: uid }, root.path());
 
     assert_eq!(guest.init().errno, 0);
     assert_eq!(guest.create("file").errno, 0);
@@ -818,7 +824,7 @@ fn what_is_forgotten_without_a_kick_is_forgotten_soon() {
     let device = Fs::new("root", server).with_deferred_forgetting().unwrap();
     let driver = Driver::with_queues(&memory, 2).and_event_index();
     let uid = folder.path().metadata().unwrap().uid();
-    let mut guest = Guest { device, driver, uid };
+    let mut guest = Guest { device, driver, uid, gid: uid };
     guest.device.activate(guest.driver.activation()).unwrap();
     guest.init();
     let nodes = [&b"a\0"[..], b"b\0"].map(|name| guest.ask(LOOKUP, ROOT, &[name]).node());
