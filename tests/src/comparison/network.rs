@@ -76,6 +76,11 @@ run -d --name $name -p $port:80 -p 127.0.0.1:$((port+1)):81 -p $((port+2)):7/udp
                 r#"
 perl -MIO::Socket::INET -e 'for (1..60) { my $s = IO::Socket::INET->new(Proto => "udp", PeerAddr => "127.0.0.1:$ARGV[0]"); send $s, "datagram\n", 0; my $r = ""; vec($r, fileno($s), 1) = 1; if (select($r, undef, undef, 1)) { if (defined recv $s, my $d, 99, 0) { print $d; exit } } } print "nothing\n"' $((port+2))"#,
             ),
+            same(
+                "published UDP ports are reached on IPv6",
+                r#"
+perl -MIO::Socket::IP -e 'for (1..60) { my $s = IO::Socket::IP->new(Proto => "udp", PeerHost => "::1", PeerPort => $ARGV[0]); send $s, "datagram\n", 0; my $r = ""; vec($r, fileno($s), 1) = 1; if (select($r, undef, undef, 1)) { if (defined recv $s, my $d, 99, 0) { print $d; exit } } } print "nothing\n"' $((port+2))"#,
+            ),
             same("large downloads arrive whole", "curl -s http://127.0.0.1:$port/f | md5sum"),
             same(
                 "docker stats counts what went over the network",

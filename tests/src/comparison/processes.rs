@@ -114,8 +114,8 @@ for signal in HUP USR1 USR2 QUIT WINCH ALRM 37; do docker kill -s $signal $name 
                 "docker exec $name sh -c 'seq 1 200000; echo end >&2' | md5sum; head -c 3000000 /dev/zero | docker exec -i $name md5sum",
             ),
             same(
-                "30 MB of output arrive without loss",
-                "docker exec $name head -c 30000000 /dev/zero | md5sum",
+                "100 MB of output arrive without loss",
+                "docker exec $name head -c 100000000 /dev/zero | md5sum",
             ),
             same(
                 "pause stops everything and unpause goes on",
@@ -186,6 +186,12 @@ eventually sh -c "docker logs $name | grep -c turn | grep -x 2"; docker kill -s 
 docker stop -t 1 $name; field $name '{{.State.ExitCode}} {{.RestartCount}} {{.State.Status}}'; docker rm $name
 docker events --since $since --until $(($(date +%s)+1)) --filter container=$name --format '{{.Type}} {{.Action}} {{.Actor.Attributes.exitCode}} {{.Actor.Attributes.signal}}'"#,
             ),
+            same(
+                "--restart unless-stopped starts it again unless it is stopped",
+                r#"
+run -d --restart unless-stopped --name $name busybox sh -c 'echo turn; [ -e /turn ] || { touch /turn; exit 4; }; exec sleep 1000' >/dev/null
+eventually sh -c "docker logs $name | grep -c turn | grep -x 2"; docker stop -t 0 $name; sleep 2; field $name '{{.State.ExitCode}} {{.RestartCount}} {{.State.Status}}'; docker rm $name"#,
+            ),
         ],
     },
     Group {
@@ -208,6 +214,11 @@ size 33 77; sleep 1; size 44 99; docker exec $name stty -F /proc/1/fd/0 size"#,
                 "attach hears what is typed, and detach keys leave it running",
                 r#"
 (sleep 4; echo one; sleep 4; printf '\001') | timeout 100 script -qec "docker attach --detach-keys ctrl-a $name" /dev/null | tr -d '\r' | grep -o 'heard one'; field $name '{{.State.Status}}'"#,
+            ),
+            same(
+                "detach keys leave what exec has started",
+                r#"
+(sleep 4; echo 'echo typed >/typed'; sleep 4; printf '\001'; sleep 4) | timeout 100 script -qec "docker exec -it --detach-keys ctrl-a $name sh -c 'cat /proc/\$\$/comm; exec sh'" /dev/null | tr -d '\r' | grep -x sh; docker exec $name sh -c 'cat /typed; ps -o comm | grep -c sh'"#,
             ),
         ],
     },
