@@ -3,16 +3,13 @@
 use std::io::Write;
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use arch::payload;
-use nix::time::clock_getcpuclockid;
-use nix::unistd::Pid;
 use tempfile::NamedTempFile;
 
 use crate::boot::to_ready;
-use crate::containers::rest;
 use crate::guest_time::Watch;
 use crate::report::Report;
 use crate::samples::Samples;
@@ -25,12 +22,10 @@ const GOAL_EXITS: f64 = 200.0;
 const GOAL_SYSTEM_CALLS: f64 = 150.0;
 /// Most guest memory touched when the agent is ready, in MiB.
 const GOAL_TOUCHED_MIB: f64 = 24.0;
-/// Most processor time until a tiny guest runs, in milliseconds.
+/// Most processor time before a tiny guest runs, in milliseconds.
 const GOAL_STARTUP_MS: f64 = 2.0;
 /// The row that two measurements have.
 const SYSTEM_CALLS: &str = "system calls before the guest runs";
-/// How long a guest of two instructions has until it sleeps.
-const SETTLE: Duration = Duration::from_millis(200);
 
 /// Exit codes of coracle-vmm whose guest ended, as guests of each architecture can.
 const POWER_OFF: i32 = 0;
@@ -98,18 +93,19 @@ pub fn measure(report: &mut Report, options: &Options) -> Result<()> {
 
 /// Measures what it takes until a guest of two instructions runs, and adds the rows.
 pub fn startup(report: &mut Report, options: &Options) -> Result<()> {
-    let (sleeping, ending) = (tiny_kernel(payload::HALT)?, tiny_kernel(payload::END)?);
+    let kernel = tiny_kernel()?;
     let (mut elapsed, mut processor) = (Samples::default(), Samples::default());
     for run in 0..=options.runs {
-        let elapsed_ms = time_to_end(&mut tiny_machine(ending.path())?)?;
-        let processor_ms = processor_ms_to_rest(&mut tiny_machine(sleeping.path())?)?;
+        let mut machine = tiny_machine(kernel.path())?;
+        let processor_ms = syscalls::processor_ms_before_first_entry(&machine)?;
+        let elapsed_ms = time_to_end(&mut machine)?;
         if run > 0 {
             elapsed.add(elapsed_ms);
             processor.add(processor_ms);
         }
     }
     report.samples("a machine with a tiny guest, start to end", ("ms", &elapsed), None);
-    let what = "processor time until a tiny guest runs";
+    let what = "processor time before a tiny guest runs";
     report.samples(what, ("ms", &processor), Some(GOAL_STARTUP_MS));
     report.alone(SYSTEM_CALLS, "calls", system_calls()?, Some(GOAL_SYSTEM_CALLS));
     Ok(())
@@ -117,13 +113,13 @@ pub fn startup(report: &mut Report, options: &Options) -> Result<()> {
 
 /// How many system calls `coracle-vmm` makes before its guest runs.
 fn system_calls() -> Result<f64> {
-    let kernel = tiny_kernel(payload::END)?;
+    let kernel = tiny_kernel()?;
     Ok(syscalls::before_first_entry(&tiny_machine(kernel.path())?)? as f64)
 }
 
-fn tiny_kernel(code: &[u8]) -> Result<NamedTempFile> {
+fn tiny_kernel() -> Result<NamedTempFile> {
     let mut kernel = NamedTempFile::new().context("make a kernel of a few instructions")?;
-    kernel.write_all(&payload::kernel(code))?;
+    kernel.write_all(&payload::kernel(payload::END))?;
     Ok(kernel)
 }
 
@@ -141,20 +137,4 @@ fn time_to_end(machine: &mut Command) -> Result<f64> {
         Some(TRIPLE_FAULT | POWER_OFF) => Ok(elapsed_ms),
         _ => bail!("coracle-vmm: {}", String::from_utf8_lossy(&output.stderr)),
     }
-}
-
-/// Processor time of all threads of `machine` when its guest has gone to sleep.
-fn processor_ms_to_rest(machine: &mut Command) -> Result<f64> {
-    let mut child = machine.spawn().context("start coracle-vmm")?;
-    rest(SETTLE);
-    let pid = Pid::from_raw(i32::try_from(child.id()).expect("pids are below 2^22"));
-    let used = clock_getcpuclockid(pid).and_then(|clock| clock.now());
-    let ended = child.try_wait()?;
-    // It has nothing that could be lost.
-    let _ = child.kill();
-    child.wait()?;
-    if let Some(status) = ended {
-        bail!("coracle-vmm did not wait for its guest: {status}");
-    }
-    Ok(Duration::from(used?).as_secs_f64() * 1e3)
 }
