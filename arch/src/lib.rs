@@ -17,6 +17,7 @@ pub mod ppc64le;
 pub mod x86_64;
 
 use std::ops::Range;
+use std::sync::atomic::AtomicU32;
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -117,6 +118,10 @@ pub trait Arch {
     /// Which names Linux' platform bus may give `device`, which is number `number` of
     /// [`Machine::devices`]: which one depends on how the guest found it.
     fn device_names(number: usize, device: &MmioDevice) -> Vec<String>;
+
+    /// Makes what was stored to `word`, in memory that the guest may only read, what it reads from now on,
+    /// even if it takes it for a register of a device.
+    fn publish(word: &AtomicU32);
 
     /// What a KVM exit means in terms every architecture shares. `None` for an exit that no guest
     /// can cause on a working host.

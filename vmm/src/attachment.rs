@@ -120,7 +120,10 @@ impl Slots {
             error => AttachError::Open(Box::new(error)),
         })?;
         let SpareSlot { number, place: at, slot } = &place.spare;
-        let wired = Wired::new(vm, &self.memory, at, name, device).map_err(AttachError::Connect)?;
+        let lock = || slot.lock().expect("no device panics while it holds its lock");
+        let page = lock().page().clone();
+        let wired = Wired::new(vm, &self.memory, at, page, name, device);
+        let wired = wired.map_err(AttachError::Connect)?;
         let Wired { transport, subscriber, line } = wired;
         let served = find(loops, served_by).and_then(|one| one.add(Box::new(subscriber)));
         let subscriber = served.map_err(|error| {
@@ -128,7 +131,7 @@ impl Slots {
             AttachError::Serve(error)
         })?;
         let activity = transport.activity().clone();
-        slot.lock().expect("no device panics while it holds its lock").insert(transport);
+        lock().insert(transport);
         place.taken = Some(Taken { name: name.to_owned(), served_by, subscriber, line, activity });
         Ok(Attachment { number: *number, names: Host::device_names(*number, at) })
     }

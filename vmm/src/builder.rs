@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use arch::machine::{BootFiles, Entry, Machine, MemoryMap, MmioDevice};
 use arch::{Arch, Host, Kvm, VcpuFd, VmFd};
+use devices::virtio::mmio::RegisterPages;
 use vm_memory::GuestMemoryMmap;
 
 use crate::attachment::Slots;
@@ -24,7 +25,7 @@ use crate::jail::{Jail, beside};
 use crate::memory::{GuestRam, MemoryError, Pluggable, SavedMemory, Store};
 use crate::metrics::{Metrics, Record, now_ns};
 use crate::peripherals::{self, Ends};
-use crate::placement::{Placed, Placement};
+use crate::placement::{self, Placed, Placement};
 use crate::pmem::{self, MappedFile};
 use crate::posted::PostedWrites;
 use crate::processors::{Processors, Shared};
@@ -160,11 +161,10 @@ impl Vmm {
         record.machine_ns = now_ns();
 
         let console = peripherals::open_console(&config.console)?;
-        let (window, gsis) = (&map.device_window, &Host::device_gsis());
-        let mut placement =
-            Placement::new(&core.vm, &core.posted, ram.device_memory(), window, gsis)
-                .map_err(|source| Error::Place { name: "(any)".to_owned(), source })?
-                .with_dax_at(core.windows);
+        let memory = ram.device_memory();
+        let mut placement = Placement::new(&core.vm, &core.posted, memory, &core.registers)
+            .map_err(|source| Error::Place { name: "(any)".to_owned(), source })?
+            .with_dax_at(core.windows);
         let control = Control::new(config.vcpus)
             .map_err(|source| Error::Start { what: "the machine's control", source })?;
         let ends = peripherals::place_all(
@@ -276,6 +276,7 @@ struct Core {
     /// Where the windows of the shares are.
     windows: Range<u64>,
     files: Vec<MappedFile>,
+    registers: RegisterPages,
     vm: Arc<VmFd>,
 }
 
@@ -293,20 +294,20 @@ impl Core {
         let windows = dax::take_addresses(&config.shares, &mut map.extension_window)
             .map_err(peripherals::device("shares"))?;
         let files = pmem::map_all(&config.pmem, &map.extension_window, ram, &vm)?;
+        let registers = ram.add_registers(&vm, placement::registers(&map.device_window))?;
         let mut board =
             Host::before_vcpus(kvm, &vm).map_err(step("prepare the machine for vCPUs"))?;
         // Before the devices, because there are no interrupt lines yet.
         let mut vcpus = create_vcpus(config, &vm, &mut board)?;
         let spare_vcpus = vcpus.split_off(config.vcpus.into());
         let posted = open_posted(&vm, &vcpus)?;
-        Ok(Core { posted, vcpus, spare_vcpus, board, pluggable, windows, files, vm })
+        Ok(Core { posted, vcpus, spare_vcpus, board, pluggable, windows, files, registers, vm })
     }
 }
 
 /// Where KVM notes writes that nobody waits for: the vCPUs share the ring of the first one.
 fn open_posted(vm: &VmFd, vcpus: &[VcpuFd]) -> Result<PostedWrites, Error> {
-    let Some(vcpu) = vcpus.first() else { return Ok(PostedWrites::default()) };
-    PostedWrites::open(vm, vcpu)
+    PostedWrites::open(vm, vcpus.first())
         .map_err(|source| Error::Start { what: "the ring of posted writes", source })
 }
 

@@ -10,9 +10,12 @@ use std::ops::Range;
 use std::ptr;
 use std::sync::Arc;
 
-use arch::VmFd;
 use arch::machine::MemoryMap;
+use arch::{Arch, Host, VmFd};
+use devices::virtio::mmio::RegisterPages;
 use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
+use log::debug;
+use vm_memory::mmap::FromRangesError;
 use vm_memory::{
     Address, GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
     MmapRegion,
@@ -28,6 +31,10 @@ pub use self::store::{SavedMemory, Sharing, Store};
 /// Size of a huge page, in bytes: guest and host addresses agree modulo this, or KVM could map RAM
 /// only in small pages, at 512 times the faults.
 pub const HUGE_PAGE: usize = 2 << 20;
+
+/// The memory slot for the registers of devices: behind those for RAM and what extends it, before those
+/// for windows.
+const REGISTERS_SLOT: u32 = 255;
 
 const GIB: u64 = 1 << 30;
 
@@ -75,6 +82,9 @@ pub enum MemoryError {
     /// The region's mapping is not one vm-memory accepts.
     #[error("describe a region of guest RAM")]
     Region(#[source] vm_memory::mmap::MmapRegionError),
+    /// The host has no memory for the registers of devices.
+    #[error("map memory for the registers of devices")]
+    Registers(#[source] FromRangesError),
     /// KVM refused the memory slot.
     #[error("show guest RAM at {base:#x} to KVM")]
     Slot {
@@ -93,6 +103,8 @@ pub struct GuestRam {
     with_extensions: GuestMemoryMmap,
     /// Where memory can be plugged in.
     pluggable: Option<Range<u64>>,
+    /// What drivers read of devices: there for as long as a memory slot may refer to it.
+    registers: Option<RegisterPages>,
     store: Store,
 }
 
@@ -109,7 +121,8 @@ impl GuestRam {
             .map(|&(base, bytes)| allocate_region(base, bytes, config, &mut store))
             .collect::<Result<Vec<_>, _>>()?;
         let memory = GuestMemoryMmap::from_regions(regions).map_err(MemoryError::Layout)?;
-        Ok(GuestRam { with_extensions: memory.clone(), memory, pluggable: None, store })
+        let with_extensions = memory.clone();
+        Ok(GuestRam { with_extensions, memory, pluggable: None, registers: None, store })
     }
 
     /// The memory the guest starts with, as loaders use it.
@@ -196,6 +209,24 @@ impl GuestRam {
         Ok(())
     }
 
+    /// Makes the pages for the register blocks of devices, at the guest-physical `addresses`. Where KVM
+    /// can, the guest reads them without an exit; what it writes there is one in any case.
+    pub fn add_registers(
+        &mut self,
+        vm: &VmFd,
+        addresses: Range<u64>,
+    ) -> Result<RegisterPages, MemoryError> {
+        let bytes = usize::try_from(addresses.end - addresses.start).expect("some pages");
+        let pages = GuestRegionMmap::from_range(GuestAddress(addresses.start), bytes, None)
+            .map_err(MemoryError::Registers)?;
+        // A host that shows no memory for reading only leaves the reads to the bus.
+        if let Err(error) = show(vm, REGISTERS_SLOT, KVM_MEM_READONLY, &pages) {
+            debug!("registers are read by exits: {error}");
+        }
+        let pages = RegisterPages::new(Arc::new(pages), Host::publish);
+        Ok(self.registers.insert(pages).clone())
+    }
+
     /// Makes each region a memory slot of `vm`.
     pub fn register(&self, vm: &VmFd) -> Result<(), MemoryError> {
         (0..).zip(self.memory.iter()).try_for_each(|(slot, region)| show(vm, slot, 0, region))
@@ -205,7 +236,7 @@ impl GuestRam {
 /// Makes `region` memory slot number `slot` of `vm`.
 fn show(vm: &VmFd, slot: u32, flags: u32, region: &GuestRegionMmap) -> Result<(), MemoryError> {
     let (base, address) = (region.start_addr().raw_value(), region.as_ptr().addr() as u64);
-    // SAFETY: the region is mapped for the rest of the process: `GuestRam` never unmaps one.
+    // SAFETY: `GuestRam`, which has the region, unmaps none as long as there is the machine.
     unsafe { set_slot(vm, slot, flags, base, region.len(), address) }
 }
 

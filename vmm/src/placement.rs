@@ -14,7 +14,7 @@ use devices::serial::Serial;
 use devices::virtio::VirtioDevice;
 use devices::virtio::activity::Activity;
 use devices::virtio::fs::Window;
-use devices::virtio::mmio::{MMIO_WINDOW, MmioTransport};
+use devices::virtio::mmio::{MMIO_WINDOW, MmioTransport, RegisterPage, RegisterPages};
 use devices::virtio::slot::Slot;
 use devices::virtio::subscriber::Subscriber;
 use kvm_ioctls::IoEventAddress;
@@ -30,6 +30,15 @@ use crate::vcpu::Buses;
 
 /// Where a driver writes the number of the queue it kicks (virtio 1.2, section 4.2.2: QueueNotify).
 const QUEUE_NOTIFY: u64 = 0x50;
+
+/// The largest page of a host, in bytes: one memory slot cannot end within one.
+const LARGEST_PAGE: u64 = 64 << 10;
+
+/// Where the registers of all devices are, at the start of `window`: a block for each interrupt line.
+pub fn registers(window: &Range<u64>) -> Range<u64> {
+    let bytes = Host::device_gsis().len() as u64 * MMIO_WINDOW;
+    window.start..window.end.min(window.start + bytes.next_multiple_of(LARGEST_PAGE))
+}
 
 /// Which thread serves a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -98,6 +107,7 @@ pub struct Placement<'a> {
     vm: &'a Arc<VmFd>,
     posted: &'a PostedWrites,
     memory: &'a GuestMemoryMmap,
+    registers: &'a RegisterPages,
     windows: AddressAllocator,
     lines: IdAllocator,
     memory_bus: BusBuilder,
@@ -135,21 +145,22 @@ pub struct Placed {
 }
 
 impl<'a> Placement<'a> {
-    /// An empty machine with room for devices at the addresses `windows` and on the interrupt lines
-    /// `gsis`.
+    /// An empty machine with room for devices whose registers are in `registers`.
     pub fn new(
         vm: &'a Arc<VmFd>,
         posted: &'a PostedWrites,
         memory: &'a GuestMemoryMmap,
-        windows: &Range<u64>,
-        gsis: &Range<u32>,
+        registers: &'a RegisterPages,
     ) -> Result<Self, PlacementError> {
+        let gsis = Host::device_gsis();
+        let windows = registers.addresses();
+        let windows = AddressAllocator::new(windows.start, windows.end - windows.start);
         Ok(Placement {
             vm,
             posted,
             memory,
-            windows: AddressAllocator::new(windows.start, windows.end - windows.start)
-                .map_err(PlacementError::Full)?,
+            registers,
+            windows: windows.map_err(PlacementError::Full)?,
             lines: IdAllocator::new(gsis.start, gsis.end - 1).map_err(PlacementError::Full)?,
             memory_bus: BusBuilder::default(),
             ports: BusBuilder::default(),
@@ -188,13 +199,15 @@ impl<'a> Placement<'a> {
         served_by: Loop,
     ) -> Result<(), PlacementError> {
         let place = self.find_place()?;
-        let wired = Wired::new(self.vm, self.memory, &place, name, device)?;
+        let page = self.registers.page(place.base.0);
+        let wired = Wired::new(self.vm, self.memory, &place, page, name, device)?;
         self.activities.push((name.to_owned(), wired.transport.activity().clone()));
         let subscriber = Box::new(wired.subscriber);
         match served_by {
             Loop::Vmm => self.vmm_loop.push(subscriber),
             Loop::Io => self.io_loop.push(subscriber),
         }
+        wired.transport.show();
         let transport = Arc::new(Mutex::new(wired.transport));
         self.devices.transports.push((name.to_owned(), transport.clone()));
         self.place_at(Space::Memory, place.base.0, MMIO_WINDOW, transport)
@@ -203,7 +216,7 @@ impl<'a> Placement<'a> {
     /// Keeps a place free for a device that may come while the guest runs.
     pub fn reserve(&mut self) -> Result<(), PlacementError> {
         let place = self.find_place()?;
-        let slot = Arc::new(Mutex::new(Slot::default()));
+        let slot = Arc::new(Mutex::new(Slot::new(self.registers.page(place.base.0))));
         let range = place.base.0..place.base.0 + MMIO_WINDOW;
         self.memory_bus.place(range, slot.clone()).map_err(PlacementError::Bus)?;
         self.spares.push(SpareSlot { number: self.placed.len() - 1, place, slot });
@@ -295,11 +308,12 @@ impl Wired {
         vm: &Arc<VmFd>,
         memory: &GuestMemoryMmap,
         place: &MmioDevice,
+        page: RegisterPage,
         name: &str,
         device: Arc<Mutex<dyn VirtioDevice>>,
     ) -> Result<Self, PlacementError> {
         let line = irq_line(vm, place.gsi)?;
-        let transport = MmioTransport::new(memory.clone(), device.clone(), line.clone())
+        let transport = MmioTransport::new(memory.clone(), device.clone(), line.clone(), page)
             .map_err(PlacementError::Eventfd)?;
         let connected = connect_kicks(vm, place, &transport);
         connected.inspect_err(|_| unwire(vm, place, &transport, &line))?;

@@ -16,15 +16,17 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use arch::machine::MmioDevice;
 use arch::{VcpuFd, VmFd};
 use devices::bus::Bus;
-use devices::virtio::posted::POSTED_REGISTERS;
+use devices::virtio::posted::{IDLE_WRITE, POSTED_REGISTERS};
 use kvm_bindings::{kvm_coalesced_mmio, kvm_coalesced_mmio_ring};
 use kvm_ioctls::{Cap, IoEventAddress};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 /// The writes of a machine that are noted and not carried out yet.
-#[derive(Default)]
 pub struct PostedWrites {
     /// None where KVM notes none.
     ring: Option<Ring>,
+    /// Signalled by writes that nothing comes of. Nobody listens: KVM has done with them.
+    idle: EventFd,
 }
 
 /// A page that KVM shares with this process.
@@ -43,15 +45,20 @@ unsafe impl Sync for Ring {}
 
 impl PostedWrites {
     /// Those of `vm`; all its vCPUs share what `vcpu`, one of them, shows.
-    pub fn open(vm: &VmFd, vcpu: &VcpuFd) -> io::Result<Self> {
+    pub fn open(vm: &VmFd, vcpu: Option<&VcpuFd>) -> io::Result<Self> {
         // The extension's value is where the ring is, in pages.
         let pages = usize::try_from(vm.check_extension_int(Cap::CoalescedMmio)).unwrap_or(0);
-        let ring = (pages != 0).then(|| Ring::map(vcpu, pages)).transpose()?;
-        Ok(PostedWrites { ring })
+        let vcpu = vcpu.filter(|_| pages != 0);
+        let ring = vcpu.map(|vcpu| Ring::map(vcpu, pages)).transpose()?;
+        Ok(PostedWrites { ring, idle: EventFd::new(EFD_NONBLOCK)? })
     }
 
-    /// Has KVM note what the guest writes to those registers of a virtio device at `place` that can wait.
+    /// Has KVM note what the guest writes to those registers of a virtio device at `place` that can wait,
+    /// and forget what nothing comes of.
     pub fn expect_at(&self, vm: &VmFd, place: &MmioDevice) -> Result<(), kvm_ioctls::Error> {
+        let (register, value) = IDLE_WRITE;
+        let idle = IoEventAddress::Mmio(place.base.0 + u64::from(register));
+        vm.register_ioevent(&self.idle, &idle, value)?;
         if self.ring.is_none() {
             return Ok(());
         }

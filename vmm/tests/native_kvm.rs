@@ -7,9 +7,13 @@ mod payload;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use arch::Kvm;
+use arch::payload::DEVICES;
 use driver::Driver;
+use kvm_ioctls::Cap;
 use payload::{END, HANG, Payload, end, print, print_alphabet_for_ever, reach_devices};
 use tempfile::{NamedTempFile, TempDir};
+use virtio_bindings::virtio_mmio::VIRTIO_MMIO_STATUS;
 use vmm::{
     ConsoleOutput, DiskConfig, Error, Exit, MemoryBacking, NetConfig, SavedMemory, ShareConfig,
     Sharing, VhostUse, VmConfig, VmHandle, Vmm, VsockConfig,
@@ -124,6 +128,22 @@ fn exits_are_counted_by_address() {
     let exits = vm.metrics().exits;
 
     assert_eq!(exits.by_address[payload::UART], 4);
+    assert_eq!(vm.wait(), end());
+}
+
+#[test]
+#[ignore = "needs /dev/kvm"]
+fn the_registers_of_a_device_are_written_with_an_exit_and_read_without() {
+    let driver = Driver { index: 0, queue: 0 };
+    let payload = Payload::of(&[reach_devices(), driver.acknowledge(), END.to_vec()]);
+    let vm = start(payload.config());
+    wait_for_output(&vm, "11");
+
+    let exits = vm.metrics().exits;
+
+    let reads = if Kvm::new().unwrap().check_extension(Cap::ReadonlyMem) { 0 } else { 2 };
+    let status = format!("memory {:#x}", DEVICES + VIRTIO_MMIO_STATUS);
+    assert_eq!(exits.by_address[&status], 1 + reads);
     assert_eq!(vm.wait(), end());
 }
 
@@ -305,8 +325,9 @@ fn register_writes_that_can_wait_cost_no_exits() {
     let vm = start(payload.config());
     wait_for_output(&vm, "end");
 
-    // Each of the five writes of the status, and the three characters.
-    assert_eq!(vm.metrics().exits.writes, 5 + 3);
+    // Each of the five writes of the status, those that select the queue, give its size and make it ready,
+    // and the three characters.
+    assert_eq!(vm.metrics().exits.writes, 5 + 3 + 3);
     assert_eq!(vm.wait(), end());
 }
 

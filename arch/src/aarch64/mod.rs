@@ -27,11 +27,12 @@ pub use host::Aarch64;
 #[cfg(target_arch = "aarch64")]
 mod host {
     use std::ops::Range;
+    use std::sync::atomic::AtomicU32;
 
     use vm_memory::GuestMemoryMmap;
 
     use super::irqchip::{self, Gic};
-    use super::{boot, exits, layout, tables, vcpu};
+    use super::{boot, exits, layout, tables, vcpu, vm};
     use crate::machine::{BootFiles, Entry, Exit, Machine, MemoryMap, MmioDevice, PlatformDevice};
     use crate::{Arch, ArchError, Kvm, VcpuExit, VcpuFd, VmFd};
 
@@ -121,6 +122,10 @@ mod host {
 
         fn device_names(_number: usize, device: &MmioDevice) -> Vec<String> {
             vec![layout::device_name(device)]
+        }
+
+        fn publish(word: &AtomicU32) {
+            vm::clean(word);
         }
 
         fn translate<'a>(exit: VcpuExit<'a>, _memory: &GuestMemoryMmap) -> Option<Exit<'a>> {

@@ -1,5 +1,8 @@
-//! What is asked of KVM for the whole machine: which kind of processor its vCPUs are.
+//! What is asked of KVM for the whole machine, which kind of processor its vCPUs are, and of the processor.
 #![cfg(target_arch = "aarch64")]
+
+use std::arch::asm;
+use std::sync::atomic::AtomicU32;
 
 use kvm_bindings::{
     KVM_ARM_VCPU_PSCI_0_2, KVM_ARM_VCPU_PTRAUTH_ADDRESS, KVM_ARM_VCPU_PTRAUTH_GENERIC,
@@ -25,4 +28,14 @@ pub fn processor(vm: &VmFd) -> Result<kvm_vcpu_init, ArchError> {
         want(KVM_ARM_VCPU_PTRAUTH_GENERIC);
     }
     Ok(init)
+}
+
+/// Writes `word` from the caches to memory: a guest that maps it as device memory reads it there, unless
+/// the processor overrides what guests say of memory (FEAT_S2FWB).
+pub fn clean(word: &AtomicU32) {
+    // SAFETY: cleaning a line of the cache changes nothing that a program can see, and Linux lets its
+    // programs do so; the barrier makes it happen before the guest is told of what changed.
+    unsafe {
+        asm!("dc cvac, {}", "dsb sy", in(reg) word.as_ptr(), options(nostack, preserves_flags))
+    };
 }

@@ -4,15 +4,16 @@ use std::sync::{Arc, Mutex};
 
 use devices::bus::BusDevice;
 use devices::interrupt::IrqLine;
-use devices::virtio::mmio::MmioTransport;
+use devices::virtio::mmio::{MmioTransport, RegisterPage};
 use devices::virtio::subscriber::Subscriber;
 use devices::virtio::{DeviceTraits, VirtioDevice};
 use event_manager::{EventManager, SubscriberOps};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_mmio::{
-    VIRTIO_MMIO_DRIVER_FEATURES, VIRTIO_MMIO_DRIVER_FEATURES_SEL, VIRTIO_MMIO_QUEUE_AVAIL_LOW,
-    VIRTIO_MMIO_QUEUE_DESC_LOW, VIRTIO_MMIO_QUEUE_NOTIFY, VIRTIO_MMIO_QUEUE_NUM,
-    VIRTIO_MMIO_QUEUE_READY, VIRTIO_MMIO_QUEUE_SEL, VIRTIO_MMIO_QUEUE_USED_LOW, VIRTIO_MMIO_STATUS,
+    VIRTIO_MMIO_CONFIG, VIRTIO_MMIO_DRIVER_FEATURES, VIRTIO_MMIO_DRIVER_FEATURES_SEL,
+    VIRTIO_MMIO_QUEUE_AVAIL_LOW, VIRTIO_MMIO_QUEUE_DESC_LOW, VIRTIO_MMIO_QUEUE_NOTIFY,
+    VIRTIO_MMIO_QUEUE_NUM, VIRTIO_MMIO_QUEUE_READY, VIRTIO_MMIO_QUEUE_SEL,
+    VIRTIO_MMIO_QUEUE_USED_LOW, VIRTIO_MMIO_STATUS,
 };
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::desc::split::Descriptor;
@@ -60,6 +61,7 @@ pub type Patch = Box<dyn Fn(&mut [u8])>;
 pub struct Guest {
     memory: GuestMemoryMmap,
     transport: MmioTransport,
+    device: Arc<Mutex<dyn VirtioDevice>>,
     traits: DeviceTraits,
     events: EventManager<Subscriber>,
     host: HostEnd,
@@ -87,15 +89,18 @@ impl Guest {
         let traits = device.lock().expect("a fresh device does not panic").traits();
         assert!(traits.queue_sizes.len() as u64 <= MOST_QUEUES, "there is room for the rings");
         let line = Arc::new(IrqLine::new().expect("an eventfd"));
-        let transport =
-            MmioTransport::new(memory.clone(), device.clone(), line).expect("an eventfd a queue");
+        let page = RegisterPage::alone().expect("a page of memory");
+        let transport = MmioTransport::new(memory.clone(), device.clone(), line, page)
+            .expect("an eventfd a queue");
+        transport.show();
         let (kicks, activity) = (transport.kicks().clone(), transport.activity().clone());
-        let subscriber = Subscriber::new("fuzzed".to_owned(), kicks, device, activity);
+        let subscriber = Subscriber::new("fuzzed".to_owned(), kicks, device.clone(), activity);
         let mut events = EventManager::new().expect("an epoll");
         events.add_subscriber(subscriber);
         Guest {
             memory,
             transport,
+            device,
             traits,
             events,
             host,
@@ -182,6 +187,15 @@ impl Guest {
             Step::Host { what, bytes } => (self.host)(what, bytes),
         }
         self.turn();
+        self.compare();
+    }
+
+    /// The guest must read what the device says of its configuration space: it does so without asking.
+    fn compare(&mut self) {
+        let (mut said, mut shown) = ([0; 64], [0; 64]);
+        self.device.lock().expect("no device panics").read_config(0, &mut said);
+        self.transport.read(VIRTIO_MMIO_CONFIG.into(), &mut shown);
+        assert_eq!(shown, said, "the configuration space is another one");
     }
 
     /// Lets the event loop run, as long as there is something to do, but not for ever.

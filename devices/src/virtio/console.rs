@@ -9,6 +9,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_CONSOLE;
 
 use super::buffers::Buffers;
 use super::complaints::Complaints;
+use super::config_space::ConfigSpace;
 use super::queue::{QueueError, Verdict, VirtQueue};
 use super::state::{DeviceState, Position, RestoreError};
 use super::{ActivateError, Activation, Backend, DeviceTraits, VirtioDevice, copy_config};
@@ -35,6 +36,7 @@ pub struct Console {
     input: Option<OwnedFd>,
     output: Box<dyn Write + Send>,
     size: [u8; 4],
+    shown: ConfigSpace,
     complaints: Complaints,
     active: Option<Active>,
 }
@@ -51,13 +53,15 @@ impl Console {
     /// must not block either, and what it does not take is lost.
     pub fn new(input: Option<OwnedFd>, output: Box<dyn Write + Send>) -> Self {
         let complaints = Complaints::of("console");
-        Console { input, output, size: [0; 4], complaints, active: None }
+        let shown = ConfigSpace::default();
+        Console { input, output, size: [0; 4], shown, complaints, active: None }
     }
 
     /// Tells the guest how large the terminal is, in characters. Zero means unknown.
     pub fn resize(&mut self, columns: u16, rows: u16) {
         self.size[..2].copy_from_slice(&columns.to_le_bytes());
         self.size[2..].copy_from_slice(&rows.to_le_bytes());
+        self.shown.show(&self.size);
         if let Some(active) = &self.active {
             active.interrupt.config_changed();
         }
@@ -122,6 +126,10 @@ impl VirtioDevice for Console {
         copy_config(&self.size, offset, data);
     }
 
+    fn show_config_in(&mut self, space: ConfigSpace) {
+        self.shown = space;
+    }
+
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         let interrupt = activation.interrupt.clone();
         let [receive, transmit] = activation.into_queues()?;
@@ -159,6 +167,7 @@ impl VirtioDevice for Console {
     fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
         let DeviceState::Console { size } = state else { return Err(RestoreError::Kind) };
         self.size = *size;
+        self.shown.show(&self.size);
         Ok(())
     }
 }
@@ -170,7 +179,7 @@ mod tests {
     use virtio_queue::desc::split::Descriptor;
 
     use super::*;
-    use crate::virtio::testing::{Driver, memory};
+    use crate::virtio::testing::{Driver, assert_shown, config_page, memory};
 
     /// A console on a terminal that shows and types through the returned socket.
     fn active(driver: &Driver<'_>) -> (Console, UnixStream) {
@@ -315,6 +324,21 @@ mod tests {
         console.read_config(0, &mut config);
         assert_eq!(config, [132, 0, 43, 0]);
         assert_eq!(driver.config_changes(), 1);
+    }
+
+    #[test]
+    fn a_resize_is_shown_at_once_whether_or_not_there_is_a_driver() {
+        let memory = memory();
+        let driver = Driver::with_queues(&memory, 2);
+        let (mut console, _terminal) = active(&driver);
+        let page = config_page(&mut console);
+
+        console.resize(132, 43);
+        assert_shown(&console, &page);
+        console.reset();
+        console.resize(80, 25);
+
+        assert_shown(&console, &page);
     }
 
     #[test]

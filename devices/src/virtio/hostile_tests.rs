@@ -18,11 +18,11 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use super::block::{Access, Block, Disk, Ring};
 use super::console::Console;
 use super::fs::{Fs, Server};
-use super::mmio::{MMIO_WINDOW, MmioTransport};
+use super::mmio::{MMIO_WINDOW, MmioTransport, RegisterPage};
 use super::net::{Link, Net};
 use super::rate_limit::RateLimiter;
 use super::rng::Rng;
-use super::testing::{MEMORY_BYTES, memory};
+use super::testing::{MEMORY_BYTES, assert_shown, memory};
 use super::vsock::{HostStream, Vsock};
 use super::{DeviceTraits, VirtioDevice};
 use crate::bus::BusDevice;
@@ -80,6 +80,7 @@ struct Hostile {
     memory: GuestMemoryMmap,
     device: Arc<Mutex<dyn VirtioDevice>>,
     transport: MmioTransport,
+    page: RegisterPage,
     traits: DeviceTraits,
     /// Makes the start of a buffer look like a request.
     request: fn(&mut Random) -> Vec<u8>,
@@ -90,9 +91,12 @@ impl Hostile {
         let (memory, traits) = (memory(), device.traits());
         let device: Arc<Mutex<dyn VirtioDevice>> = Arc::new(Mutex::new(device));
         let line = Arc::new(IrqLine::new().unwrap());
-        let transport = MmioTransport::new(memory.clone(), device.clone(), line).unwrap();
+        let page = RegisterPage::alone().unwrap();
+        let transport = MmioTransport::new(memory.clone(), device.clone(), line, page.clone());
+        let transport = transport.unwrap();
+        transport.show();
         let random = Random(0x9e37_79b9_7f4a_7c15);
-        let mut hostile = Hostile { random, memory, device, transport, traits, request };
+        let mut hostile = Hostile { random, memory, device, transport, page, traits, request };
         for _ in 0..LIVES {
             hostile.start();
             (0..STEPS).for_each(|_| hostile.step());
@@ -148,6 +152,7 @@ impl Hostile {
         if outcome.is_err() {
             device.reset();
         }
+        assert_shown(&*device, &self.page);
     }
 
     /// Writes one descriptor, and something where it points.

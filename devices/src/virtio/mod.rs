@@ -5,6 +5,7 @@ pub mod balloon;
 pub mod block;
 pub mod buffers;
 pub mod complaints;
+pub mod config_space;
 pub mod console;
 pub mod fs;
 #[cfg(test)]
@@ -30,6 +31,7 @@ use std::sync::Arc;
 
 use event_manager::EventSet;
 
+use self::config_space::ConfigSpace;
 use self::queue::{QueueError, VirtQueue};
 use self::state::{DeviceState, Position, RestoreError};
 use crate::interrupt::Interrupt;
@@ -106,6 +108,10 @@ pub trait VirtioDevice: Send {
 
     /// Takes a driver write to the configuration space. Most devices have nothing writable.
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
+
+    /// Called once, before the guest can see the device: from then on it shows in `space` every change of
+    /// what `read_config` says, at once. Most configuration spaces never change.
+    fn show_config_in(&mut self, _space: ConfigSpace) {}
 
     /// Where in guest-physical memory the device's shared memory region `id` is, if it has it
     /// (virtio 1.2, section 2.10). It never moves.

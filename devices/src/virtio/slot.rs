@@ -6,24 +6,44 @@
 
 use virtio_bindings::virtio_mmio::{VIRTIO_MMIO_MAGIC_VALUE, VIRTIO_MMIO_VERSION};
 
-use super::mmio::{MAGIC, MmioTransport, VERSION};
+use super::mmio::{MAGIC, MmioTransport, RegisterPage, VERSION};
 use crate::bus::BusDevice;
 
 /// A register block with a device, or without.
-#[derive(Default)]
 pub struct Slot {
     transport: Option<MmioTransport>,
+    page: RegisterPage,
 }
 
 impl Slot {
+    /// One without, shown in `page`.
+    pub fn new(page: RegisterPage) -> Self {
+        let slot = Slot { transport: None, page };
+        slot.show_empty();
+        slot
+    }
+
+    /// What a device has to show itself in that is to come here.
+    pub fn page(&self) -> &RegisterPage {
+        &self.page
+    }
+
+    /// Shows that there is no device.
+    fn show_empty(&self) {
+        self.page.clear();
+        self.page.set(VIRTIO_MMIO_MAGIC_VALUE, MAGIC);
+        self.page.set(VIRTIO_MMIO_VERSION, VERSION);
+    }
+
     /// Whether it has a device.
     pub fn is_taken(&self) -> bool {
         self.transport.is_some()
     }
 
-    /// Puts a device into an empty slot.
+    /// Puts a device into an empty slot, whose page it has.
     pub fn insert(&mut self, transport: MmioTransport) {
         debug_assert!(!self.is_taken(), "a slot is asked before it is filled");
+        transport.show();
         self.transport = Some(transport);
     }
 
@@ -32,24 +52,14 @@ impl Slot {
     pub fn remove(&mut self) -> Option<MmioTransport> {
         let mut transport = self.transport.take()?;
         transport.reset();
+        self.show_empty();
         Some(transport)
     }
 }
 
 impl BusDevice for Slot {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
-        if let Some(transport) = &mut self.transport {
-            return transport.read(offset, data);
-        }
-        data.fill(0);
-        let value = match u32::try_from(offset) {
-            Ok(VIRTIO_MMIO_MAGIC_VALUE) => MAGIC,
-            Ok(VIRTIO_MMIO_VERSION) => VERSION,
-            _ => return,
-        };
-        if let Ok(data) = <&mut [u8; 4]>::try_from(data) {
-            *data = value.to_le_bytes();
-        }
+        self.page.read(offset, data);
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) {
@@ -72,9 +82,10 @@ mod tests {
     use crate::virtio::rng::Rng;
     use crate::virtio::testing::memory;
 
-    fn transport() -> MmioTransport {
+    fn transport(slot: &Slot) -> MmioTransport {
         let device = Arc::new(Mutex::new(Rng::new(File::open("/dev/zero").unwrap())));
-        MmioTransport::new(memory(), device, Arc::new(IrqLine::new().unwrap())).unwrap()
+        let line = Arc::new(IrqLine::new().unwrap());
+        MmioTransport::new(memory(), device, line, slot.page().clone()).unwrap()
     }
 
     fn read(slot: &mut Slot, register: u32) -> u32 {
@@ -85,7 +96,7 @@ mod tests {
 
     #[test]
     fn an_empty_slot_is_a_virtio_block_without_a_device() {
-        let mut slot = Slot::default();
+        let mut slot = Slot::new(RegisterPage::alone().unwrap());
 
         slot.write(VIRTIO_MMIO_STATUS.into(), &1_u32.to_le_bytes());
 
@@ -98,9 +109,9 @@ mod tests {
 
     #[test]
     fn a_slot_shows_its_device_for_as_long_as_it_has_it() {
-        let mut slot = Slot::default();
+        let mut slot = Slot::new(RegisterPage::alone().unwrap());
 
-        slot.insert(transport());
+        slot.insert(transport(&slot));
         slot.write(VIRTIO_MMIO_STATUS.into(), &1_u32.to_le_bytes());
         assert_eq!(read(&mut slot, VIRTIO_MMIO_DEVICE_ID), VIRTIO_ID_RNG);
         assert_eq!(read(&mut slot, VIRTIO_MMIO_STATUS), 1);
@@ -113,8 +124,8 @@ mod tests {
 
     #[test]
     fn a_device_that_is_taken_out_is_reset() {
-        let mut slot = Slot::default();
-        slot.insert(transport());
+        let mut slot = Slot::new(RegisterPage::alone().unwrap());
+        slot.insert(transport(&slot));
         slot.write(VIRTIO_MMIO_STATUS.into(), &1_u32.to_le_bytes());
 
         let mut removed = slot.remove().unwrap();

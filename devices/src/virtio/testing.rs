@@ -4,12 +4,15 @@ use std::cell::RefCell;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 
+use virtio_bindings::virtio_mmio::VIRTIO_MMIO_CONFIG;
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::activity::{Activity, ActivityCounts};
+use super::config_space::ConfigSpace;
+use super::mmio::RegisterPage;
 use super::queue::VirtQueue;
 use super::state::Position;
 use super::{Activation, VirtioDevice};
@@ -56,6 +59,21 @@ pub struct Driver<'m> {
 struct Next {
     descriptor: Vec<u16>,
     buffer: u64,
+}
+
+/// The configuration space of `device` as drivers read it from now on; what was there before is not shown.
+pub fn config_page(device: &mut dyn VirtioDevice) -> RegisterPage {
+    let page = RegisterPage::alone().unwrap();
+    device.show_config_in(ConfigSpace::of(page.clone()));
+    page
+}
+
+/// Fails unless drivers read in `page` what `device` says of its configuration space.
+pub fn assert_shown(device: &dyn VirtioDevice, page: &RegisterPage) {
+    let (mut said, mut shown) = ([0xff; 64], [0xff; 64]);
+    device.read_config(0, &mut said);
+    page.read(VIRTIO_MMIO_CONFIG.into(), &mut shown);
+    assert_eq!(shown, said);
 }
 
 #[derive(Default)]

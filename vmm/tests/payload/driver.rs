@@ -63,6 +63,13 @@ impl Driver {
         )
     }
 
+    /// Prints `1` if the status is 0, sets it, and prints `1` if it is not 0 then.
+    pub fn acknowledge(self) -> Vec<u8> {
+        let status = self.register(VIRTIO_MMIO_STATUS);
+        [print_whether(status, true), self.set(VIRTIO_MMIO_STATUS, 1), print_whether(status, false)]
+            .concat()
+    }
+
     fn select_and_wait(self, queue: u32) -> Vec<u8> {
         [self.set(VIRTIO_MMIO_QUEUE_SEL, queue), times(0x4000, &[])].concat()
     }

@@ -18,6 +18,7 @@ pub use self::host::Host;
 pub use self::statistics::Statistics;
 use super::buffers::Buffers;
 use super::complaints::Complaints;
+use super::config_space::ConfigSpace;
 use super::queue::{Chain, QueueError, Verdict, VirtQueue};
 use super::state::{DeviceState, Position, RestoreError};
 use super::{ActivateError, Activation, DeviceTraits, VirtioDevice, copy_config};
@@ -77,6 +78,7 @@ pub struct Offer {
 pub struct Balloon {
     offer: Offer,
     config: [u8; CONFIG_BYTES],
+    shown: ConfigSpace,
     last_round: u32,
     statistics: Statistics,
     /// How often the driver sent statistics, so that an answer can be told from the one before.
@@ -147,6 +149,7 @@ impl Balloon {
         let mut balloon = Balloon {
             offer,
             config: [0; CONFIG_BYTES],
+            shown: ConfigSpace::default(),
             last_round: HINT_DONE,
             statistics: Statistics::default(),
             answers: 0,
@@ -166,6 +169,7 @@ impl Balloon {
 
     fn set_field(&mut self, offset: usize, value: u32) {
         self.config[offset..offset + 4].copy_from_slice(&value.to_le_bytes());
+        self.shown.show(&self.config);
     }
 
     fn target(&self) -> u32 {
@@ -376,6 +380,11 @@ impl VirtioDevice for Balloon {
                 *field = byte;
             }
         }
+        self.shown.show(&self.config);
+    }
+
+    fn show_config_in(&mut self, space: ConfigSpace) {
+        self.shown = space;
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
@@ -445,6 +454,7 @@ impl VirtioDevice for Balloon {
             return Err(RestoreError::Kind);
         };
         self.config = config;
+        self.shown.show(&self.config);
         self.last_round = last_round;
         if let Some(active) = &mut self.active {
             active.in_round = in_round;

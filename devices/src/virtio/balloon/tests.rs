@@ -8,7 +8,7 @@ use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::*;
-use crate::virtio::testing::{Driver, MEMORY_BYTES, memory};
+use crate::virtio::testing::{Driver, MEMORY_BYTES, assert_shown, config_page, memory};
 
 const BALLOON_PAGE: u64 = discard::BALLOON_PAGE as u64;
 /// A page the tests give away, far from the rings and from the driver's buffers.
@@ -206,6 +206,29 @@ fn a_new_target_is_announced() {
 }
 
 /// One statistic as the driver writes it.
+#[test]
+fn every_field_that_changes_is_shown_at_once() {
+    let memory = memory();
+    let driver = Driver::with_queues(&memory, 5);
+    let mut balloon = active(EVERYTHING, &driver);
+    let page = config_page(&mut balloon);
+
+    balloon.set_target(5);
+    assert_shown(&balloon, &page);
+    balloon.write_config(4, &3_u32.to_le_bytes());
+    assert_shown(&balloon, &page);
+    assert!(balloon.start_hinting());
+    assert_shown(&balloon, &page);
+    let round = config(&balloon, 8);
+    hint(&driver, &mut balloon, round);
+    hint(&driver, &mut balloon, HINT_STOP);
+    assert_eq!(config(&balloon, 8), HINT_DONE);
+    assert_shown(&balloon, &page);
+    balloon.reset();
+
+    assert_shown(&balloon, &page);
+}
+
 fn statistic(tag: u16, value: u64) -> Vec<u8> {
     [&tag.to_le_bytes()[..], &value.to_le_bytes()].concat()
 }

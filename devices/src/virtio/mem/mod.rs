@@ -22,6 +22,7 @@ pub use self::host::{Host, RequestError};
 use super::balloon::discard::Discarder;
 use super::buffers::Buffers;
 use super::complaints::Complaints;
+use super::config_space::ConfigSpace;
 use super::queue::{QueueError, Verdict, VirtQueue};
 use super::state::{DeviceState, Position, RestoreError};
 use super::{ActivateError, Activation, DeviceTraits, VirtioDevice, copy_config};
@@ -76,6 +77,7 @@ pub struct Mem {
     blocks: Blocks,
     show: Show,
     requested_bytes: u64,
+    shown: ConfigSpace,
     discarder: Discarder,
     complaints: Complaints,
     active: Option<Active>,
@@ -112,6 +114,7 @@ impl Mem {
             blocks: Blocks::new(addresses.start, addresses.end - addresses.start),
             show,
             requested_bytes: 0,
+            shown: ConfigSpace::default(),
             discarder: Discarder::new(memory),
             complaints: Complaints::of("mem"),
             active: None,
@@ -120,9 +123,29 @@ impl Mem {
 
     fn request(&mut self, bytes: u64) {
         self.requested_bytes = bytes;
+        self.show_config();
         if let Some(active) = &self.active {
             active.interrupt.config_changed();
         }
+    }
+
+    /// The whole region is usable at any time; node 0 has all memory (virtio 1.2, section 5.15.4).
+    fn config(&self) -> [[u8; 8]; 7] {
+        let node = 0;
+        let fields = [
+            BLOCK_BYTES,
+            node,
+            self.blocks.start(),
+            self.blocks.bytes(),
+            self.blocks.bytes(),
+            self.blocks.plugged_bytes(),
+            self.requested_bytes,
+        ];
+        fields.map(u64::to_le_bytes)
+    }
+
+    fn show_config(&self) {
+        self.shown.show(self.config().as_flattened());
     }
 
     /// Does what a request asks for.
@@ -148,10 +171,12 @@ impl Mem {
                     return Answer::Busy;
                 }
                 self.blocks.set(&blocks, true);
+                self.show_config();
                 Answer::Done(State::Plugged)
             }
             (UNPLUG, State::Plugged) => {
                 self.blocks.set(&blocks, false);
+                self.show_config();
                 self.give_back(address, bytes);
                 Answer::Done(State::Plugged)
             }
@@ -162,6 +187,7 @@ impl Mem {
     fn unplug_all(&mut self) -> Answer {
         let (start, bytes) = (self.blocks.start(), self.blocks.bytes());
         self.blocks.clear();
+        self.show_config();
         self.give_back(start, bytes);
         Answer::Done(State::Plugged)
     }
@@ -179,18 +205,11 @@ impl VirtioDevice for Mem {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        // The whole region is usable at any time; node 0 has all memory (section 5.15.4).
-        let node = 0;
-        let fields = [
-            BLOCK_BYTES,
-            node,
-            self.blocks.start(),
-            self.blocks.bytes(),
-            self.blocks.bytes(),
-            self.blocks.plugged_bytes(),
-            self.requested_bytes,
-        ];
-        copy_config(fields.map(u64::to_le_bytes).as_flattened(), offset, data);
+        copy_config(self.config().as_flattened(), offset, data);
+    }
+
+    fn show_config_in(&mut self, space: ConfigSpace) {
+        self.shown = space;
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
@@ -251,6 +270,7 @@ impl VirtioDevice for Mem {
         };
         self.requested_bytes = *requested_bytes;
         if self.blocks.set_bits(plugged) {
+            self.show_config();
             let mut plugged = self.blocks.plugged();
             return plugged
                 .try_for_each(|range| (self.show)(&range))

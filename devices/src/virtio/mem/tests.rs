@@ -6,7 +6,7 @@ use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
-use crate::virtio::testing::{Driver, memory};
+use crate::virtio::testing::{Driver, assert_shown, config_page, memory};
 
 /// The second half of the tests' memory, which is otherwise unused: one block.
 const START: u64 = 2 << 20;
@@ -182,6 +182,22 @@ fn a_new_request_of_the_host_is_announced() {
         config.chunks(8).map(|field| u64::from_le_bytes(field.try_into().unwrap())).collect();
     assert_eq!(fields, [BLOCK_BYTES, 0, START, BLOCK_BYTES, BLOCK_BYTES, 0, 2 << 20]);
     assert_eq!(driver.config_changes(), 1);
+}
+
+#[test]
+fn what_is_plugged_and_what_is_asked_for_is_shown_at_once() {
+    let memory = memory();
+    let driver = Driver::new(&memory);
+    let host = active(&driver, &memory, 2);
+    let page = config_page(&mut *host.lock());
+
+    for kind in [PLUG, UNPLUG, PLUG, UNPLUG_ALL] {
+        assert_eq!(ask(&driver, &host, kind, START, 1), (DONE, 0));
+        assert_shown(&*host.lock(), &page);
+    }
+    host.request_mib(0).unwrap();
+
+    assert_shown(&*host.lock(), &page);
 }
 
 #[test]

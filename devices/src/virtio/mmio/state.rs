@@ -1,9 +1,10 @@
 //! The registers of a device and the device behind them, saved and built anew.
 
-use std::sync::atomic::Ordering;
-
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_config::VIRTIO_CONFIG_S_NEEDS_RESET;
+use virtio_bindings::virtio_mmio::{
+    VIRTIO_MMIO_CONFIG_GENERATION, VIRTIO_MMIO_INTERRUPT_STATUS, VIRTIO_MMIO_STATUS,
+};
 
 use super::{MmioTransport, Registers, StartError};
 use crate::interrupt::Interrupt;
@@ -14,9 +15,8 @@ use crate::virtio::state::{DeviceState, Position, RestoreError};
 pub struct TransportState {
     device_type: u32,
     status: u32,
-    /// Causes of interrupts that the driver has not read, and those it has read and not acknowledged.
+    /// Causes of interrupts, as the driver reads them.
     interrupts: u32,
-    seen: u32,
     config_generation: u32,
     registers: Registers,
     /// Where the device stands in each queue; empty if it is idle.
@@ -38,9 +38,8 @@ impl MmioTransport {
         TransportState {
             device_type: self.device_type,
             status: self.shared.status(),
-            interrupts: self.shared.interrupts.load(Ordering::Acquire),
-            seen: self.seen,
-            config_generation: self.shared.config_generation.load(Ordering::Acquire),
+            interrupts: self.shared.page().get(VIRTIO_MMIO_INTERRUPT_STATUS),
+            config_generation: self.shared.page().get(VIRTIO_MMIO_CONFIG_GENERATION),
             registers: self.registers.clone(),
             queues,
             device: device.save(),
@@ -57,10 +56,12 @@ impl MmioTransport {
     pub fn restore(&mut self, state: &TransportState) -> Result<(), RestoreError> {
         self.compare(state)?;
         self.registers = state.registers.clone();
-        self.shared.status.store(state.status, Ordering::Release);
-        self.seen = state.seen;
-        self.shared.interrupts.store(state.interrupts, Ordering::Release);
-        self.shared.config_generation.store(state.config_generation, Ordering::Release);
+        let page = self.shared.page();
+        page.set(VIRTIO_MMIO_STATUS, state.status);
+        page.set(VIRTIO_MMIO_CONFIG_GENERATION, state.config_generation);
+        self.shared.restore(state.interrupts);
+        self.show_selected();
+        self.show_region();
         if state.queues.is_empty() {
             return self.lock_device().restore(&state.device);
         }
