@@ -26,6 +26,8 @@ pub const ENDS_BY: Exit<'static> = Exit::Reset;
 /// Computes for ever: `b .`
 pub const HANG: &[u8] = &[0, 0, 0, 0x14];
 
+/// Sleeps for ever, as no interrupt is enabled: `wfi`, `b` back
+pub const HALT: &[u8] = &[0x7f, 0x20, 0x03, 0xd5, 0xff, 0xff, 0xff, 0x17];
 
 /// Conditions of a branch.
 const EQUAL: u32 = 0;

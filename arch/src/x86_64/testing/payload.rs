@@ -23,6 +23,8 @@ pub const ENDS_BY: Exit<'static> = Exit::TripleFault;
 /// Computes for ever: `jmp $`
 pub const HANG: &[u8] = &[0xeb, 0xfe];
 
+/// Sleeps for ever, as no interrupt is enabled: `hlt`, `jmp` back
+pub const HALT: &[u8] = &[0xf4, 0xeb, 0xfd];
 
 /// A kernel file, an ELF executable, that runs `code`.
 pub fn kernel(code: &[u8]) -> Vec<u8> {
