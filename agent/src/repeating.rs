@@ -17,7 +17,7 @@ use nix::unistd::{
     ForkResult, Gid, Pid, UnlinkatFlags, fork, ftruncate, getegid, setfsgid, symlinkat, unlinkat,
 };
 
-/// Most changes that wait. Whoever misses one sees the next.
+/// Most changes that wait; what is more is not repeated.
 const MAX_CHANGES: usize = 4096;
 
 /// The groups: for what was written or has other attributes, what was made, and what is gone.
@@ -58,21 +58,16 @@ impl Repeating {
         match unsafe { fork() } {
             Ok(ForkResult::Parent { child }) => self.child = Some(child),
             Ok(ForkResult::Child) => {
-                repeat_all(&changes);
+                // Streams end with the last descriptor, and this process may live longer.
+                // SAFETY: nothing here uses a descriptor that was opened before.
+                unsafe { libc::syscall(libc::SYS_close_range, 0, u32::MAX, 0) };
+                // A file that is not what it was any more has been changed again, which is told next.
+                changes.iter().for_each(|change| _ = repeat(change));
                 // SAFETY: _exit ends the process and nothing else; what the agent would do at its end is
                 // not this process's.
                 unsafe { libc::_exit(0) }
             }
-            Err(error) => log::warn!("repeat changes of files: {error}"),
-        }
-    }
-}
-
-fn repeat_all(changes: &[Change]) {
-    for change in changes {
-        // A file that is not what it was any more has been changed again, which is told next.
-        if let Err(error) = repeat(change) {
-            log::debug!("repeat {change:?}: {error}");
+            Err(error) => log::debug!("repeat changes of files: {error}"),
         }
     }
 }
@@ -80,23 +75,24 @@ fn repeat_all(changes: &[Change]) {
 fn repeat(change: &Change) -> Result<()> {
     let (folder, name) = (folder(&change.folder)?, change.name.as_os_str());
     match &change.kind {
-        ChangeKind::Made(mode) => match in_group(MAKE, || make(&folder, name, *mode)) {
-            // It is known, so something else about it is news.
-            Err(Errno::EEXIST) => in_group(TOUCH, || touch(&folder, name)),
-            made => made,
-        },
+        ChangeKind::Made(mode) => in_group(MAKE, || make(&folder, name, *mode)),
         ChangeKind::Written => in_group(TOUCH, || write(&folder, name)),
         ChangeKind::Attributes => in_group(TOUCH, || touch(&folder, name)),
-        ChangeKind::Removed { is_directory: false } => {
-            in_group(REMOVE_FILE, || unlinkat(&folder, name, UnlinkatFlags::NoRemoveDir))
-        }
-        ChangeKind::Removed { is_directory: true } => {
-            in_group(REMOVE_DIRECTORY, || unlinkat(&folder, name, UnlinkatFlags::RemoveDir))
-        }
+        ChangeKind::Removed { is_directory: false } => in_group(REMOVE_FILE, || {
+            look_anew(&folder, name)?;
+            unlinkat(&folder, name, UnlinkatFlags::NoRemoveDir)
+        }),
+        ChangeKind::Removed { is_directory: true } => in_group(REMOVE_DIRECTORY, || {
+            look_anew(&folder, name)?;
+            unlinkat(&folder, name, UnlinkatFlags::RemoveDir)
+        }),
         ChangeKind::Moved(new_folder, new_name) => {
             let new_folder = self::folder(new_folder)?;
             let (new_name, flags) = (new_name.as_os_str(), RenameFlags::empty());
-            in_group(REMOVE_FILE, || renameat2(&folder, name, &new_folder, new_name, flags))
+            in_group(REMOVE_FILE, || {
+                look_anew(&folder, name)?;
+                renameat2(&folder, name, &new_folder, new_name, flags)
+            })
         }
     }
 }
@@ -109,12 +105,26 @@ fn folder(path: &OsStr) -> Result<OwnedFd> {
     openat2(share, path, OpenHow::new().flags(flags).resolve(resolve))
 }
 
-/// Does something in the name of a group.
+/// Does something in the name of a group, and nothing without that: it would be done on the host.
 fn in_group<T>(group: u32, act: impl FnOnce() -> Result<T>) -> Result<T> {
-    setfsgid(Gid::from_raw(group));
+    let (group, nobody) = (Gid::from_raw(group), Gid::from_raw(u32::MAX));
+    setfsgid(group);
+    // The only way to ask for it (setfsgid(2)).
+    if setfsgid(nobody) != group {
+        return Err(Errno::EPERM);
+    }
     let outcome = act();
     setfsgid(getegid());
     outcome
+}
+
+/// Has the kernel forget what it believes of a name that shall go: the file may be elsewhere now, and alive.
+/// In the name of the groups for that every name is there, so nothing is made.
+fn look_anew(folder: impl AsFd, name: &OsStr) -> Result<()> {
+    match mknodat(folder, name, SFlag::S_IFREG, Mode::empty(), 0) {
+        Err(Errno::EEXIST) => Ok(()),
+        made => made,
+    }
 }
 
 fn make(folder: impl AsFd, name: &OsStr, mode: u32) -> Result<()> {

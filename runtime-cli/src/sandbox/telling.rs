@@ -48,11 +48,11 @@ impl Serving<'_> {
     /// Tells the guest of them, a part at a time.
     pub(super) fn tell_changes(&mut self) {
         let untold = &mut self.untold;
+        untold.tell_at = None;
         if untold.asked {
             // The answer comes back here.
             return;
         }
-        untold.tell_at = None;
         let count = untold.changes.len().min(AT_ONCE);
         let changes: Vec<_> = untold.changes.drain(..count).map(message).collect();
         if !changes.is_empty() {

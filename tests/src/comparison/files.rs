@@ -198,8 +198,8 @@ docker exec $name sh -c 'for f in /bind/map /map; do touch $f; /usr/sbin/setcap 
             same(
                 "inotify tells of the host's changes to a bind",
                 r#"
-cd $folder/bind; echo x > host; sleep 1; echo more >> host; sleep 1; mv host moved; sleep 1; echo new > moved.new; sleep 1; mv moved.new moved; sleep 1; rm moved; mkdir sub; sleep 1; rmdir sub
-logged $name 'delete sub'; docker logs $name | grep -v -e own -e map; docker exec $name ls -A /bind"#,
+cd $folder/bind; echo x > host; sleep 1; echo more >> host; sleep 1; mv host moved; sleep 1; echo new > moved.new; sleep 1; mv moved.new moved; sleep 1; rm moved; mkdir sub; sleep 1; rmdir sub; cp /dev/null quick; mv quick gone; rm gone
+logged $name 'delete gone'; docker logs $name | grep -v -e own -e map; docker exec $name ls -A /bind"#,
             ),
         ],
     },

@@ -205,7 +205,6 @@ fn a_new_target_is_announced() {
     assert_eq!((host.target_mib(), host.size_mib()), (3, 2));
 }
 
-/// One statistic as the driver writes it.
 #[test]
 fn every_field_that_changes_is_shown_at_once() {
     let memory = memory();
@@ -229,6 +228,7 @@ fn every_field_that_changes_is_shown_at_once() {
     assert_shown(&balloon, &page);
 }
 
+/// One statistic as the driver writes it.
 fn statistic(tag: u16, value: u64) -> Vec<u8> {
     [&tag.to_le_bytes()[..], &value.to_le_bytes()].concat()
 }

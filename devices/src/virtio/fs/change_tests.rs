@@ -18,6 +18,7 @@ const LOOKUP: u32 = 1;
 const SETATTR: u32 = 4;
 const MKNOD: u32 = 8;
 const UNLINK: u32 = 10;
+const RMDIR: u32 = 11;
 const RENAME: u32 = 12;
 const OPEN: u32 = 14;
 const WRITE: u32 = 16;
@@ -45,6 +46,7 @@ impl<'m> Told<'m> {
         let telling = Telling { below: "told".into(), first_group: TOUCH, to: changes.clone() };
         let options = Options { telling: Some(telling), ..Options::default() };
         let guest = Guest::mount_with(memory, &root, options);
+        assert!(guest.device.server.observer().is_some(), "this host's kernel can tell");
         Told { root, guest, changes }
     }
 
@@ -66,8 +68,16 @@ impl<'m> Told<'m> {
     }
 
     fn told(&mut self) -> Vec<(String, String, ChangeKind)> {
-        let sources = self.guest.device.backends().len();
-        self.guest.device.backend_ready(sources - 1, EventSet::IN).unwrap();
+        let device = &mut self.guest.device;
+        let woken = 0;
+        let mut next = device.backends().len() - 1;
+        loop {
+            device.backend_ready(next, EventSet::IN).unwrap();
+            next = woken;
+            if device.server.woken().read().is_err() {
+                break;
+            }
+        }
         let text = |path: &Path| path.to_str().unwrap().to_owned();
         let plain = |Change { folder, name, kind }| (text(&folder), text(name.as_ref()), kind);
         self.changes.take().into_iter().map(plain).collect()
@@ -119,9 +129,48 @@ fn folders_come_and_go() {
     assert_eq!(changes, [at("told/folder", "d", made.clone())]);
 
     let changes = told.other("mv told/folder/d told/folder/e; mv told/folder/e .; rmdir e");
+    let made = at("told/folder", "e", ChangeKind::Made { mode: libc::S_IFDIR });
     let removed = |name| at("told/folder", name, ChangeKind::Removed { is_directory: true });
-    // The second name is gone by the time it is told of.
-    assert_eq!(changes, [removed("d"), removed("e")]);
+    assert_eq!(changes, [removed("d"), made, removed("e")]);
+}
+
+#[test]
+fn a_folder_is_told_of_where_it_is() {
+    let memory = memory();
+    let mut told = Told::new(&memory);
+    told.find("told/folder");
+
+    let changes =
+        told.other("mv told/folder told/elsewhere; : > told/elsewhere/x; rm told/elsewhere/x");
+
+    let folder = "told/elsewhere";
+    let made = at(folder, "x", ChangeKind::Made { mode: libc::S_IFREG });
+    assert_eq!(changes, [made, at(folder, "x", ChangeKind::Removed { is_directory: false })]);
+}
+
+#[test]
+fn a_folder_that_the_guest_forgets_is_told_of_when_it_finds_it_again() {
+    let memory = memory();
+    let mut told = Told::new(&memory);
+    let folder = told.find("told/folder");
+
+    told.guest.forget(folder);
+    assert_eq!(told.other(": > told/folder/x"), []);
+    told.find("told/folder");
+
+    let changes = told.other("echo > told/folder/x");
+    assert_eq!(changes, [at("told/folder", "x", ChangeKind::Written)]);
+}
+
+#[test]
+fn more_than_is_read_at_once_is_told_later() {
+    let memory = memory();
+    let mut told = Told::new(&memory);
+    told.find("told/folder");
+
+    let changes = told.other("for n in $(seq 2000); do : > told/folder/$n; done");
+
+    assert_eq!(changes.len(), 2000);
 }
 
 #[test]
@@ -163,6 +212,9 @@ fn a_guest_repeats_that_a_file_was_made() {
     let made = told.repeat(MAKE, MKNOD, folder, &[&body, b"new\0"]);
 
     assert_eq!(made.node(), told.find("told/folder/new"));
+    // Or what was there for a moment.
+    assert_eq!(told.repeat(MAKE, MKNOD, folder, &[&body, b"gone\0"]).errno, 0);
+    assert!(!told.root.path().join("told/folder/gone").exists());
     assert_eq!(fs::read(told.root.path().join("told/folder/new")).unwrap(), b"contents");
 }
 
@@ -181,6 +233,18 @@ fn a_guest_repeats_that_a_file_is_gone() {
     assert_eq!(told.repeat(REMOVE, RENAME, folder, &[&to, b"gone\0stays\0"]).errno, 0);
 
     assert!(told.root.path().join("told/folder/stays").exists());
+}
+
+#[test]
+fn a_folder_that_is_there_again_stays_alive_for_the_guest() {
+    let memory = memory();
+    let mut told = Told::new(&memory);
+    let parent = told.find("told");
+
+    assert_eq!(told.repeat(REMOVE + 1, RMDIR, parent, &[b"gone\0"]).errno, 0);
+    assert_eq!(told.repeat(REMOVE + 1, RMDIR, parent, &[b"folder\0"]).errno, libc::ENOTEMPTY);
+
+    assert!(told.root.path().join("told/folder").exists());
 }
 
 #[test]

@@ -2,6 +2,7 @@
 //! told, and may have somebody in the guest repeat it: see [`Echo`].
 
 use std::ffi::{CStr, OsString};
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::path::PathBuf;
@@ -14,11 +15,13 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::ledger::Ledger;
 
-/// Most changes that wait to be taken. Whoever misses one sees the next.
+/// Most changes that wait to be taken; what is more is not told.
 const MAX_CHANGES: usize = 4096;
 
-/// Node numbers of what is gone: a file, and a directory. The tree has no numbers of this size.
-const GONE: [u64; 2] = [1 << 61, (1 << 61) + 1];
+/// Node numbers of what is gone have the first of these bits, any of those below the second and none above:
+/// the tree's numbers do not.
+const GONE: u64 = 1 << 61;
+const GONE_BITS: u64 = 1 << 60;
 
 /// A change that is not the guest's.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -79,7 +82,10 @@ impl Changes {
 
     pub(super) fn add(&self, change: Change) {
         let mut waiting = self.waiting();
-        if waiting.len() < MAX_CHANGES && waiting.last() != Some(&change) {
+        let is_its = |other: &&Change| other.folder == change.folder && other.name == change.name;
+        // Files are written again and again, and nobody has heard of the first time yet.
+        let is_new = waiting.iter().rev().find(is_its) != Some(&change);
+        if waiting.len() < MAX_CHANGES && is_new {
             waiting.push(change);
             // The only failure is a counter at its maximum, and then it is readable anyway.
             let _ = self.event.write(1);
@@ -119,8 +125,9 @@ impl PartialEq for Telling {
 impl Eq for Telling {}
 
 /// A request by which the guest only repeats to itself what has happened, so that its kernel tells those
-/// who watch (inotify(7)). Nothing is done but answered as if it had been. It is made in the name of one of
-/// four groups that nobody else is in; a guest that uses them for something else fools itself.
+/// who watch (inotify(7)): LOOKUP, SETATTR, OPEN, SYMLINK, MKNOD, MKDIR, UNLINK, RMDIR and RENAME do nothing
+/// then and are answered as if they had. It is made in the name of one of four groups that nobody else is in;
+/// a guest that uses them for something else fools itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Echo {
     /// The first group: a file is written, or has other attributes.
@@ -145,28 +152,48 @@ impl Telling {
 }
 
 impl Echo {
-    /// What a name stands for, if the host says `found`.
-    pub fn lookup(self, found: impl FnOnce() -> io::Result<Entry>) -> io::Result<Entry> {
+    /// What `name` in `parent` stands for, if the host says `found`.
+    pub fn lookup(
+        self,
+        parent: u64,
+        name: &CStr,
+        found: impl FnOnce() -> io::Result<Entry>,
+    ) -> io::Result<Entry> {
         match self {
-            Echo::Touch => found(),
+            Echo::Touch => found().map(unbelievable),
             Echo::Make => Err(io::Error::from_raw_os_error(libc::ENOENT)),
-            // Not to be believed for longer than the request takes.
-            Echo::Remove { is_directory } => Ok(found().map_or_else(
-                |_| gone(is_directory),
-                |entry| Entry {
-                    entry_timeout: Duration::ZERO,
-                    attr_timeout: Duration::ZERO,
-                    ..entry
-                },
-            )),
+            Echo::Remove { is_directory } => {
+                Ok(found().map_or_else(|_| gone(parent, name, is_directory), unbelievable))
+            }
         }
     }
+}
+
+/// Not to be believed for longer than the request takes: nobody in the guest has looked, and the host may go
+/// on, and mount something there.
+fn unbelievable(entry: Entry) -> Entry {
+    Entry { entry_timeout: Duration::ZERO, attr_timeout: Duration::ZERO, ..entry }
 }
 
 impl Ledger {
     /// What the request only repeats, if it does.
     pub(super) fn echo(&self, context: &Context) -> Option<Echo> {
         self.observer.as_ref()?.telling.echo(context)
+    }
+
+    /// Has nobody watch a directory that the guest has forgotten.
+    pub(super) fn ignore(&self, inode: u64) {
+        if let Some(observer) = &self.observer {
+            observer.forget(inode, &|node| self.tree.files.readlinkat_proc_file(node));
+        }
+    }
+
+    /// ENOTEMPTY if a directory is there again that the guest repeats to be gone: its kernel would take what
+    /// is there for dead.
+    pub(super) fn gone(&self, context: &Context, parent: u64, name: &CStr) -> io::Result<()> {
+        let Ok(entry) = self.tree.lookup(context, self.file(parent)?, name) else { return Ok(()) };
+        self.tree.forget(context, entry.inode, 1);
+        Err(io::Error::from_raw_os_error(libc::ENOTEMPTY))
     }
 
     /// Tells the guest of a file that it found or made in `parent`, which is the tree's number.
@@ -178,34 +205,39 @@ impl Ledger {
     /// Has a directory watched that the guest has been told of; all numbers are the tree's.
     pub(super) fn observe(&self, parent: u64, inode: u64, mode: u32) {
         if let Some(observer) = &self.observer {
-            let path = || self.tree.files.readlinkat_proc_file(inode);
-            observer.know(parent, inode, mode, path);
+            observer.know(parent, inode, mode, &|node| self.tree.files.readlinkat_proc_file(node));
         }
     }
 
-    /// Has `make` make `name` in a directory, unless the guest only repeats that somebody else did.
+    /// Has `make` make a file or directory in another one, unless the guest only repeats that somebody else
+    /// did; that may be gone by now.
     pub(super) fn make(
         &self,
         context: &Context,
         parent: u64,
         name: &CStr,
+        is_directory: bool,
         make: impl FnOnce(u64) -> io::Result<Entry>,
     ) -> io::Result<Entry> {
         let parent = self.file(parent)?;
-        let entry = match self.echo(context) {
-            Some(_) => self.tree.lookup(context, parent, name)?,
-            None => make(parent)?,
-        };
-        Ok(self.tell_in(parent, entry))
+        if self.echo(context).is_none() {
+            return Ok(self.tell_in(parent, make(parent)?));
+        }
+        let found = self.tree.lookup(context, parent, name);
+        let found = found.map(|entry| unbelievable(self.tell_in(parent, entry)));
+        Ok(found.unwrap_or_else(|_| gone(parent, name, is_directory)))
     }
 }
 
-/// Stands for a file that was there.
-fn gone(is_directory: bool) -> Entry {
-    let kind = if is_directory { libc::S_IFDIR } else { libc::S_IFREG };
+/// Stands for a file that was there, not to be believed for longer than a request takes.
+fn gone(parent: u64, name: &CStr, is_directory: bool) -> Entry {
+    // The guest's kernel does nothing where two names are one file.
+    let mut hasher = DefaultHasher::new();
+    (parent, name, is_directory).hash(&mut hasher);
+    let inode = GONE | (hasher.finish() % GONE_BITS);
     // SAFETY: the structure is plain numbers, for which zero is a value.
     let mut attr: stat64 = unsafe { std::mem::zeroed() };
-    let inode = GONE[usize::from(is_directory)];
+    let kind = if is_directory { libc::S_IFDIR } else { libc::S_IFREG };
     (attr.st_ino, attr.st_mode) = (inode, kind | 0o700);
     attr.st_nlink = 1;
     Entry { inode, attr, ..Entry::default() }
@@ -220,14 +252,17 @@ mod tests {
     }
 
     #[test]
-    fn changes_are_taken_once_and_what_repeats_the_last_is_left_out() {
+    fn changes_are_taken_once_and_what_a_file_has_last_is_not_added_again() {
         let changes = Changes::new().unwrap();
+        let other = Change { kind: ChangeKind::Attributes, ..written("x") };
 
         for name in ["x", "x", "y", "x"] {
             changes.add(written(name));
         }
+        changes.add(other.clone());
+        changes.add(written("x"));
 
-        assert_eq!(changes.take(), ["x", "y", "x"].map(written));
+        assert_eq!(changes.take(), [written("x"), written("y"), other, written("x")]);
         assert_eq!(changes.take(), []);
     }
 

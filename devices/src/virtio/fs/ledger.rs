@@ -133,13 +133,13 @@ impl FileSystem for Ledger {
         let parent = self.file(parent)?;
         let found =
             || self.tree.lookup(context, parent, name).map(|entry| self.tell_in(parent, entry));
-        self.echo(context).map_or_else(found, |echo| echo.lookup(found))
+        self.echo(context).map_or_else(found, |echo| echo.lookup(parent, name, found))
     }
 
     fn forget(&self, context: &Context, inode: u64, count: u64) {
         let forgotten = self.book().forget(inode, count);
         if let Some(inode) = forgotten {
-            self.observer.iter().for_each(|observer| observer.forget(inode));
+            self.ignore(inode);
             self.tree.forget(context, inode, u64::MAX);
         }
     }
@@ -189,7 +189,9 @@ impl FileSystem for Ledger {
         parent: u64,
         name: &CStr,
     ) -> io::Result<Entry> {
-        self.make(context, parent, name, |parent| self.tree.symlink(context, target, parent, name))
+        self.make(context, parent, name, false, |parent| {
+            self.tree.symlink(context, target, parent, name)
+        })
     }
 
     fn mknod(
@@ -201,7 +203,7 @@ impl FileSystem for Ledger {
         device: u32,
         umask: u32,
     ) -> io::Result<Entry> {
-        self.make(context, parent, name, |parent| {
+        self.make(context, parent, name, false, |parent| {
             self.tree.mknod(context, parent, name, mode, device, umask)
         })
     }
@@ -214,7 +216,7 @@ impl FileSystem for Ledger {
         mode: u32,
         umask: u32,
     ) -> io::Result<Entry> {
-        self.make(context, parent, name, |parent| {
+        self.make(context, parent, name, true, |parent| {
             self.tree.mkdir(context, parent, name, mode, umask)
         })
     }
@@ -228,7 +230,7 @@ impl FileSystem for Ledger {
 
     fn rmdir(&self, context: &Context, parent: u64, name: &CStr) -> io::Result<()> {
         match self.echo(context) {
-            Some(_) => Ok(()),
+            Some(_) => self.gone(context, parent, name),
             None => self.tree.rmdir(context, self.file(parent)?, name),
         }
     }

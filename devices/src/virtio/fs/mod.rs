@@ -236,14 +236,17 @@ impl VirtioDevice for Fs {
     fn backend_ready(&mut self, index: usize, _events: EventSet) -> Result<(), QueueError> {
         let source = self.sources().nth(index).map(|(source, _)| source);
         match source {
-            Some(Source::Woken) => self.forget(),
+            Some(Source::Woken) => {
+                self.forget();
+                self.server.look();
+            }
             Some(Source::Forgetting) => return self.queue_ready(URGENT),
             Some(Source::Watch) => {
                 if let (Some(watch), Some(window)) = (&mut self.watch, self.server.window()) {
                     watch.look_after(window);
                 }
             }
-            Some(Source::Changes) => self.server.observer().into_iter().for_each(Observer::look),
+            Some(Source::Changes) => self.server.look(),
             None => {}
         }
         Ok(())

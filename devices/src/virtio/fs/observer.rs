@@ -40,10 +40,19 @@ const OF_DIRECTORY: MaskFlags = OF_FILE
     .union(MaskFlags::FAN_EVENT_ON_CHILD);
 
 /// The kernel forgets a mark with its inode (Linux 5.19), which stays in memory while the guest knows it.
-const MARK: MarkFlags = MarkFlags::FAN_MARK_ADD.union(MarkFlags::FAN_MARK_EVICTABLE);
+const MARK: MarkFlags = MarkFlags::FAN_MARK_ADD
+    .union(MarkFlags::FAN_MARK_EVICTABLE)
+    .union(MarkFlags::FAN_MARK_DONT_FOLLOW);
+const UNMARK: MarkFlags = MarkFlags::FAN_MARK_REMOVE.union(MarkFlags::FAN_MARK_DONT_FOLLOW);
+
+/// Most inodes that are watched: all processes of a user share what the kernel has of marks.
+const MAX_WATCHED: usize = 4096;
 
 /// Longest handle of a file, in bytes (MAX_HANDLE_SZ of fcntl.h).
 const MAX_HANDLE_BYTES: usize = 128;
+
+/// What file systems and kernels say that cannot tell (fanotify_mark(2)).
+const CANNOT_TELL: [Errno; 4] = [Errno::EINVAL, Errno::ENODEV, Errno::EOPNOTSUPP, Errno::EXDEV];
 
 /// How much is read at once, in bytes, and how often until the guest has its turn.
 const READ_BYTES: usize = 4096;
@@ -69,7 +78,8 @@ pub(super) struct Observer {
 /// What is watched: directories, and single files that are shared alone.
 #[derive(Debug, Default)]
 struct Known {
-    places: BTreeMap<Handle, Place>,
+    /// What the tree calls an inode: several where it is mounted more than once.
+    nodes: BTreeMap<Handle, Vec<Node>>,
     handles: BTreeMap<u64, Handle>,
     /// By number of the mount; nothing for one of which nothing is told.
     file_systems: BTreeMap<u64, Option<[u8; 8]>>,
@@ -86,12 +96,15 @@ struct Handle {
     bytes: Vec<u8>,
 }
 
-/// Something that is watched, by its path below the shared directory.
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct Place {
-    path: PathBuf,
+/// Something that is watched, by the tree's number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Node {
+    number: u64,
     is_directory: bool,
 }
+
+/// Tells where a node is, for the thread that serves.
+type PathOf<'a> = &'a dyn Fn(u64) -> io::Result<PathBuf>;
 
 impl Observer {
     /// Watches nothing of `root` yet. The error is that the host's kernel cannot tell, or has no more groups
@@ -113,58 +126,66 @@ impl Observer {
         self.known.lock().expect("nothing panics while it looks something up")
     }
 
-    /// The guest has been told of `node`, which it found in `parent`; `path` tells where it is for the thread
-    /// that serves, which has to be the one that calls this. File systems that cannot tell, such as those
-    /// over a network, are left out.
-    pub fn know(
-        &self,
-        parent: u64,
-        node: u64,
-        mode: u32,
-        path: impl FnOnce() -> io::Result<PathBuf>,
-    ) {
+    /// The guest has been told of `node`, which it found in `parent`. To be called by the thread that serves,
+    /// as everything but [`Observer::clear`]. File systems that cannot tell, such as those over a network,
+    /// are left out.
+    pub fn know(&self, parent: u64, node: u64, mode: u32, path: PathOf<'_>) {
         let mut known = self.known();
         let is_directory = mode & libc::S_IFMT == libc::S_IFDIR;
         let is_alone = known.folder == Some(parent);
         let mount = node >> INODE_BITS;
         let is_of_interest = (is_directory || is_alone)
             && known.file_systems.get(&mount) != Some(&None)
+            && known.handles.len() < MAX_WATCHED
             && !known.handles.contains_key(&node);
         if !is_of_interest {
             return;
         }
-        let Ok(path) = path() else { return };
-        let Some(place) = self.below(&path).map(|path| Place { path, is_directory }) else {
+        let Ok(path) = path(node) else { return };
+        let Some(below) = self.below(&path) else {
             known.file_systems.insert(mount, None);
             return;
         };
-        if place.path == self.telling.below {
+        if below == self.telling.below {
             known.folder = Some(node);
-        } else if let Err(error) = self.watch(&mut known, node, &path, place) {
-            log::debug!("changes are not seen at {}: {error}", path.display());
+            return;
+        }
+        let node = Node { number: node, is_directory };
+        if let Err(error) = self.watch(&mut known, node, &path) {
+            if CANNOT_TELL.contains(&error) {
+                known.file_systems.insert(mount, None);
+                log::info!("changes of files are not seen at {}: {error}", path.display());
+            }
         }
     }
 
-    fn watch(&self, known: &mut Known, node: u64, path: &Path, place: Place) -> io::Result<()> {
-        let mount = node >> INODE_BITS;
+    fn watch(&self, known: &mut Known, node: Node, path: &Path) -> nix::Result<()> {
+        let mount = node.number >> INODE_BITS;
         let file_system = match known.file_systems.get(&mount).copied().flatten() {
             Some(file_system) => file_system,
             None => file_system(path)?,
         };
         known.file_systems.insert(mount, Some(file_system));
         let handle = handle(file_system, path)?;
-        let told = if place.is_directory { OF_DIRECTORY } else { OF_FILE };
-        self.group.mark(MARK, told, AT_FDCWD, Some(path))?;
-        known.places.insert(handle.clone(), place);
-        known.handles.insert(node, handle);
+        self.group.mark(MARK, node.told(), AT_FDCWD, Some(path))?;
+        known.nodes.entry(handle.clone()).or_default().push(node);
+        known.handles.insert(node.number, handle);
         Ok(())
     }
 
     /// The guest has forgotten `node`.
-    pub fn forget(&self, node: u64) {
+    pub fn forget(&self, node: u64, path: PathOf<'_>) {
         let mut known = self.known();
-        if let Some(handle) = known.handles.remove(&node) {
-            known.places.remove(&handle);
+        let Some(handle) = known.handles.remove(&node) else { return };
+        let Some(nodes) = known.nodes.get_mut(&handle) else { return };
+        let forgotten = nodes.iter().position(|known| known.number == node);
+        let forgotten = forgotten.map(|place| nodes.swap_remove(place));
+        if nodes.is_empty() {
+            known.nodes.remove(&handle);
+            if let (Some(forgotten), Ok(path)) = (forgotten, path(node)) {
+                // What has no name any more loses its mark with the last one that has it open.
+                let _ = self.group.mark(UNMARK, forgotten.told(), AT_FDCWD, Some(&path));
+            }
         }
     }
 
@@ -174,52 +195,74 @@ impl Observer {
         *self.known() = Known::default();
     }
 
-    /// Tells of what happened, if it did.
-    pub fn look(&self) {
+    /// Tells of what happened, if it did. Returns whether there may be more: it is to be called again then, as
+    /// nobody is woken up for that.
+    pub fn look(&self, path: PathOf<'_>) -> bool {
         let mut buffer = [0; READ_BYTES];
         for _ in 0..READS {
-            let Ok(count @ 1..) = nix::unistd::read(&self.group, &mut buffer) else { return };
+            let Ok(count @ 1..) = nix::unistd::read(&self.group, &mut buffer) else { return false };
             let known = self.known();
             for event in events(&buffer[..count]) {
-                self.tell(&known, &event);
+                self.tell(&known, &event, path);
             }
         }
+        true
     }
 
-    fn tell(&self, known: &Known, event: &Event<'_>) {
-        if event.mask & libc::FAN_Q_OVERFLOW != 0 {
-            log::warn!("files change on the host faster than the guest is told");
-        }
+    fn tell(&self, known: &Known, event: &Event<'_>, path: PathOf<'_>) {
         // What this process does it does for the guest, which knows. The pid of others may be hidden.
         if u32::try_from(event.pid) == Ok(process::id()) {
             return;
         }
         let has = |bit| event.mask & bit != 0;
         let is_directory = has(libc::FAN_ONDIR);
-        let (old, new) = (known.entry(event.old.as_ref()), known.entry(event.new.as_ref()));
-        match (old, new) {
-            (Some(old), Some((folder, name))) if !is_directory => {
-                self.add(old, ChangeKind::Moved { folder, name });
+        let entries = |entry: Option<&(Handle, &OsStr)>| -> Vec<Entry> {
+            let Some((folder, name)) = entry else { return Vec::new() };
+            let folders =
+                known.numbers(folder, true).filter_map(|node| self.below(&path(node).ok()?));
+            folders.map(|folder| (folder, (*name).to_owned())).collect()
+        };
+        let (old, new) = (entries(event.old.as_ref()), entries(event.new.as_ref()));
+        match (&old[..], &new[..]) {
+            ([old], [(folder, name)]) if !is_directory => {
+                let (folder, name) = (folder.clone(), name.clone());
+                self.add(old.clone(), ChangeKind::Moved { folder, name });
             }
-            (old, new) => {
+            _ => {
                 old.into_iter().for_each(|old| self.add(old, ChangeKind::Removed { is_directory }));
-                new.into_iter().for_each(|new| self.add_made(new));
+                new.into_iter().for_each(|new| self.add_made(new, is_directory));
             }
         }
-        let entry = known.entry(event.entry.as_ref());
-        let Some(entry) = entry.or_else(|| known.alone(event.file.as_ref()?)) else { return };
-        // Several may come together, which happened in the order of a life.
-        if has(libc::FAN_DELETE) {
-            self.add(entry.clone(), ChangeKind::Removed { is_directory });
+        let alone = event.file.iter().flat_map(|file| known.numbers(file, false));
+        let alone = alone.filter_map(|node| {
+            let path = self.below(&path(node).ok()?)?;
+            Some((path.parent()?.to_owned(), path.file_name()?.to_owned()))
+        });
+        for entry in entries(event.entry.as_ref()).into_iter().chain(alone) {
+            self.add_life(&entry, event.mask);
+        }
+    }
+
+    /// Tells of what happened to one file: several things may come together, and what is there now tells in
+    /// which order.
+    fn add_life(&self, entry: &Entry, mask: u64) {
+        let has = |bit| mask & bit != 0;
+        let removed = ChangeKind::Removed { is_directory: has(libc::FAN_ONDIR) };
+        let is_there = self.mode(entry).is_some();
+        if has(libc::FAN_DELETE) && is_there {
+            self.add(entry.clone(), removed.clone());
         }
         if has(libc::FAN_CREATE) {
-            self.add_made(entry.clone());
+            self.add_made(entry.clone(), has(libc::FAN_ONDIR));
         }
         if has(libc::FAN_MODIFY) {
             self.add(entry.clone(), ChangeKind::Written);
         }
         if has(libc::FAN_ATTRIB) {
-            self.add(entry, ChangeKind::Attributes);
+            self.add(entry.clone(), ChangeKind::Attributes);
+        }
+        if has(libc::FAN_DELETE) && !is_there {
+            self.add(entry.clone(), removed);
         }
     }
 
@@ -227,12 +270,17 @@ impl Observer {
         self.telling.to.add(Change { folder, name, kind });
     }
 
-    /// Tells of a file that was made, unless it is gone.
-    fn add_made(&self, entry: Entry) {
-        let root = self.root_path.get().map_or(Path::new(""), PathBuf::as_path);
-        if let Ok(attributes) = fs::symlink_metadata(root.join(&entry.0).join(&entry.1)) {
-            self.add(entry, ChangeKind::Made { mode: attributes.mode() });
-        }
+    /// Tells of a file that was made, even if it is gone by now.
+    fn add_made(&self, entry: Entry, is_directory: bool) {
+        let kind = if is_directory { libc::S_IFDIR } else { libc::S_IFREG };
+        let mode = self.mode(&entry).unwrap_or(kind);
+        self.add(entry, ChangeKind::Made { mode });
+    }
+
+    /// `st_mode` of what is there.
+    fn mode(&self, (folder, name): &Entry) -> Option<u32> {
+        let path = self.root_path.get()?.join(folder).join(name);
+        Some(fs::symlink_metadata(path).ok()?.mode())
     }
 
     /// Where something is below the shared directory, if it is told of.
@@ -246,27 +294,26 @@ impl Observer {
 }
 
 impl Known {
-    /// A name in a directory that is watched.
-    fn entry(&self, entry: Option<&(Handle, &OsStr)>) -> Option<Entry> {
-        let (folder, name) = entry?;
-        let place = self.places.get(folder).filter(|place| place.is_directory)?;
-        Some((place.path.clone(), (*name).to_owned()))
-    }
-
-    /// A file that is shared alone.
-    fn alone(&self, file: &Handle) -> Option<Entry> {
-        let place = self.places.get(file).filter(|place| !place.is_directory)?;
-        Some((place.path.parent()?.to_owned(), place.path.file_name()?.to_owned()))
+    /// The nodes of a directory or of a file that is shared alone.
+    fn numbers(&self, handle: &Handle, is_directory: bool) -> impl Iterator<Item = u64> {
+        let nodes = self.nodes.get(handle).into_iter().flatten();
+        nodes.filter(move |node| node.is_directory == is_directory).map(|node| node.number)
     }
 }
 
-fn file_system(path: &Path) -> io::Result<[u8; 8]> {
+impl Node {
+    fn told(self) -> MaskFlags {
+        if self.is_directory { OF_DIRECTORY } else { OF_FILE }
+    }
+}
+
+fn file_system(path: &Path) -> nix::Result<[u8; 8]> {
     let id = statfs(path)?.filesystem_id();
     // SAFETY: the structure is two numbers, and every byte of it is one of an array's.
     Ok(unsafe { std::mem::transmute::<libc::fsid_t, [u8; 8]>(id) })
 }
 
-fn handle(file_system: [u8; 8], path: &Path) -> io::Result<Handle> {
+fn handle(file_system: [u8; 8], path: &Path) -> nix::Result<Handle> {
     #[repr(C)]
     struct Buffer {
         bytes: u32,

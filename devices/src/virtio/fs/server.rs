@@ -217,6 +217,14 @@ impl Server {
         self.ledger.observer.as_ref()
     }
 
+    /// Looks at what others changed, and later at the rest if that is much.
+    pub(super) fn look(&self) {
+        let path = |node| self.ledger.tree.files.readlinkat_proc_file(node);
+        if self.observer().is_some_and(|observer| observer.look(&path)) {
+            self.wake();
+        }
+    }
+
     /// Wakes up the thread that serves the directory.
     pub(super) fn wake(&self) {
         // The only failure is a counter at its maximum, and then the thread is woken anyway.

@@ -129,6 +129,12 @@ impl<'m> Guest<'m> {
         self.ask(SETUPMAPPING, node, &[&fields.concat()])
     }
 
+    /// Forgets that it was ever told of `node`.
+    pub(super) fn forget(&mut self, node: u64) {
+        let header = self.header(FORGET, node, 8);
+        assert!(self.ask_raw(&[&header, &u64::MAX.to_le_bytes()], &[]).is_none());
+    }
+
     fn lookup(&mut self, name: &str) -> Answer {
         self.ask(LOOKUP, ROOT, &[name.as_bytes(), b"\0"])
     }
@@ -488,9 +494,9 @@ fn a_new_file_belongs_to_the_guests_process_whatever_the_directory_says() {
     let (root, memory) = (TempDir::new().unwrap(), memory());
     let mut guest = Guest::mount(&memory, &root, false);
 
-    guest.uid = 1234;
+    (guest.uid, guest.gid) = (1234, 1234);
     let created = guest.create("file");
-    guest.uid = 0;
+    (guest.uid, guest.gid) = (0, 0);
     let other = guest.create("other");
 
     assert_eq!((created.errno, other.errno), (0, 0));

@@ -79,7 +79,8 @@ impl RegisterPage {
         });
         let mut changes = words.filter(|&(at, word)| self.get(at) != word).peekable();
         if changes.peek().is_some() {
-            // Whoever read something before the first change, or in between, has to start again.
+            // Whoever read something before the first change, or ends with the last one, has to start again.
+            // Who reads all of it in between is interrupted for it afterwards, and reads it again.
             self.next_generation();
             changes.for_each(|(at, word)| self.set(at, word));
             self.next_generation();
