@@ -75,6 +75,12 @@ pod run -d --name $name --network $name $image sh -c 'trap "echo got USR1" USR1;
             "--share none",
             "refused: the first container's network stack is in its guest. Make the pod with `--share none`: then each has a network of its own",
         ),
+        differs(
+            "a container has a user namespace of its own (`--userns=auto`, `--uidmap`)",
+            "pod run --rm --uidmap 0:100000:5000 --gidmap 0:100000:5000 $image true",
+            "cannot be honoured in a virtual machine",
+            "refused: root of the guest is not root of the host already, and files are served under the numbers that they have. Leave the option out",
+        ),
         same(
             "containers of a pod that shares nothing have networks of their own",
             "podman --runtime $program pod create --share none --name $name-pod >/dev/null; pod run --rm --pod $name-pod $image ls /sys/class/net; podman pod rm -f -t 0 $name-pod >/dev/null",
