@@ -78,14 +78,17 @@ fn repeat(change: &Change) -> Result<()> {
         ChangeKind::Made(mode) => in_group(MAKE, || make(&folder, name, *mode)),
         ChangeKind::Written => in_group(TOUCH, || write(&folder, name)),
         ChangeKind::Attributes => in_group(TOUCH, || touch(&folder, name)),
-        ChangeKind::Removed { is_directory: false } => in_group(REMOVE_FILE, || {
-            look_anew(&folder, name)?;
-            unlinkat(&folder, name, UnlinkatFlags::NoRemoveDir)
-        }),
-        ChangeKind::Removed { is_directory: true } => in_group(REMOVE_DIRECTORY, || {
-            look_anew(&folder, name)?;
-            unlinkat(&folder, name, UnlinkatFlags::RemoveDir)
-        }),
+        ChangeKind::Removed { is_directory } => {
+            let (group, flag) = if *is_directory {
+                (REMOVE_DIRECTORY, UnlinkatFlags::RemoveDir)
+            } else {
+                (REMOVE_FILE, UnlinkatFlags::NoRemoveDir)
+            };
+            in_group(group, || {
+                look_anew(&folder, name)?;
+                unlinkat(&folder, name, flag)
+            })
+        }
         ChangeKind::Moved(new_folder, new_name) => {
             let new_folder = self::folder(new_folder)?;
             let (new_name, flags) = (new_name.as_os_str(), RenameFlags::empty());

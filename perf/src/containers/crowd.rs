@@ -19,8 +19,6 @@ use crate::samples::Samples;
 const GOAL_MIB: f64 = 20.0;
 /// How long they idle before memory is read: guests give back what is free after seconds.
 const SETTLE: Duration = Duration::from_secs(20);
-/// Where the kernel is asked to take back what it can (Documentation/admin-guide/sysctl/vm.rst).
-const DROP_CACHES: &str = "/proc/sys/vm/drop_caches";
 /// How many are started at the same time.
 const AT_ONCE: usize = 4;
 
@@ -57,10 +55,10 @@ fn cost(runtime: &str, count: usize, runs: u32) -> Result<Cost> {
     // One that is there before has what all of them share.
     let _first = Crowd::start(runtime, 1)?;
     rest(SETTLE);
-    let before = (all_pss_kib()?, kept_kib()?);
+    let before = (all_pss_kib()?, available_kib()?);
     let crowd = Crowd::start(runtime, count)?;
     rest(SETTLE);
-    let after = (all_pss_kib()?, kept_kib()?);
+    let after = (all_pss_kib()?, available_kib()?);
     let mib_of_each = |kib: f64| kib / 1024.0 / count as f64;
     let mut stats_ms = Samples::default();
     for run in 0..=runs {
@@ -120,14 +118,6 @@ impl Drop for Crowd {
             eprintln!("crowd: {error:#}");
         }
     }
-}
-
-/// What of the host's memory is available once the kernel has taken back what it can: parts of huge pages
-/// that nobody has any more it keeps until then.
-fn kept_kib() -> Result<f64> {
-    nix::unistd::sync();
-    fs::write(DROP_CACHES, "3")?;
-    available_kib()
 }
 
 /// The proportional shares of all processes, which together are what all of them have in memory.

@@ -55,7 +55,8 @@ fn cost_mib(runtime: &Runtime, bundle: &Bundle) -> Result<f64> {
 
 /// The host's memory that is available, in KiB.
 pub fn available_kib() -> Result<f64> {
-    // So that it does not matter how much of the cache the kernel takes for reclaimable.
+    // So that it does not matter how much of the cache the kernel takes for reclaimable, and what it still
+    // has of huge pages that were given back in part.
     let _ = fs::write("/proc/sys/vm/drop_caches", "3");
     let meminfo = fs::read_to_string("/proc/meminfo")?;
     let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"));

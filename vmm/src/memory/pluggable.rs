@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use arch::VmFd;
 
-use super::{MemoryError, set_slot};
+use super::set_slot;
 
 /// First of the KVM memory slots for it: behind those for RAM and files, and before those for DAX windows.
 const FIRST_SLOT: u32 = 128;
@@ -57,7 +57,7 @@ impl Pluggable {
                 let slot = FIRST_SLOT + u32::try_from(part).expect("a part has a small number");
                 // SAFETY: the memory is mapped for the rest of the process, as whoever made this promised.
                 unsafe { set_slot(&self.vm, slot, 0, base, bytes, self.host_address + offset) }
-                    .map_err(|error: MemoryError| io::Error::other(error))?;
+                    .map_err(io::Error::other)?;
                 *shown = true;
             }
         }

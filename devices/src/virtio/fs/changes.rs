@@ -14,6 +14,7 @@ use fuse_backend_rs::api::filesystem::{Context, Entry, FileSystem};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::ledger::Ledger;
+use super::observer::Observer;
 
 /// Most changes that wait to be taken; what is more is not told.
 const MAX_CHANGES: usize = 4096;
@@ -163,7 +164,7 @@ impl Echo {
             Echo::Touch => found().map(unbelievable),
             Echo::Make => Err(io::Error::from_raw_os_error(libc::ENOENT)),
             Echo::Remove { is_directory } => {
-                Ok(found().map_or_else(|_| gone(parent, name, is_directory), unbelievable))
+                Ok(found().map_or_else(|_| stand_in(parent, name, is_directory), unbelievable))
             }
         }
     }
@@ -184,8 +185,19 @@ impl Ledger {
     /// Has nobody watch a directory that the guest has forgotten.
     pub(super) fn ignore(&self, inode: u64) {
         if let Some(observer) = &self.observer {
-            observer.forget(inode, &|node| self.tree.files.readlinkat_proc_file(node));
+            observer.forget(inode, &|node| self.path(node));
         }
+    }
+
+    /// Looks at what others changed. Returns whether there may be more.
+    pub(super) fn look(&self) -> bool {
+        let look = |observer: &Observer| observer.look(&|node| self.path(node));
+        self.observer.as_ref().is_some_and(look)
+    }
+
+    /// Where a file is, for the thread that serves; the number is the tree's.
+    fn path(&self, inode: u64) -> io::Result<PathBuf> {
+        self.tree.files.readlinkat_proc_file(inode)
     }
 
     /// ENOTEMPTY if a directory is there again that the guest repeats to be gone: its kernel would take what
@@ -205,7 +217,7 @@ impl Ledger {
     /// Has a directory watched that the guest has been told of; all numbers are the tree's.
     pub(super) fn observe(&self, parent: u64, inode: u64, mode: u32) {
         if let Some(observer) = &self.observer {
-            observer.know(parent, inode, mode, &|node| self.tree.files.readlinkat_proc_file(node));
+            observer.know(parent, inode, mode, &|node| self.path(node));
         }
     }
 
@@ -225,12 +237,12 @@ impl Ledger {
         }
         let found = self.tree.lookup(context, parent, name);
         let found = found.map(|entry| unbelievable(self.tell_in(parent, entry)));
-        Ok(found.unwrap_or_else(|_| gone(parent, name, is_directory)))
+        Ok(found.unwrap_or_else(|_| stand_in(parent, name, is_directory)))
     }
 }
 
 /// Stands for a file that was there, not to be believed for longer than a request takes.
-fn gone(parent: u64, name: &CStr, is_directory: bool) -> Entry {
+fn stand_in(parent: u64, name: &CStr, is_directory: bool) -> Entry {
     // The guest's kernel does nothing where two names are one file.
     let mut hasher = DefaultHasher::new();
     (parent, name, is_directory).hash(&mut hasher);

@@ -248,8 +248,8 @@ impl Observer {
     fn add_life(&self, entry: &Entry, mask: u64) {
         let has = |bit| mask & bit != 0;
         let removed = ChangeKind::Removed { is_directory: has(libc::FAN_ONDIR) };
-        let is_there = self.mode(entry).is_some();
-        if has(libc::FAN_DELETE) && is_there {
+        let is_gone = has(libc::FAN_DELETE) && self.mode(entry).is_none();
+        if has(libc::FAN_DELETE) && !is_gone {
             self.add(entry.clone(), removed.clone());
         }
         if has(libc::FAN_CREATE) {
@@ -261,7 +261,7 @@ impl Observer {
         if has(libc::FAN_ATTRIB) {
             self.add(entry.clone(), ChangeKind::Attributes);
         }
-        if has(libc::FAN_DELETE) && !is_there {
+        if is_gone {
             self.add(entry.clone(), removed);
         }
     }
@@ -285,9 +285,10 @@ impl Observer {
 
     /// Where something is below the shared directory, if it is told of.
     fn below(&self, path: &Path) -> Option<PathBuf> {
-        let link = format!("/proc/self/fd/{}", self.root.as_raw_fd());
-        let find = || readlinkat(AT_FDCWD, link.as_str()).map(PathBuf::from).unwrap_or_default();
-        let root = self.root_path.get_or_init(find);
+        let root = self.root_path.get_or_init(|| {
+            let link = format!("/proc/self/fd/{}", self.root.as_raw_fd());
+            readlinkat(AT_FDCWD, link.as_str()).map(PathBuf::from).unwrap_or_default()
+        });
         let path = path.strip_prefix(root).ok()?;
         path.starts_with(&self.telling.below).then(|| path.to_owned())
     }

@@ -219,8 +219,7 @@ impl Server {
 
     /// Looks at what others changed, and later at the rest if that is much.
     pub(super) fn look(&self) {
-        let path = |node| self.ledger.tree.files.readlinkat_proc_file(node);
-        if self.observer().is_some_and(|observer| observer.look(&path)) {
+        if self.ledger.look() {
             self.wake();
         }
     }
