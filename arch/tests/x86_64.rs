@@ -161,7 +161,7 @@ fn the_registers_of_a_processor_survive() {
 
 #[test]
 #[ignore = "needs /dev/kvm"]
-fn the_interrupt_controllers_and_the_timer_survive() {
+fn the_interrupt_controllers_survive() {
     const REDIRECTION_OF_LINE_5: usize = 5;
     let mut old = Guest::new(1);
     old.boot(COUNT);
@@ -170,10 +170,6 @@ fn the_interrupt_controllers_and_the_timer_survive() {
     // SAFETY: the chip is the IOAPIC, and plain numbers are always valid.
     unsafe { ioapic.chip.ioapic.redirtbl[REDIRECTION_OF_LINE_5].bits = 0x1_0041 };
     old.vm.set_irqchip(&ioapic).unwrap();
-    let mut pit = old.vm.get_pit2().unwrap();
-    pit.channels[0].count = 11932;
-    pit.channels[0].mode = 2;
-    old.vm.set_pit2(&pit).unwrap();
 
     let new = rebuilt(&mut old);
 
@@ -181,6 +177,4 @@ fn the_interrupt_controllers_and_the_timer_survive() {
     // SAFETY: as above.
     let redirection = unsafe { ioapic.chip.ioapic.redirtbl[REDIRECTION_OF_LINE_5].bits };
     assert_eq!(redirection, 0x1_0041);
-    let channel = new.vm.get_pit2().unwrap().channels[0];
-    assert_eq!((channel.count, channel.mode), (11932, 2));
 }

@@ -1,6 +1,6 @@
 //! What a program does before its first guest runs: how many system calls, and in how much processor time.
 
-use std::io;
+use std::io::{self, Read, Write};
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail};
 use nix::sys::ptrace::{self, Options};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
-use nix::time::clock_getcpuclockid;
+use nix::time::{ClockId, clock_getcpuclockid};
 use nix::unistd::Pid;
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
@@ -26,15 +26,22 @@ pub fn before_first_entry(command: &Command) -> Result<u64> {
 }
 
 /// Runs `command` until one of its threads enters a guest, and gives the processor time in milliseconds that
-/// all its threads took before: they are stopped by nothing else but the start of a thread. The program is
+/// all its threads took before: they are stopped by nothing else but the start of a thread. It counts from
+/// the execve(2) on: what the copy of this process took that made it is not the program's. The program is
 /// ended then.
 pub fn processor_ms_before_first_entry(command: &Command) -> Result<f64> {
     let filter = at_entry()?;
+    let (mut before_exec, mut told) = io::pipe()?;
     let begin = move || {
         ptrace::traceme()?;
-        apply_filter(&filter).map_err(|_| io::ErrorKind::Unsupported.into())
+        apply_filter(&filter).map_err(|_| io::Error::from(io::ErrorKind::Unsupported))?;
+        let used = Duration::from(ClockId::CLOCK_PROCESS_CPUTIME_ID.now()?);
+        told.write_all(&used.as_nanos().to_ne_bytes())
     };
     traced(command, begin, |pid| {
+        let mut nanoseconds = [0; size_of::<u128>()];
+        before_exec.read_exact(&mut nanoseconds)?;
+        let not_ours = u128::from_ne_bytes(nanoseconds);
         let options = Options::PTRACE_O_TRACECLONE
             | Options::PTRACE_O_TRACESECCOMP
             | Options::PTRACE_O_EXITKILL;
@@ -43,7 +50,8 @@ pub fn processor_ms_before_first_entry(command: &Command) -> Result<f64> {
             match waitpid(None, Some(WaitPidFlag::__WALL))? {
                 WaitStatus::PtraceEvent(_, _, libc::PTRACE_EVENT_SECCOMP) => {
                     let used = clock_getcpuclockid(pid).and_then(|clock| clock.now())?;
-                    return Ok(Duration::from(used).as_secs_f64() * 1e3);
+                    let used = Duration::from(used).as_nanos() - not_ours;
+                    return Ok(used as f64 / 1e6);
                 }
                 other => go_on(pid, other, ptrace::cont)?,
             }

@@ -14,7 +14,7 @@ use crate::error::Error;
 use crate::event_loop::EventLoop;
 
 /// The only layout of [`MachineState`] that this VMM writes and reads.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 
 /// Where a machine stands, apart from its memory: all that [`crate::Vmm::restore`] needs beside the
 /// configuration to build another one that goes on.

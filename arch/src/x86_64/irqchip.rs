@@ -1,9 +1,11 @@
-//! The interrupt controllers of a PC and its timer, all inside KVM.
+//! The interrupt controllers of a PC, all inside KVM.
+//!
+//! There is no interval timer beside them: Linux has not looked at one since 5.5 where the local APIC's timer
+//! counts in cycles of a clock whose rate the hypervisor tells, and each would be a kernel thread of the host.
 #![cfg(target_arch = "x86_64")]
 
 use kvm_bindings::{
-    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_PIT_SPEAKER_DUMMY,
-    kvm_irqchip, kvm_pit_config, kvm_pit_state2,
+    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_irqchip,
 };
 use serde::{Deserialize, Serialize};
 
@@ -12,22 +14,14 @@ use crate::{ArchError, VmFd};
 /// The interrupt controllers that belong to no vCPU.
 const CHIPS: [u32; 3] = [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC];
 
-/// Creates the two PICs, the IOAPIC, and with each vCPU its local APIC; and the timer.
+/// Creates the two PICs, the IOAPIC, and with each vCPU its local APIC.
 pub fn create(vm: &VmFd) -> Result<(), ArchError> {
-    vm.create_irq_chip().map_err(ArchError::kvm("create the interrupt controllers"))?;
-    // A kernel without kvmclock calibrates its clock by polling the speaker port: without the
-    // dummy, every poll is an exit to us.
-    let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
-    vm.create_pit2(pit).map_err(ArchError::kvm("create the interval timer"))
+    vm.create_irq_chip().map_err(ArchError::kvm("create the interrupt controllers"))
 }
 
-/// Where the interrupt controllers outside the vCPUs and the timer stand.
+/// Where the interrupt controllers outside the vCPUs stand: the first PIC, the second one, and the IOAPIC.
 #[derive(Debug, Serialize, Deserialize)]
-pub struct State {
-    /// The first PIC, the second one, and the IOAPIC.
-    chips: [kvm_irqchip; 3],
-    pit: kvm_pit_state2,
-}
+pub struct State([kvm_irqchip; 3]);
 
 impl State {
     /// Reads it.
@@ -36,15 +30,12 @@ impl State {
         for chip in &mut chips {
             vm.get_irqchip(chip).map_err(ArchError::kvm("read an interrupt controller"))?;
         }
-        let pit = vm.get_pit2().map_err(ArchError::kvm("read the interval timer"))?;
-        Ok(State { chips, pit })
+        Ok(State(chips))
     }
 
     /// Gives it to fresh ones.
     pub fn apply(&self, vm: &VmFd) -> Result<(), ArchError> {
-        // The timer first: setting it may make it raise its line.
-        vm.set_pit2(&self.pit).map_err(ArchError::kvm("set the interval timer"))?;
-        for chip in &self.chips {
+        for chip in &self.0 {
             vm.set_irqchip(chip).map_err(ArchError::kvm("set an interrupt controller"))?;
         }
         Ok(())

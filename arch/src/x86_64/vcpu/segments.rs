@@ -42,27 +42,22 @@ const LARGE: u64 = 1 << 7;
 
 /// Writes descriptors and page tables.
 pub fn write(memory: &GuestMemoryMmap) -> Result<(), ArchError> {
-    for (index, descriptor) in (0..).zip(GDT) {
-        put(memory, layout::GDT, index, descriptor)?;
-    }
     let [top, middle, bottom] =
         [0, 1, 2].map(|page| GuestAddress(layout::PAGE_TABLES.0 + page * PAGE_BYTES));
-    put(memory, top, 0, middle.0 | PRESENT_WRITABLE)?;
-    put(memory, middle, 0, bottom.0 | PRESENT_WRITABLE)?;
-    for index in 0..ENTRIES {
-        put(memory, bottom, index, (index * LARGE_PAGE_BYTES) | LARGE | PRESENT_WRITABLE)?;
-    }
-    Ok(())
+    put(memory, layout::GDT, GDT)?;
+    put(memory, top, [middle.0 | PRESENT_WRITABLE])?;
+    put(memory, middle, [bottom.0 | PRESENT_WRITABLE])?;
+    let page = |index| (index * LARGE_PAGE_BYTES) | LARGE | PRESENT_WRITABLE;
+    put(memory, bottom, (0..ENTRIES).map(page))
 }
 
 fn put(
     memory: &GuestMemoryMmap,
     table: GuestAddress,
-    index: u64,
-    value: u64,
+    entries: impl IntoIterator<Item = u64>,
 ) -> Result<(), ArchError> {
-    let address = GuestAddress(table.0 + index * 8);
-    memory.write_obj(value, address).map_err(ArchError::memory("the first tables", address))
+    let bytes: Vec<u8> = entries.into_iter().flat_map(u64::to_le_bytes).collect();
+    memory.write_slice(&bytes, table).map_err(ArchError::memory("the first tables", table))
 }
 
 /// Puts the vCPU into the mode of `protocol`, on what [`write`] wrote.

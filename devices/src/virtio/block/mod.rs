@@ -5,6 +5,7 @@
 
 mod config;
 mod disk;
+mod eagerness;
 mod host;
 pub mod request;
 mod ring;
@@ -142,7 +143,9 @@ impl VirtioDevice for Block {
         let Block { server, active, limiter, .. } = self;
         let Some(Active { queues, is_full, .. }) = active else { return Ok(()) };
         let Some(queue) = queues.get_mut(index) else { return Ok(()) };
+        let mut depth = server.in_flight();
         let outcome = queue.drain(|chain, memory| {
+            depth += 1;
             if !limiter.admits() {
                 return Verdict::Keep;
             }
@@ -162,6 +165,7 @@ impl VirtioDevice for Block {
             }
         });
         server.submit();
+        eagerness::adapt(depth);
         outcome?;
         // Much is in the page cache, and then there is nothing to wait for.
         self.reap()

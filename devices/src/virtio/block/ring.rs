@@ -96,6 +96,11 @@ impl Ring {
         Some((number, entry.result()))
     }
 
+    /// How much is in flight.
+    pub fn in_flight(&self) -> usize {
+        self.in_flight
+    }
+
     /// Waits until something may have completed; `false` if nothing is in flight.
     pub fn wait(&mut self) -> bool {
         self.submit();

@@ -117,6 +117,11 @@ impl Server {
         Started::Done { bytes, written: done(transfer, status, complaints) }
     }
 
+    /// How much is in flight.
+    pub fn in_flight(&self) -> usize {
+        self.ring.as_ref().map_or(0, Ring::in_flight)
+    }
+
     /// Hands what the ring took to the kernel.
     pub fn submit(&mut self) {
         if let Some(ring) = &mut self.ring {

@@ -3,6 +3,7 @@
 use std::num::NonZeroU64;
 use std::os::fd::RawFd;
 use std::os::unix::fs::FileExt;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use tempfile::NamedTempFile;
@@ -271,6 +272,25 @@ fn every_queue_is_served() {
 
     let first_bytes = [0, 1, 2].map(|queue| driver.written(queue, 0)[0]);
     assert_eq!(first_bytes, [0, 1, 2]);
+}
+
+#[test]
+fn a_guest_that_asks_for_much_at_once_is_not_interrupted() {
+    // In a thread of its own, whose class nobody else changes.
+    let classes = thread::spawn(|| {
+        let memory = memory();
+        let driver = Driver::new(&memory);
+        let mut block = active(&driver, &image(), READ_WRITE);
+        [1, 8].map(|requests| {
+            (0..requests)
+                .for_each(|_| _ = driver.offer(0, &[&header(VIRTIO_BLK_T_IN, 0)], &[512, 1]));
+            block.queue_ready(0).unwrap();
+            // SAFETY: the call takes a number; 0 is this thread.
+            unsafe { libc::sched_getscheduler(0) }
+        })
+    });
+
+    assert_eq!(classes.join().unwrap(), [libc::SCHED_OTHER, libc::SCHED_BATCH]);
 }
 
 #[test]
