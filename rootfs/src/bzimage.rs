@@ -53,7 +53,7 @@ pub enum Error {
     NotElf(#[from] elf::Malformed),
 }
 
-/// The ELF kernel within `image`, which is a bzImage or already that kernel, without needless zeros.
+/// The ELF kernel within `image`, which is a bzImage or already that kernel, without what need not be loaded of it.
 pub fn vmlinux(image: &[u8]) -> Result<Vec<u8>, Error> {
     if image.starts_with(ELF) {
         return trimmed(image.to_vec());
@@ -70,7 +70,7 @@ pub fn vmlinux(image: &[u8]) -> Result<Vec<u8>, Error> {
 }
 
 fn trimmed(mut kernel: Vec<u8>) -> Result<Vec<u8>, Error> {
-    elf::leave_zeros_out(&mut kernel)?;
+    elf::leave_filler_out(&mut kernel)?;
     Ok(kernel)
 }
 
@@ -138,7 +138,7 @@ mod tests {
         let kernel = vmlinux(&with_zeros).unwrap();
 
         let mut without = with_zeros.clone();
-        elf::leave_zeros_out(&mut without).unwrap();
+        elf::leave_filler_out(&mut without).unwrap();
         assert_ne!(kernel, with_zeros);
         assert_eq!(kernel, without);
     }

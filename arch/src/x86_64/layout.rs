@@ -33,8 +33,10 @@ use crate::machine::{MemoryMap, MmioDevice, PlatformDevice, Space};
 /// - `cryptomgr.notests`: no self-tests of every cipher during the boot.
 /// - `rcupdate.rcu_expedited=1`: who moves processes between cgroups or makes namespaces does not wait
 ///   for the next ticks, 10 ms each, until all processors have passed a quiet state.
+/// - `percpu_alloc=page`: what each processor has of its own takes the pages it needs, and not 2 MiB, all of
+///   which are cleared before most are given back.
 pub const DEFAULT_CMDLINE: &str = "panic=-1 reboot=k tsc=reliable pci=off 8250.nr_uarts=1 \
-     i8042.noaux i8042.nomux i8042.dumbkbd cryptomgr.notests rcupdate.rcu_expedited=1";
+     i8042.noaux i8042.nomux i8042.dumbkbd cryptomgr.notests rcupdate.rcu_expedited=1 percpu_alloc=page";
 
 /// Descriptors the first vCPU runs on until the kernel loads its own.
 pub const GDT: GuestAddress = GuestAddress(0x500);
