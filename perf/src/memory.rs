@@ -18,9 +18,9 @@ use crate::report::Report;
 const GOAL_ANONYMOUS_KIB: [f64; 2] = [300.0, 600.0];
 /// Most resident memory we are content with, in KiB.
 const GOAL_RESIDENT_KIB: f64 = 5.0 * 1024.0;
-/// A mapping of at least this size is guest RAM: nothing else we map is anywhere near, and an
+/// What is at least this large and in no core dump is guest RAM: nothing else we map is anywhere near, and an
 /// untouched thread stack is far below it.
-const GUEST_RAM_KIB: u64 = 64 * 1024;
+const GUEST_RAM_BYTES: u64 = 64 << 20;
 /// In the name of a mapping that is a part of guest RAM, in the place in it that its offset says.
 const TEMPLATES: &str = "/templates/";
 /// The RAM that a container's guest starts with, in bytes: the settings' default.
@@ -57,7 +57,7 @@ impl OwnMemory {
 
     fn parse(smaps: &str) -> Self {
         let mut own = OwnMemory::default();
-        let template = template_ram(smaps);
+        let ram = [booted_ram(smaps), vec![template_ram(smaps)]].concat();
         let (mut mapping, mut start, mut guest_ram) = (String::new(), 0, false);
         for line in smaps.lines() {
             let words: Vec<_> = line.split_whitespace().collect();
@@ -70,7 +70,7 @@ impl OwnMemory {
             }
             let kib = value.parse().unwrap_or(0);
             match *name {
-                "Size:" => guest_ram = kib >= GUEST_RAM_KIB || template.contains(&start),
+                "Size:" => guest_ram = ram.iter().any(|ram| ram.contains(&start)),
                 "Rss:" if guest_ram => own.guest_ram_kib += kib,
                 "Rss:" if kib > 0 => {
                     own.resident_kib += kib;
@@ -87,8 +87,31 @@ impl OwnMemory {
 
 /// Where a mapping starts, of its range.
 fn start_of(range: &str) -> u64 {
-    let start = range.split('-').next().unwrap_or_default();
-    u64::from_str_radix(start, 16).unwrap_or(0)
+    range_of(range).map_or(0, |range| range.start)
+}
+
+fn range_of(range: &str) -> Option<Range<u64>> {
+    let (start, end) = range.split_once('-')?;
+    Some(u64::from_str_radix(start, 16).ok()?..u64::from_str_radix(end, 16).ok()?)
+}
+
+/// Where RAM of guests is that booted. Advice about parts of it makes several mappings of one.
+fn booted_ram(smaps: &str) -> Vec<Range<u64>> {
+    let mut found: Vec<Range<u64>> = Vec::new();
+    let mut range = None;
+    for line in smaps.lines() {
+        let words: Vec<_> = line.split_whitespace().collect();
+        match &words[..] {
+            ["VmFlags:", flags @ ..] if flags.contains(&"dd") => match (found.last_mut(), &range) {
+                (Some(last), Some(Range { start, end })) if last.end == *start => last.end = *end,
+                (_, range) => found.extend(range.clone()),
+            },
+            [first, ..] if !first.ends_with(':') => range = range_of(first),
+            _ => {}
+        }
+    }
+    found.retain(|ram| ram.end - ram.start >= GUEST_RAM_BYTES);
+    found
 }
 
 /// Where the RAM of a guest is that went on from a template; nowhere if it booted.
@@ -145,9 +168,13 @@ fn add_rows(report: &mut Report, of: &str, memory: &OwnMemory, goal: f64, verbos
 mod tests {
     use super::*;
 
-    const SMAPS: &str = "7f0000000000-7f0010000000 rw-p 0 00:00 0\nSize:  262144 kB\nRss: 9000 kB\n\
-         Anonymous: 9000 kB\n55-56 r-xp 0 fe:00 1 /x\nSize: 100 kB\nRss: 40 kB\n\
-         Anonymous: 8 kB\n";
+    const SMAPS: &str = "7f0000000000-7f0001000000 rw-p 0 00:00 0\nSize:  16384 kB\nRss: 1000 kB\n\
+         Anonymous: 1000 kB\nVmFlags: rd wr dd nh\n\
+         7f0001000000-7f0010000000 rw-p 0 00:00 0\nSize:  245760 kB\nRss: 8000 kB\n\
+         Anonymous: 8000 kB\nVmFlags: rd wr dd\n\
+         7f0010000000-7f0010002000 rw-p 0 00:00 0\nSize: 8 kB\nRss: 0 kB\nAnonymous: 0 kB\n\
+         VmFlags: rd wr\n\
+         55000-56000 r-xp 0 fe:00 1 /x\nSize: 100 kB\nRss: 40 kB\nAnonymous: 8 kB\nVmFlags: rd ex\n";
 
     #[test]
     fn guest_ram_does_not_count() {

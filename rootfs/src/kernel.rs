@@ -1,6 +1,8 @@
 //! A kernel ready for a guest: a folder of the cache with the image, its modules and its provenance.
 
+use crate::elf;
 use crate::manifest::Provenance;
+use object::elf::ELFMAG;
 use std::path::{Path, PathBuf};
 use std::{fs, io};
 
@@ -28,6 +30,15 @@ pub enum Error {
         /// What is wrong with it.
         #[source]
         source: serde_json::Error,
+    },
+    /// The image begins as an ELF file and is none.
+    #[error("look at {path}: remove its folder from the cache to make it anew")]
+    Image {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        #[source]
+        source: elf::Malformed,
     },
 }
 
@@ -59,10 +70,15 @@ impl Kernel {
         write(PROVENANCE, &json)
     }
 
-    /// What the VMM boots.
+    /// What the VMM boots, of which no more is loaded than has to be.
     pub fn image(&self) -> Result<Vec<u8>, Error> {
         let path = self.folder.join(IMAGE);
-        fs::read(&path).map_err(|source| Error::File { path, source })
+        let mut image =
+            fs::read(&path).map_err(|source| Error::File { path: path.clone(), source })?;
+        if image.starts_with(&ELFMAG) {
+            elf::leave_filler_out(&mut image).map_err(|source| Error::Image { path, source })?;
+        }
+        Ok(image)
     }
 
     /// The folder above `lib/modules`, for a kernel that has modules.
