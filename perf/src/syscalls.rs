@@ -1,6 +1,7 @@
 //! What a program does before its first guest runs: how many system calls, and in how much processor time.
 
 use std::io::{self, Read, Write};
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -31,7 +32,7 @@ pub fn before_first_entry(command: &Command) -> Result<u64> {
 /// ended then.
 pub fn processor_ms_before_first_entry(command: &Command) -> Result<f64> {
     let filter = at_entry()?;
-    let (mut before_exec, mut told) = io::pipe()?;
+    let (mut before_exec, mut told) = UnixStream::pair()?;
     let begin = move || {
         ptrace::traceme()?;
         apply_filter(&filter).map_err(|_| io::Error::from(io::ErrorKind::Unsupported))?;
