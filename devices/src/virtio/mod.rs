@@ -7,6 +7,7 @@ pub mod buffers;
 pub mod complaints;
 pub mod config_space;
 pub mod console;
+mod eagerness;
 pub mod fs;
 #[cfg(test)]
 mod hostile_tests;

@@ -8,7 +8,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::activity::Activity;
 use super::complaints::Complaints;
-use super::{Backend, VirtioDevice};
+use super::{Backend, VirtioDevice, eagerness};
 
 /// Event data of backend 0; queue events carry the bare queue index.
 const FIRST_BACKEND: u32 = 1 << 16;
@@ -55,6 +55,7 @@ impl MutEventSubscriber for Subscriber {
     }
 
     fn process(&mut self, events: Events, _: &mut EventOps) {
+        eagerness::woken();
         let mut device = self.device.lock().expect("no device panics while it holds its lock");
         let outcome = match events.data().checked_sub(FIRST_BACKEND) {
             Some(index) => device.backend_ready(index as usize, events.event_set()),

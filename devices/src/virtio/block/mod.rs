@@ -5,7 +5,6 @@
 
 mod config;
 mod disk;
-mod eagerness;
 mod host;
 pub mod request;
 mod ring;
@@ -27,7 +26,9 @@ use self::server::{Completed, Server, Started};
 use super::queue::{QueueError, Verdict, VirtQueue};
 use super::rate_limit::RateLimiter;
 use super::state::Position;
-use super::{ActivateError, Activation, Backend, DeviceTraits, VirtioDevice, copy_config};
+use super::{
+    ActivateError, Activation, Backend, DeviceTraits, VirtioDevice, copy_config, eagerness,
+};
 
 /// Most queues of one device: more than a disk of one thread has a use for.
 pub const MAX_QUEUES: u16 = 16;
@@ -165,7 +166,7 @@ impl VirtioDevice for Block {
             }
         });
         server.submit();
-        eagerness::adapt(depth);
+        eagerness::found(depth);
         outcome?;
         // Much is in the page cache, and then there is nothing to wait for.
         self.reap()
