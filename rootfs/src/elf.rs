@@ -27,8 +27,8 @@ type Segment = ProgramHeader64<LittleEndian>;
 /// - Zeros at the end of a segment. Debian's kernel has 11 MiB of them, because a section that is not empty to
 ///   the linker follows its bss.
 /// - Long filler within code, which nothing jumps to. There are 3 MiB of it: code against speculation beyond
-///   returns has to have addresses that differ from each other in certain bits only, and what can be written
-///   begins at a huge page of its own.
+///   returns has to have addresses that differ from each other in certain bits only, and constants begin at a
+///   huge page of their own.
 ///
 /// The file keeps its size, and a segment its place and size in memory (System V ABI, "Program Header").
 pub fn leave_filler_out(kernel: &mut [u8]) -> Result<(), Malformed> {
@@ -67,11 +67,15 @@ fn has_room(kernel: &[u8], start: usize, bytes: usize, segments: &[Segment]) -> 
     room.is_some_and(|room| room.iter().all(|byte| *byte == 0)) && segments.iter().all(is_free)
 }
 
-/// `segment` without the zeros at its end; `None` if it does not lie in the file.
+/// `segment` without the zeros at its end; `None` if it does not lie in the file, or its memory has no room for
+/// what does.
 fn trimmed(kernel: &[u8], segment: &Segment) -> Option<Segment> {
     let contents = contents(kernel, segment)?;
     if segment.p_type.get(LittleEndian) != PT_LOAD {
         return Some(*segment);
+    }
+    if segment.p_memsz.get(LittleEndian) < contents.len() as u64 {
+        return None;
     }
     // Loaders take no notice of a segment of which the file has nothing, not even of where it ends.
     let last = contents.iter().rposition(|byte| *byte != 0).unwrap_or(0);

@@ -8,7 +8,7 @@ use vmm::{BalloonConfig, VmHandle};
 
 use crate::guest::{Guest, wait};
 
-/// Size of the guests of these tests, far above every other mapping of the process.
+/// Size of the guests of these tests.
 const RAM_MIB: u32 = 256;
 
 /// What a guest fills and then frees.
@@ -35,14 +35,13 @@ fn guest(script: &str, balloon: BalloonConfig) -> Guest {
 /// How much of the guest's RAM is resident on the host, in MiB. One machine at a time.
 fn resident_mib() -> u64 {
     let smaps = fs::read_to_string("/proc/self/smaps").unwrap();
-    let mut is_ram = false;
-    let mut resident_kib = 0;
+    let (mut resident_kib, mut kib_of_mapping) = (0, 0);
     for line in smaps.lines() {
-        let mut words = line.split_whitespace();
-        let (name, kib) = (words.next(), words.next().and_then(|kib| kib.parse::<u64>().ok()));
-        match (name, kib) {
-            (Some("Size:"), Some(kib)) => is_ram = kib >= u64::from(RAM_MIB) << 10,
-            (Some("Rss:"), Some(kib)) if is_ram => resident_kib += kib,
+        let words: Vec<_> = line.split_whitespace().collect();
+        match words[..] {
+            ["Rss:", kib, _] => kib_of_mapping = kib.parse().unwrap(),
+            // RAM is what no core dump has, in one mapping or several.
+            ["VmFlags:", ref flags @ ..] if flags.contains(&"dd") => resident_kib += kib_of_mapping,
             _ => {}
         }
     }
