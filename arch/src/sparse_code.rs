@@ -1,8 +1,6 @@
 //! Kernel code that leaves most of some huge pages empty.
 #![cfg(target_arch = "x86_64")]
 
-use std::ops::Range;
-
 use object::LittleEndian;
 use object::elf::{FileHeader64, PF_W, PF_X, PT_LOAD, ProgramHeader64};
 use object::read::elf::FileHeader;
@@ -18,18 +16,11 @@ const HUGE_PAGE: u64 = 2 << 20;
 /// Best effort: a kernel that cannot be understood is one for the loader to refuse.
 pub fn keep_pages_small(memory: &GuestMemoryMmap, head: &[u8]) {
     let Some(segments) = code(head) else { return };
-    let mut ranges: Vec<Range<u64>> = Vec::new();
+    let bytes = usize::try_from(HUGE_PAGE).expect("a huge page is small");
     for page in sparse_pages(&segments) {
-        match ranges.last_mut() {
-            Some(last) if last.end == page => last.end += HUGE_PAGE,
-            _ => ranges.push(page..page + HUGE_PAGE),
-        }
-    }
-    for range in ranges {
-        let Ok(bytes) = usize::try_from(range.end - range.start) else { return };
-        let Ok(slice) = memory.get_slice(GuestAddress(range.start), bytes) else { return };
+        let Ok(slice) = memory.get_slice(GuestAddress(page), bytes) else { return };
         let start = slice.ptr_guard_mut().as_ptr();
-        // SAFETY: the range is mapped, and the advice changes nothing of what is in it.
+        // SAFETY: the page is mapped, and the advice changes nothing of what is in it.
         unsafe { libc::madvise(start.cast(), bytes, libc::MADV_NOHUGEPAGE) };
     }
 }

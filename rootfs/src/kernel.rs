@@ -91,3 +91,54 @@ impl Kernel {
         &self.provenance
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::manifest::Kind;
+    use object::elf::PT_LOAD;
+
+    fn stored(image: &[u8]) -> (tempfile::TempDir, Kernel) {
+        let folder = tempfile::tempdir().unwrap();
+        let provenance = Provenance {
+            kind: Kind::Distro,
+            architecture: "x86_64".to_owned(),
+            release: "6.1.0".to_owned(),
+            package: "linux-image".to_owned(),
+            version: "6.1.1-1".to_owned(),
+            package_sha256: String::new(),
+            build: None,
+        };
+        Kernel::store(folder.path(), image, &provenance).unwrap();
+        let kernel = Kernel::load(folder.path().to_owned()).unwrap();
+        (folder, kernel)
+    }
+
+    #[test]
+    fn an_elf_image_is_as_it_was_stored_but_for_what_need_not_be_loaded() {
+        let with_zeros = elf::testing::kernel(&[(PT_LOAD, b"data\0\0")]);
+        let (_folder, kernel) = stored(&with_zeros);
+
+        let image = kernel.image().unwrap();
+
+        let mut without = with_zeros.clone();
+        elf::leave_filler_out(&mut without).unwrap();
+        assert_ne!(image, with_zeros);
+        assert_eq!(image, without);
+    }
+
+    #[test]
+    fn an_image_of_another_kind_is_as_it_was_stored() {
+        let (_folder, kernel) = stored(b"an Image");
+
+        assert_eq!(kernel.image().unwrap(), b"an Image");
+    }
+
+    #[test]
+    fn half_an_elf_image_is_refused() {
+        let whole = elf::testing::kernel(&[(PT_LOAD, b"data")]);
+        let (_folder, kernel) = stored(&whole[..whole.len() - 1]);
+
+        assert!(matches!(kernel.image(), Err(Error::Image { .. })));
+    }
+}

@@ -127,7 +127,7 @@ fn run(command: Command) -> Result<()> {
 
 fn build(agent: &AgentArguments, arguments: &KernelArguments) -> Result<()> {
     let agent_program = read_agent(&agent.agent)?;
-    let kernel = write_kernel(arguments)?;
+    let (kernel, kernel_sha256) = write_kernel(arguments)?;
     let provenance = kernel.provenance();
     let modules = needed_modules(kernel.module_root(), Some(&provenance.release))?;
     let agent_sha256 = sha256(&agent_program);
@@ -137,26 +137,29 @@ fn build(agent: &AgentArguments, arguments: &KernelArguments) -> Result<()> {
         coracle: env!("CARGO_PKG_VERSION"),
         kernel: provenance.clone(),
         agent_sha256,
-        kernel_sha256: sha256(&kernel.image()?),
+        kernel_sha256,
         initrd_sha256: sha256(&initrd),
     };
     let json = serde_json::to_string_pretty(&manifest)? + "\n";
     write(&arguments.output.join("manifest.json"), json.as_bytes())
 }
 
-fn write_kernel(arguments: &KernelArguments) -> Result<Kernel> {
+/// Writes the kernel. Returns it, and the checksum of what was written.
+fn write_kernel(arguments: &KernelArguments) -> Result<(Kernel, String)> {
     let cache = Cache::of_this_machine();
     let target = arguments.architecture;
     let kernel = match arguments.kind {
         Kind::Distro => distro::obtain(&cache, target)?,
         Kind::Tuned => tuned::obtain(&cache, target, arguments.jobs)?,
     };
-    write(&arguments.output.join("kernel"), &kernel.image()?)?;
+    let image = kernel.image()?;
+    write(&arguments.output.join("kernel"), &image)?;
     match kernel.module_root() {
         Some(root) => eprintln!("kernel: its modules, for initrd --modules: {}", root.display()),
         None => eprintln!("kernel: no modules, all is built in"),
     }
-    Ok(kernel)
+    let checksum = sha256(&image);
+    Ok((kernel, checksum))
 }
 
 fn needed_modules(root: Option<&Path>, release: Option<&str>) -> Result<Vec<Module>> {
