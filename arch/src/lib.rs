@@ -11,7 +11,7 @@ mod initrd;
 mod kernel_file;
 pub mod kvm;
 pub mod machine;
-mod sparse_code;
+mod small_pages;
 
 pub mod aarch64;
 pub mod ppc64le;

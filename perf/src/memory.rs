@@ -23,6 +23,8 @@ const GOAL_RESIDENT_KIB: f64 = 5.0 * 1024.0;
 const GUEST_RAM_BYTES: u64 = 64 << 20;
 /// In the name of a mapping that is a part of guest RAM, in the place in it that its offset says.
 const TEMPLATES: &str = "/templates/";
+/// In the name of the file that guests map their root from.
+const ROOT: &str = "/rootfs.erofs";
 /// The RAM that a container's guest starts with, in bytes: the settings' default.
 const START_RAM_BYTES: u64 = 256 << 20;
 
@@ -43,6 +45,9 @@ pub struct OwnMemory {
     pub guest_ram_kib: u64,
     /// Those that are the guest's own, not its template's, in KiB.
     pub guest_anonymous_kib: u64,
+    /// Resident pages of the root that the guest maps, in KiB: they are in the host's page cache once, for all
+    /// guests.
+    pub guest_root_kib: u64,
     /// Resident pages by what is mapped and how, in KiB; unnamed memory is `anonymous`.
     pub by_mapping_kib: BTreeMap<String, u64>,
 }
@@ -72,6 +77,7 @@ impl OwnMemory {
             match *name {
                 "Size:" => guest_ram = ram.iter().any(|ram| ram.contains(&start)),
                 "Rss:" if guest_ram => own.guest_ram_kib += kib,
+                "Rss:" if mapping.ends_with(ROOT) => own.guest_root_kib += kib,
                 "Rss:" if kib > 0 => {
                     own.resident_kib += kib;
                     *own.by_mapping_kib.entry(mapping.clone()).or_default() += kib;
@@ -148,6 +154,8 @@ pub fn measure(report: &mut Report, options: &Options) -> Result<()> {
     let what = "guest RAM touched, idle container from a template";
     report.alone(what, "MiB", resident, Some(GOAL_GUEST_RAM_MIB));
     report.alone("of which it shares with no other guest", "MiB", own, None);
+    let root = mib(memory.guest_root_kib);
+    report.alone("root mapped by all guests, as an idle container has it", "MiB", root, None);
     Ok(())
 }
 
@@ -174,13 +182,16 @@ mod tests {
          Anonymous: 8000 kB\nVmFlags: rd wr dd\n\
          7f0010000000-7f0010002000 rw-p 0 00:00 0\nSize: 8 kB\nRss: 0 kB\nAnonymous: 0 kB\n\
          VmFlags: rd wr\n\
-         55000-56000 r-xp 0 fe:00 1 /x\nSize: 100 kB\nRss: 40 kB\nAnonymous: 8 kB\nVmFlags: rd ex\n";
+         55000-56000 r-xp 0 fe:00 1 /x\nSize: 100 kB\nRss: 40 kB\nAnonymous: 8 kB\nVmFlags: rd ex\n\
+         7f1000000000-7f1000200000 rw-p 0 fe:00 2 /guest/rootfs.erofs\nSize: 2048 kB\nRss: 20 kB\n\
+         Anonymous: 0 kB\nVmFlags: rd wr\n";
 
     #[test]
     fn guest_ram_does_not_count() {
         let own = OwnMemory::parse(SMAPS);
 
         assert_eq!((own.anonymous_kib, own.resident_kib), (8, 40));
+        assert_eq!(own.guest_root_kib, 20);
         assert_eq!(own.guest_ram_kib, 9000);
     }
 

@@ -6,7 +6,7 @@ use crate::{archive, compression};
 use std::io;
 
 /// Folders that the agent mounts something on, or writes to.
-const FOLDERS: &[&str] = &["dev", "proc", "run", "sys", "tmp"];
+pub const FOLDERS: &[&str] = &["dev", "proc", "run", "sys", "tmp"];
 
 /// How the finished archive is packed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]

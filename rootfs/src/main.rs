@@ -8,6 +8,7 @@ mod compression;
 mod debian;
 mod distro;
 mod elf;
+mod erofs;
 mod fragment;
 mod initrd;
 mod kernel;
@@ -27,7 +28,7 @@ use kernel::Kernel;
 use manifest::{Kind, Manifest, sha256};
 use modules::{Module, ModuleTree};
 use std::fs;
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -60,7 +61,8 @@ enum Command {
     },
     /// Writes DIR/kernel, ready to boot without unpacking, and says where its modules are.
     Kernel(KernelArguments),
-    /// Writes DIR/kernel, DIR/initrd, and DIR/manifest.json, which says what they were made of.
+    /// Writes DIR/kernel, DIR/initrd, for a tuned kernel DIR/rootfs.erofs, which it maps instead of the initrd,
+    /// and DIR/manifest.json, which says what they were made of.
     Build {
         #[command(flatten)]
         agent: AgentArguments,
@@ -131,6 +133,7 @@ fn build(agent: &AgentArguments, arguments: &KernelArguments) -> Result<()> {
     let provenance = kernel.provenance();
     let modules = needed_modules(kernel.module_root(), Some(&provenance.release))?;
     let agent_sha256 = sha256(&agent_program);
+    let rootfs_sha256 = write_rootfs(&agent_program, arguments)?;
     let initrd = initrd::build(agent_program, modules, agent.compress)?;
     write(&arguments.output.join("initrd"), &initrd)?;
     let manifest = Manifest {
@@ -139,9 +142,27 @@ fn build(agent: &AgentArguments, arguments: &KernelArguments) -> Result<()> {
         agent_sha256,
         kernel_sha256,
         initrd_sha256: sha256(&initrd),
+        rootfs_sha256,
     };
     let json = serde_json::to_string_pretty(&manifest)? + "\n";
     write(&arguments.output.join("manifest.json"), json.as_bytes())
+}
+
+/// Writes the root that the guest maps, if its kernel can do that without modules. Returns its checksum.
+fn write_rootfs(agent: &[u8], arguments: &KernelArguments) -> Result<Option<String>> {
+    let path = arguments.output.join("rootfs.erofs");
+    if arguments.kind == Kind::Distro || !arguments.architecture.maps_root {
+        // It would be of another kernel, and be taken for this one's.
+        return match fs::remove_file(&path) {
+            Err(error) if error.kind() != ErrorKind::NotFound => {
+                Err(error).with_context(|| format!("remove {}", path.display()))
+            }
+            _ => Ok(None),
+        };
+    }
+    let image = erofs::build(agent)?;
+    write(&path, &image)?;
+    Ok(Some(sha256(&image)))
 }
 
 /// Writes the kernel. Returns it, and the checksum of what was written.

@@ -62,6 +62,9 @@ pub struct Manifest {
     pub kernel_sha256: String,
     /// SHA-256 of the finished `initrd`.
     pub initrd_sha256: String,
+    /// SHA-256 of the finished `rootfs.erofs`, if there is one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rootfs_sha256: Option<String>,
 }
 
 /// SHA-256 of `bytes` in hexadecimal.

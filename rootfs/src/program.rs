@@ -17,6 +17,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("gcc", "gcc"),
     ("ld", "binutils"),
     ("make", "make"),
+    ("mkfs.erofs", "erofs-utils"),
     ("strip", "binutils"),
     ("tar", "tar"),
     ("xz", "xz-utils"),

@@ -15,6 +15,9 @@ pub struct Target {
     pub tool_prefix: &'static str,
     /// Debian's package that depends on the newest kernel made for virtual machines.
     pub distro_package: &'static str,
+    /// Whether a kernel with our configuration can map its root: its pages must be as large as the blocks of
+    /// erofs.
+    pub maps_root: bool,
     /// Takes what the VMM boots out of the file that Debian's packages have in `/boot`.
     pub unwrap: fn(&[u8]) -> Result<Vec<u8>, bzimage::Error>,
     /// Our configuration beside the common one.
@@ -41,6 +44,7 @@ const TARGETS: &[Target] = &[
         kbuild: Kbuild { arch: "x86_64", goal: "vmlinux", image: "vmlinux" },
         tool_prefix: "x86_64-linux-gnu-",
         distro_package: "linux-image-cloud-amd64",
+        maps_root: true,
         unwrap: bzimage::vmlinux,
         config: include_str!("../kernel/x86_64.config"),
     },
@@ -50,6 +54,7 @@ const TARGETS: &[Target] = &[
         kbuild: Kbuild { arch: "arm64", goal: "Image", image: "arch/arm64/boot/Image" },
         tool_prefix: "aarch64-linux-gnu-",
         distro_package: "linux-image-cloud-arm64",
+        maps_root: true,
         unwrap: as_it_is,
         config: include_str!("../kernel/aarch64.config"),
     },
@@ -59,6 +64,7 @@ const TARGETS: &[Target] = &[
         kbuild: Kbuild { arch: "powerpc", goal: "vmlinux", image: "vmlinux" },
         tool_prefix: "powerpc64le-linux-gnu-",
         distro_package: "linux-image-powerpc64le",
+        maps_root: false,
         unwrap: bzimage::vmlinux,
         config: include_str!("../kernel/ppc64le.config"),
     },

@@ -8,7 +8,7 @@ use std::path::Path;
 
 use crate::logging::chain;
 use crate::sandbox;
-use crate::settings::Settings;
+use crate::settings::{Root, Settings};
 
 const KVM: &str = "/dev/kvm";
 
@@ -84,7 +84,10 @@ pub fn host(settings: &Settings) -> Vec<Finding> {
     let mut findings = vec![
         ("KVM", kvm(Path::new(KVM))),
         ("guest kernel", guest_file(&settings.kernel, "kernel")),
-        ("guest initrd", guest_file(&settings.initrd, "initrd")),
+        match settings.root() {
+            Root::Mapped(rootfs) => ("guest rootfs", guest_file(&rootfs, "rootfs")),
+            Root::Initrd(initrd) => ("guest initrd", guest_file(&initrd, "initrd")),
+        },
         ("network", network(Path::new(TUN))),
         ("cgroup", cgroups(Path::new(CGROUPS))),
     ];

@@ -26,6 +26,10 @@ pub const MIN_MEMORY_MIB: u32 = 64;
 /// Most virtual processors of one guest.
 pub const MAX_VCPUS: u8 = 64;
 
+/// What `coracle-image` calls what a guest maps, and what it unpacks.
+const ROOTFS: &str = "rootfs.erofs";
+const INITRD: &str = "initrd";
+
 /// Prefix of the annotations that are ours; one that is not known is an error, as it is a typo.
 const ANNOTATION_PREFIX: &str = "io.coracle.";
 
@@ -53,6 +57,9 @@ pub enum Error {
     /// The environment names a file that does not exist.
     #[error("settings file {0} does not exist: create it or unset {PATH_VARIABLE}")]
     Missing(PathBuf),
+    /// Only one of two can be.
+    #[error("rootfs and initrd are both set: the guest has one root, remove one of them")]
+    TwoRoots,
     /// A value is out of its range.
     #[error("{name} is {value}: it must be {rule}")]
     Range {
@@ -71,14 +78,26 @@ pub enum Error {
     UnknownAnnotation(String),
 }
 
+/// What the guest's first root comes from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Root {
+    /// A file system that it maps.
+    Mapped(PathBuf),
+    /// An archive that it unpacks.
+    Initrd(PathBuf),
+}
+
 /// What every sandbox on this host starts from.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Settings {
     /// Guest kernel.
     pub kernel: PathBuf,
-    /// Guest initrd, with the agent as `/init`.
-    pub initrd: PathBuf,
+    /// Guest root file system (erofs) with the agent as `/init`, which the guest maps; its kernel must be able
+    /// to. Without this and `initrd`, `rootfs.erofs` beside the kernel if it is there, else `initrd`.
+    pub rootfs: Option<PathBuf>,
+    /// Guest initrd, with the agent as `/init`, instead of `rootfs`.
+    pub initrd: Option<PathBuf>,
     /// Virtual processors of a guest; without it as many as the host has, up to 8, or fewer where the
     /// container's limits allow no more.
     pub vcpus: Option<u8>,
@@ -97,7 +116,8 @@ impl Default for Settings {
     fn default() -> Self {
         Self {
             kernel: "/var/lib/coracle/guest/kernel".into(),
-            initrd: "/var/lib/coracle/guest/initrd".into(),
+            rootfs: None,
+            initrd: None,
             vcpus: None,
             memory_mib: 256,
             boot_timeout_s: 60,
@@ -152,7 +172,22 @@ impl Settings {
         Ok(self)
     }
 
+    /// What the guest's root comes from.
+    pub fn root(&self) -> Root {
+        let beside = |name| self.kernel.with_file_name(name);
+        match (&self.rootfs, &self.initrd) {
+            (Some(rootfs), _) => Root::Mapped(rootfs.clone()),
+            (None, Some(initrd)) => Root::Initrd(initrd.clone()),
+            (None, None) => Some(beside(ROOTFS))
+                .filter(|rootfs| rootfs.exists())
+                .map_or_else(|| Root::Initrd(beside(INITRD)), Root::Mapped),
+        }
+    }
+
     fn check(&self, prefix: &str) -> Result<(), Error> {
+        if self.rootfs.is_some() && self.initrd.is_some() {
+            return Err(Error::TwoRoots);
+        }
         let range = |name: &str, value: &dyn ToString, rule| {
             Err(Error::Range { name: format!("{prefix}{name}"), value: value.to_string(), rule })
         };
@@ -218,6 +253,28 @@ mod tests {
     fn annotations_override_the_size_of_the_guest() {
         assert_eq!(annotated(VCPUS_ANNOTATION, "3").unwrap().vcpus, Some(3));
         assert_eq!(annotated(MEMORY_ANNOTATION, "512").unwrap().memory_mib, 512);
+    }
+
+    #[test]
+    fn the_root_beside_the_kernel_is_mapped_if_it_can_be() {
+        let folder = tempfile::tempdir().unwrap();
+        let settings = Settings { kernel: folder.path().join("kernel"), ..Settings::default() };
+        let unpacked = settings.root();
+        std::fs::write(folder.path().join(ROOTFS), "").unwrap();
+
+        assert_eq!(unpacked, Root::Initrd(folder.path().join(INITRD)));
+        assert_eq!(settings.root(), Root::Mapped(folder.path().join(ROOTFS)));
+    }
+
+    #[test]
+    fn a_root_that_is_named_is_the_guest_s() {
+        let initrd = Settings { initrd: Some("/a".into()), ..Settings::default() };
+        let rootfs = Settings { rootfs: Some("/b".into()), ..Settings::default() };
+        let both = Settings { rootfs: Some("/b".into()), ..initrd.clone() };
+
+        assert_eq!(initrd.root(), Root::Initrd("/a".into()));
+        assert_eq!(rootfs.root(), Root::Mapped("/b".into()));
+        assert!(matches!(both.check(""), Err(Error::TwoRoots)));
     }
 
     #[test]

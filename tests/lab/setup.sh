@@ -8,7 +8,7 @@ packages=(
   # build: C compiler for build scripts, C++ for libFuzzer, static libseccomp for container profiles
   gcc g++ libc6-dev libseccomp-dev make pkg-config
   # guest image: unpacking a Debian kernel, compiling our own
-  bc bison busybox-static cpio dpkg-dev flex kmod libelf-dev libssl-dev xz-utils zstd
+  bc bison busybox-static cpio dpkg-dev erofs-utils flex kmod libelf-dev libssl-dev xz-utils zstd
   # benchmarks: what runs in their guests
   fio iperf3
   # lab: an emulated machine with hardware virtualization, and the engines that run in it

@@ -44,6 +44,10 @@ const MAX_VSOCK_SOCKET_BYTES: usize = 107 - 11;
 /// (virtio 1.2, section 5.10.4).
 const MIN_GUEST_CID: u32 = 3;
 
+/// What a kernel must be told to start `/init` from the first file mapped into its memory. DAX always, or not
+/// at all: a copy is what it is to do without.
+const MAPPED_ROOT: &str = "root=/dev/pmem0 rootfstype=erofs rootflags=dax=always ro init=/init";
+
 /// A whole virtual machine.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -300,6 +304,17 @@ impl VmConfig {
         }
     }
 
+    /// Has the kernel map its root from the file system (erofs) in the file `rootfs`, and start `/init` from
+    /// there. It must have what that takes built in: virtio-pmem, DAX, erofs.
+    pub fn map_root(&mut self, rootfs: PathBuf) {
+        // The guest names them in their order.
+        self.pmem.insert(0, PmemConfig { id: "rootfs".into(), path: rootfs, read_only: true });
+        if !self.boot.cmdline.is_empty() {
+            self.boot.cmdline.push(' ');
+        }
+        self.boot.cmdline.push_str(MAPPED_ROOT);
+    }
+
     /// Whether disks, network interfaces or vCPUs can be added while the guest runs.
     pub(crate) fn can_grow(&self) -> bool {
         self.spare_slots != 0 || self.most_vcpus() > self.vcpus
@@ -510,6 +525,21 @@ mod tests {
 
     fn refused(json: &str) -> String {
         parse(json).validate().unwrap_err().to_string()
+    }
+
+    #[test]
+    fn a_mapped_root_is_the_first_that_the_guest_names() {
+        let mut config = VmConfig::new("/kernel".into());
+        config.boot.cmdline = "quiet".into();
+        config.pmem =
+            vec![PmemConfig { id: "data".into(), path: "/data".into(), read_only: false }];
+
+        config.map_root("/root.erofs".into());
+
+        assert_eq!(config.pmem[0].path, PathBuf::from("/root.erofs"));
+        assert!(config.pmem[0].read_only);
+        assert!(config.boot.cmdline.starts_with("quiet root=/dev/pmem0 "));
+        config.validate().unwrap();
     }
 
     #[test]

@@ -11,7 +11,7 @@ use super::tables::zero_page;
 use super::vcpu::segments;
 use crate::kernel_file::KernelFile;
 use crate::machine::{BootFiles, Entry, Protocol};
-use crate::{ArchError, initrd, sparse_code};
+use crate::{ArchError, initrd, small_pages};
 
 const ACCEPTED: &str = "an x86_64 ELF vmlinux and a 64-bit bzImage";
 const ACCEPTED_BY_PVH: &str = "an x86_64 ELF kernel with a PVH note (CONFIG_PVH of Linux)";
@@ -106,7 +106,7 @@ fn load_elf(
     ram_end: u64,
     wanted: Option<Protocol>,
 ) -> Result<Loaded, ArchError> {
-    sparse_code::keep_pages_small(memory, kernel.head());
+    small_pages::keep_pages_small(memory, kernel.head());
     let loaded = Elf::load(memory, None, kernel, Some(layout::HIGH_RAM))
         .map_err(|source| ArchError::LoadKernel { ram_mib: ram_end >> 20, source })?;
     let (entry, protocol) = elf_entry(&loaded, wanted)?;

@@ -18,7 +18,7 @@ use crate::phases::Phases;
 pub enum Error {
     /// Nothing came.
     #[error(
-        "{phase}: no answer within {timeout_s} s: check that kernel and initrd belong together, \
+        "{phase}: no answer within {timeout_s} s: check that kernel and root (rootfs or initrd) belong together, \
          or raise boot_timeout_s in the settings; the guest's last console lines: {console}"
     )]
     TimedOut {
@@ -31,7 +31,7 @@ pub enum Error {
     },
     /// The guest ended.
     #[error(
-        "{phase}: the guest ended ({exit:?}): check kernel and initrd with `coracle-vmm`; its last \
+        "{phase}: the guest ended ({exit:?}): check kernel and root with `coracle-vmm`; its last \
          console lines: {console}"
     )]
     GuestEnded {

@@ -12,7 +12,7 @@ use vmm::{
     VmConfig, VsockConfig,
 };
 
-use crate::settings::{MAX_VCPUS, MIN_MEMORY_MIB, Settings};
+use crate::settings::{MAX_VCPUS, MIN_MEMORY_MIB, Root, Settings};
 use crate::translate;
 
 /// What a guest needs beside the memory its container may use: kernel, page structures, agent.
@@ -282,7 +282,7 @@ pub(super) fn config(
     } else {
         ConsoleOutput::Discard
     };
-    VmConfig {
+    let mut config = VmConfig {
         vcpus: room.size.vcpus,
         max_vcpus: Some(room.most_vcpus),
         memory: MemoryConfig {
@@ -290,10 +290,7 @@ pub(super) fn config(
             pluggable_mib: room.pluggable_mib,
             ..MemoryConfig::default()
         },
-        boot: BootConfig {
-            initrd: Some(settings.initrd.clone()),
-            ..BootConfig::new(settings.kernel.clone())
-        },
+        boot: BootConfig::new(settings.kernel.clone()),
         console: ConsoleConfig { serial: settings.debug_console, output },
         disks: Vec::new(),
         nets,
@@ -305,7 +302,12 @@ pub(super) fn config(
         spare_slots: SPARE_SLOTS,
         seccomp: true,
         user: None,
+    };
+    match settings.root() {
+        Root::Mapped(rootfs) => config.map_root(rootfs),
+        Root::Initrd(initrd) => config.boot.initrd = Some(initrd),
     }
+    config
 }
 
 #[cfg(test)]

@@ -123,8 +123,10 @@ fn created(dir: &ContainerDir, bundle: &Bundle, options: &CreateOptions) -> Resu
     let mut options = options.clone();
     options.console_socket = options.console_socket.as_deref().map(absolute);
     options.log.path = options.log.path.as_deref().map(absolute);
-    options.settings.kernel = absolute(&options.settings.kernel);
-    options.settings.initrd = absolute(&options.settings.initrd);
+    let settings = &mut options.settings;
+    settings.kernel = absolute(&settings.kernel);
+    settings.rootfs = settings.rootfs.as_deref().map(absolute);
+    settings.initrd = settings.initrd.as_deref().map(absolute);
     let pid_file = options.pid_file.take();
     let order = process::Order {
         root: dir.path().parent().map(absolute).unwrap_or_default(),

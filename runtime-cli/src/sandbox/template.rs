@@ -209,12 +209,10 @@ fn describe(config: &VmConfig) -> io::Result<String> {
     let mut config = config.clone();
     config.shares.iter_mut().for_each(|share| share.path = PathBuf::new());
     config.nets.iter_mut().for_each(|net| net.tap = String::new());
-    let initrd = config.boot.initrd.as_deref().map(identity).transpose()?;
-    let files = [
-        Some(identity(Path::new("/proc/self/exe"))?),
-        Some(identity(&config.boot.kernel)?),
-        initrd,
-    ];
+    let roots = config.boot.initrd.iter().chain(config.pmem.iter().map(|pmem| &pmem.path));
+    let files = [Path::new("/proc/self/exe"), &config.boot.kernel];
+    let files = files.into_iter().chain(roots.map(PathBuf::as_path));
+    let files = files.map(identity).collect::<io::Result<Vec<_>>>()?;
     let boot = fs::read_to_string(BOOT_ID)?;
     serde_json::to_string(&(boot, files, config)).map_err(io::Error::other)
 }
