@@ -7,10 +7,12 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use arch::payload;
+use arch::peer::QEMU;
 use tempfile::NamedTempFile;
 
 use crate::boot::to_ready;
 use crate::guest_time::Watch;
+use crate::peer::{Kind, Peer};
 use crate::report::Report;
 use crate::samples::Samples;
 use crate::vmm_peer::coracle_vmm;
@@ -94,19 +96,30 @@ pub fn measure(report: &mut Report, options: &Options) -> Result<()> {
 /// Measures what it takes until a guest of two instructions runs, and adds the rows.
 pub fn startup(report: &mut Report, options: &Options) -> Result<()> {
     let kernel = tiny_kernel()?;
+    let qemu = options.peers().into_iter().find(|peer| peer.kind == Kind::Qemu);
     let (mut elapsed, mut processor) = (Samples::default(), Samples::default());
+    let mut of_qemu = Samples::default();
     for run in 0..=options.runs {
         let mut machine = tiny_machine(kernel.path())?;
         let processor_ms = syscalls::processor_ms_before_first_entry(&machine)?;
         let elapsed_ms = time_to_end(&mut machine)?;
+        let qemu = qemu.as_ref().map(bare_qemu);
+        let qemu_ms = qemu.map(|qemu| syscalls::processor_ms_before_first_entry(&qemu));
         if run > 0 {
             elapsed.add(elapsed_ms);
             processor.add(processor_ms);
+            qemu_ms.transpose()?.into_iter().for_each(|ms| of_qemu.add(ms));
         }
     }
     report.samples("a machine with a tiny guest, start to end", ("ms", &elapsed), None);
     let what = "processor time before a tiny guest runs";
     report.samples(what, ("ms", &processor), Some(GOAL_STARTUP_MS));
+    if let Some(qemu) = qemu {
+        // How fast this machine is just now does not change it.
+        let what = "processor time before a tiny guest runs, beside a bare machine";
+        let name = qemu.to_string();
+        report.pairs(what, ("ms", &processor), (&name, &of_qemu), None);
+    }
     report.alone(SYSTEM_CALLS, "calls", system_calls()?, Some(GOAL_SYSTEM_CALLS));
     Ok(())
 }
@@ -127,6 +140,18 @@ fn tiny_machine(kernel: &Path) -> Result<Command> {
     let mut command = Command::new(coracle_vmm()?);
     command.arg("--kernel").arg(kernel).args(["--memory", "256"]).stdin(Stdio::null());
     Ok(command)
+}
+
+/// QEMU's machine without a device or a kernel: its first instruction is its firmware's.
+fn bare_qemu(qemu: &Peer) -> Command {
+    let mut command = Command::new(qemu.program());
+    command.args(["-M", QEMU.machine, "-smp", "1", "-m", "256"]).args([
+        "-nodefaults",
+        "-no-user-config",
+        "-display",
+        "none",
+    ]);
+    command
 }
 
 fn time_to_end(machine: &mut Command) -> Result<f64> {

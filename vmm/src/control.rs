@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use arch::VcpuFd;
 use libc::{c_int, c_void, pid_t, siginfo_t};
+use rustix::thread::gettid;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler, unblock_signal};
 
@@ -85,8 +86,7 @@ impl Control {
         IMMEDIATE_EXIT.set(&raw mut vcpu.get_kvm_run().immediate_exit);
         unblock_signal(SIGRTMIN()).map_err(|error| io::Error::other(format!("{error:?}")))?;
         let mut group = self.lock();
-        // SAFETY: gettid has no preconditions.
-        group.threads.push(unsafe { libc::gettid() });
+        group.threads.push(gettid().as_raw_nonzero().get());
         Ok(())
     }
 

@@ -110,8 +110,7 @@ impl Bundle {
         config["process"]["terminal"] = json!(false);
         config["process"]["args"] = json!(command);
         fs::write(&path, config.to_string())?;
-        let mut settings =
-            json!({ "kernel": image.join("kernel"), "initrd": image.join("initrd") });
+        let mut settings = json!({ "kernel": image.join("kernel") });
         fs::write(folder.path().join(SETTINGS), settings.to_string())?;
         settings["templates"] = Value::Null;
         fs::write(folder.path().join(BOOTING), settings.to_string())?;
