@@ -64,7 +64,7 @@ else
 	@cargo build --release --workspace --bins
 endif
 
-## The guest's kernel and initrd. KERNEL=tuned compiles a kernel (about 10 minutes, once).
+## The guest's kernel and its root. KERNEL=tuned compiles a kernel (about 10 minutes, once).
 guest: build
 	@echo "==> building the guest image ($(KERNEL) kernel)"
 	@$(IMAGE) build --architecture $(ARCH) --kind $(KERNEL) --agent $(TARGET)/release/coracle-agent --output $(CACHE)/guest-$(KERNEL)
@@ -131,7 +131,8 @@ endif
 install: guest
 	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)/var/lib/coracle/guest
 	install $(TARGET)/release/coracle $(TARGET)/release/coracle-vmm $(TARGET)/release/coracle-image $(DESTDIR)$(PREFIX)/bin/
-	install -m 644 $(CACHE)/guest-$(KERNEL)/kernel $(CACHE)/guest-$(KERNEL)/initrd $(DESTDIR)/var/lib/coracle/guest/
+	rm -f $(DESTDIR)/var/lib/coracle/guest/rootfs.erofs
+	cd $(CACHE)/guest-$(KERNEL) && install -m 644 $$(ls | grep -v manifest) $(DESTDIR)/var/lib/coracle/guest/
 
 clean:
 	cargo clean

@@ -36,7 +36,7 @@ pub fn before_first_entry(command: &Command) -> Result<u64> {
 /// the execve(2) on, of a process without memory of its own: what it takes to copy this one, and to throw the
 /// copy away, is not the program's. The program is ended then.
 pub fn processor_ms_before_first_entry(command: &Command) -> Result<f64> {
-    traced(command, Some(at_entry()?), |pid, not_ours| {
+    traced(command, Some(&at_entry()?), |pid, not_ours| {
         let options = Options::PTRACE_O_TRACECLONE
             | Options::PTRACE_O_TRACESECCOMP
             | Options::PTRACE_O_EXITKILL;
@@ -66,7 +66,7 @@ fn at_entry() -> Result<BpfProgram> {
 /// before the program was its process's, and ends it.
 fn traced<T>(
     command: &Command,
-    filter: Option<BpfProgram>,
+    filter: Option<&BpfProgram>,
     watch: impl FnOnce(Pid, Duration) -> Result<T>,
 ) -> Result<T> {
     let (pid, before) = spawn(command, filter).context("start the program")?;
@@ -85,7 +85,7 @@ fn traced<T>(
 
 /// Starts `command` in a process that this thread traces, with `filter`, if there is one, and without input or
 /// output. Returns the processor time that the process took before it executed the program.
-fn spawn(command: &Command, filter: Option<BpfProgram>) -> Result<(Pid, Duration)> {
+fn spawn(command: &Command, filter: Option<&BpfProgram>) -> Result<(Pid, Duration)> {
     let arguments = [command.get_program()].into_iter().chain(command.get_args());
     let arguments = arguments.map(|word| CString::new(word.as_bytes()));
     let arguments = arguments.collect::<Result<Vec<_>, _>>()?;
@@ -95,7 +95,7 @@ fn spawn(command: &Command, filter: Option<BpfProgram>) -> Result<(Pid, Duration
         dup2_stdin(&nothing)?;
         dup2_stdout(&nothing)?;
         ptrace::traceme()?;
-        if let Some(filter) = &filter {
+        if let Some(filter) = filter {
             apply_filter(filter)?;
         }
         before = ClockId::CLOCK_PROCESS_CPUTIME_ID.now()?.into();
