@@ -3,6 +3,7 @@
 
 mod disk;
 mod memory;
+mod pmem;
 mod rate_limit;
 mod share;
 
@@ -15,6 +16,7 @@ use serde::{Deserialize, Serialize};
 
 pub use disk::{DiskConfig, DiskEngine};
 pub use memory::{MemoryBacking, MemoryConfig};
+pub use pmem::PmemConfig;
 pub use rate_limit::RateLimitConfig;
 pub use share::{CachePolicy, MAX_DAX_MIB, ShareConfig};
 
@@ -43,10 +45,6 @@ const MAX_VSOCK_SOCKET_BYTES: usize = 107 - 11;
 /// First context identifier a guest may have; 0 to 2 name hypervisor, loopback and host
 /// (virtio 1.2, section 5.10.4).
 const MIN_GUEST_CID: u32 = 3;
-
-/// What a kernel must be told to start `/init` from the first file mapped into its memory. DAX always, or not
-/// at all: a copy is what it is to do without.
-const MAPPED_ROOT: &str = "root=/dev/pmem0 rootfstype=erofs rootflags=dax=always ro init=/init";
 
 /// A whole virtual machine.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -180,23 +178,6 @@ pub enum ConsoleOutput {
     File(PathBuf),
 }
 
-/// A file mapped into the guest's memory, which the guest sees as a disk of whole 2 MiB, `/dev/pmem0`
-/// and so on, and can mount with DAX: no copy of a page is made. Machines with the same file share
-/// its pages. For each GiB the guest needs 16 MiB of its own memory.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct PmemConfig {
-    /// What log lines call it.
-    pub id: String,
-    /// The file, which must not become shorter while the guest runs.
-    pub path: PathBuf,
-    /// Whether the guest may only read it. What a guest writes that may do so is the guest's alone
-    /// and ends with it: the file stays as it is. One that may not, and does, is not heard, where the
-    /// processor lets KVM pass over it; else its machine ends.
-    #[serde(default)]
-    pub read_only: bool,
-}
-
 /// A network interface.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -304,17 +285,6 @@ impl VmConfig {
         }
     }
 
-    /// Has the kernel map its root from the file system (erofs) in the file `rootfs`, and start `/init` from
-    /// there. It must have what that takes built in: virtio-pmem, DAX, erofs.
-    pub fn map_root(&mut self, rootfs: PathBuf) {
-        // The guest names them in their order.
-        self.pmem.insert(0, PmemConfig { id: "rootfs".into(), path: rootfs, read_only: true });
-        if !self.boot.cmdline.is_empty() {
-            self.boot.cmdline.push(' ');
-        }
-        self.boot.cmdline.push_str(MAPPED_ROOT);
-    }
-
     /// Whether disks, network interfaces or vCPUs can be added while the guest runs.
     pub(crate) fn can_grow(&self) -> bool {
         self.spare_slots != 0 || self.most_vcpus() > self.vcpus
@@ -333,7 +303,7 @@ impl VmConfig {
         self.boot.validate()?;
         disk::validate(&self.disks)?;
         validate_nets(&self.nets)?;
-        validate_pmem(&self.pmem)?;
+        pmem::validate(&self.pmem)?;
         share::validate(&self.shares)?;
         in_range("spare_slots", self.spare_slots, 0, MAX_SPARE_SLOTS)?;
         if let Some(balloon) = &self.balloon {
@@ -433,16 +403,6 @@ fn yes() -> bool {
     true
 }
 
-fn validate_pmem(files: &[PmemConfig]) -> Result<(), ConfigError> {
-    let mut seen = BTreeSet::new();
-    for (index, file) in files.iter().enumerate() {
-        let field = |name: &str| format!("pmem[{index}].{name}");
-        name_of(&field("id"), &file.id, disk::MAX_DISK_ID_BYTES, &mut seen)?;
-        not_empty(&field("path"), &file.path)?;
-    }
-    Ok(())
-}
-
 fn validate_nets(nets: &[NetConfig]) -> Result<(), ConfigError> {
     let mut seen = BTreeSet::new();
     for (index, net) in nets.iter().enumerate() {
@@ -525,21 +485,6 @@ mod tests {
 
     fn refused(json: &str) -> String {
         parse(json).validate().unwrap_err().to_string()
-    }
-
-    #[test]
-    fn a_mapped_root_is_the_first_that_the_guest_names() {
-        let mut config = VmConfig::new("/kernel".into());
-        config.boot.cmdline = "quiet".into();
-        config.pmem =
-            vec![PmemConfig { id: "data".into(), path: "/data".into(), read_only: false }];
-
-        config.map_root("/root.erofs".into());
-
-        assert_eq!(config.pmem[0].path, PathBuf::from("/root.erofs"));
-        assert!(config.pmem[0].read_only);
-        assert!(config.boot.cmdline.starts_with("quiet root=/dev/pmem0 "));
-        config.validate().unwrap();
     }
 
     #[test]
