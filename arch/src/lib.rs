@@ -156,6 +156,8 @@ pub struct Qemu {
     pub program: &'static str,
     /// Its argument `-M`.
     pub machine: &'static str,
+    /// Its argument `-cpu` where the guest is of no account: what any KVM can do.
+    pub bare_processor: &'static str,
     /// What Linux calls its serial port.
     pub serial_port: &'static str,
 }

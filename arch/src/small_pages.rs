@@ -19,6 +19,9 @@ const SECTION: u64 = 128 << 20;
 /// is what Linux asks for by address; behind it, the rest of the last block.
 const FIRST_BLOCKS: Range<u64> = 8 << 20..14 << 20;
 
+/// The end of that block.
+const FIRST_END: u64 = 16 << 20;
+
 /// Keeps the host from filling huge pages of `memory` where the ELF kernel that begins with `head` uses but a
 /// few pages while it boots. To be called before the kernel is loaded.
 ///
@@ -79,7 +82,8 @@ fn sparse(image: &[Segment], ram_end: u64) -> Vec<Range<u64>> {
         return Vec::new();
     }
     let below = start / HUGE_PAGE * HUGE_PAGE;
-    let mut sparse = vec![0..FIRST_BLOCKS.start.min(below), FIRST_BLOCKS.end.min(below)..below];
+    let mut sparse =
+        vec![0..FIRST_BLOCKS.start.min(below), FIRST_BLOCKS.end.min(below)..FIRST_END.min(below)];
     sparse.extend(sparse_code(image));
     if (1..HUGE_PAGE / 2).contains(&(end % HUGE_PAGE)) {
         sparse.push(page_before(end.next_multiple_of(HUGE_PAGE)));
@@ -168,6 +172,14 @@ mod tests {
 
         assert_eq!(of(128), [(0, 8), (14, 16), (30, 32), (126, 128)]);
         assert_eq!(of(256), [(0, 8), (14, 16), (30, 32), (126, 128), (254, 256)]);
+    }
+
+    #[test]
+    fn memory_far_below_a_kernel_keeps_its_huge_pages() {
+        let kernel = [data(256 * MIB, 10 * MIB)];
+
+        let around = [(0, 8), (14, 16), (510, 512)];
+        assert_eq!(in_mib(&sparse(&kernel, 512 * MIB)), around);
     }
 
     #[test]

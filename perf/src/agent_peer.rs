@@ -1,5 +1,5 @@
-//! The same image until its agent is ready in QEMU's machine: the same kernel, the same initrd, and a
-//! socket device that the host's kernel serves.
+//! The same kernel and agent until that is ready in QEMU's machine, which has the agent from an initrd as it
+//! cannot map a root, and a socket device that the host's kernel serves.
 
 use std::fs;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};

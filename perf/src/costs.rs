@@ -145,12 +145,9 @@ fn tiny_machine(kernel: &Path) -> Result<Command> {
 /// QEMU's machine without a device or a kernel: its first instruction is its firmware's.
 fn bare_qemu(qemu: &Peer) -> Command {
     let mut command = Command::new(qemu.program());
-    command.args(["-M", QEMU.machine, "-smp", "1", "-m", "256"]).args([
-        "-nodefaults",
-        "-no-user-config",
-        "-display",
-        "none",
-    ]);
+    command
+        .args(["-M", QEMU.machine, "-cpu", QEMU.bare_processor, "-smp", "1", "-m", "256"])
+        .args(["-nodefaults", "-no-user-config", "-display", "none"]);
     command
 }
 

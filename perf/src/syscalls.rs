@@ -1,19 +1,17 @@
 //! What a program does before its first guest runs: how many system calls, and in how much processor time.
 
-use std::convert::Infallible;
-use std::ffi::CString;
-use std::fs::File;
-use std::os::unix::ffi::OsStrExt;
-use std::process::Command;
+use std::io::{self, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use nix::sched::{CloneFlags, clone};
 use nix::sys::ptrace::{self, Options};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::time::{ClockId, clock_getcpuclockid};
-use nix::unistd::{Pid, dup2_stdin, dup2_stdout, execvp};
+use nix::unistd::Pid;
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
     SeccompRule, apply_filter,
@@ -22,21 +20,29 @@ use seccompiler::{
 /// `ioctl(KVM_RUN)` (Documentation/virt/kvm/api.rst, section 4.10).
 const KVM_RUN: u64 = 0xae80;
 
-/// Enough for what a program's process does before it is the program's, in bytes.
-const STACK_BYTES: usize = 64 << 10;
-
 /// Runs `command` until one of its threads enters a guest, and gives the number of system calls that
 /// all its threads made before. The program is ended then.
 pub fn before_first_entry(command: &Command) -> Result<u64> {
-    traced(command, None, |pid, _| count(pid))
+    traced(command, || ptrace::traceme().map_err(Into::into), count)
 }
 
 /// Runs `command` until one of its threads enters a guest, and gives the processor time in milliseconds that
 /// all its threads took before: they are stopped by nothing else but the start of a thread. It counts from
-/// the execve(2) on, of a process without memory of its own: what it takes to copy this one, and to throw the
-/// copy away, is not the program's. The program is ended then.
+/// the execve(2) on: what the copy of this process took that made it is not the program's. The program is
+/// ended then.
 pub fn processor_ms_before_first_entry(command: &Command) -> Result<f64> {
-    traced(command, Some(&at_entry()?), |pid, not_ours| {
+    let filter = at_entry()?;
+    let (mut before_exec, mut told) = UnixStream::pair()?;
+    let begin = move || {
+        ptrace::traceme()?;
+        apply_filter(&filter).map_err(|_| io::Error::from(io::ErrorKind::Unsupported))?;
+        let used = Duration::from(ClockId::CLOCK_PROCESS_CPUTIME_ID.now()?);
+        told.write_all(&used.as_nanos().to_ne_bytes())
+    };
+    traced(command, begin, |pid| {
+        let mut nanoseconds = [0; size_of::<u128>()];
+        before_exec.read_exact(&mut nanoseconds)?;
+        let not_ours = u128::from_ne_bytes(nanoseconds);
         let options = Options::PTRACE_O_TRACECLONE
             | Options::PTRACE_O_TRACESECCOMP
             | Options::PTRACE_O_EXITKILL;
@@ -45,7 +51,8 @@ pub fn processor_ms_before_first_entry(command: &Command) -> Result<f64> {
             match waitpid(None, Some(WaitPidFlag::__WALL))? {
                 WaitStatus::PtraceEvent(_, _, libc::PTRACE_EVENT_SECCOMP) => {
                     let used = clock_getcpuclockid(pid).and_then(|clock| clock.now())?;
-                    return Ok((Duration::from(used) - not_ours).as_secs_f64() * 1e3);
+                    let used = Duration::from(used).as_nanos() - not_ours;
+                    return Ok(used as f64 / 1e6);
                 }
                 other => go_on(pid, other, ptrace::cont)?,
             }
@@ -62,15 +69,19 @@ fn at_entry() -> Result<BpfProgram> {
     Ok(SeccompFilter::new(rules.into(), pass, tell, arch)?.try_into()?)
 }
 
-/// Starts `command` with this thread as its tracer, has it `watch`ed, which is told of the processor time
-/// before the program was its process's, and ends it.
+/// Starts `command`, which has this thread trace it when it does `begin`, has it `watch`ed and ends it.
 fn traced<T>(
     command: &Command,
-    filter: Option<&BpfProgram>,
-    watch: impl FnOnce(Pid, Duration) -> Result<T>,
+    begin: impl FnMut() -> io::Result<()> + Send + Sync + 'static,
+    watch: impl FnOnce(Pid) -> Result<T>,
 ) -> Result<T> {
-    let (pid, before) = spawn(command, filter).context("start the program")?;
-    let outcome = watch(pid, before);
+    let mut traced = Command::new(command.get_program());
+    traced.args(command.get_args()).stdin(Stdio::null()).stdout(Stdio::null());
+    // SAFETY: between fork and exec the child makes a few system calls, and allocates nothing.
+    unsafe { traced.pre_exec(begin) };
+    let child = traced.spawn().context("start the program")?;
+    let pid = Pid::from_raw(i32::try_from(child.id())?);
+    let outcome = watch(pid);
     // It may have ended; a tracer that is gone takes it along in any case.
     let _ = kill(pid, Signal::SIGKILL);
     // All of its threads, one by one: the first one has not ended before the others are waited for.
@@ -81,34 +92,6 @@ fn traced<T>(
         }
     }
     outcome
-}
-
-/// Starts `command` in a process that this thread traces, with `filter`, if there is one, and without input or
-/// output. Returns the processor time that the process took before it executed the program.
-fn spawn(command: &Command, filter: Option<&BpfProgram>) -> Result<(Pid, Duration)> {
-    let arguments = [command.get_program()].into_iter().chain(command.get_args());
-    let arguments = arguments.map(|word| CString::new(word.as_bytes()));
-    let arguments = arguments.collect::<Result<Vec<_>, _>>()?;
-    let nothing = File::options().read(true).write(true).open("/dev/null")?;
-    let mut before = Duration::ZERO;
-    let mut execute = || -> Result<Infallible> {
-        dup2_stdin(&nothing)?;
-        dup2_stdout(&nothing)?;
-        ptrace::traceme()?;
-        if let Some(filter) = filter {
-            apply_filter(filter)?;
-        }
-        before = ClockId::CLOCK_PROCESS_CPUTIME_ID.now()?.into();
-        Ok(execvp(&arguments[0], &arguments)?)
-    };
-    let flags = CloneFlags::CLONE_VM | CloneFlags::CLONE_VFORK;
-    // SAFETY: the new process has its own stack, and this one, the only other that uses the memory, waits
-    // until the program is executed or the process has ended.
-    let pid = unsafe {
-        let body = Box::new(|| execute().map_or(1, |never| match never {}));
-        clone(body, &mut vec![0; STACK_BYTES], flags, Some(libc::SIGCHLD))?
-    };
-    Ok((pid, before))
 }
 
 /// Lets a program run that has just been started.

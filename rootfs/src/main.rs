@@ -35,6 +35,9 @@ use std::process::ExitCode;
 use std::thread::available_parallelism;
 use target::Target;
 
+/// What the root is called that a guest maps.
+const ROOTFS: &str = "rootfs.erofs";
+
 /// Builds what a Coracle guest boots from. The cache is /var/cache/coracle, or $CORACLE_CACHE.
 #[derive(Debug, Parser)]
 #[command(version)]
@@ -117,7 +120,9 @@ fn run(command: Command) -> Result<()> {
     match command {
         Command::Initrd { agent, output, modules, kernel_release } => {
             let modules = needed_modules(modules.as_deref(), kernel_release.as_deref())?;
-            write(&output, &initrd::build(read_agent(&agent.agent)?, modules, agent.compress)?)
+            let initrd = initrd::build(read_agent(&agent.agent)?, modules, agent.compress)?;
+            forget_rootfs(output.parent().unwrap_or(Path::new("")))?;
+            write(&output, &initrd)
         }
         Command::Kernel(arguments) => write_kernel(&arguments).map(drop),
         Command::Build { agent, kernel } => build(&agent, &kernel),
@@ -129,13 +134,19 @@ fn run(command: Command) -> Result<()> {
 
 fn build(agent: &AgentArguments, arguments: &KernelArguments) -> Result<()> {
     let agent_program = read_agent(&agent.agent)?;
+    // Debian's kernels have what that takes as modules.
+    let maps_root = arguments.kind == Kind::Tuned && arguments.architecture.maps_root;
+    if maps_root {
+        erofs::require_tools()?;
+    }
     let (kernel, kernel_sha256) = write_kernel(arguments)?;
     let provenance = kernel.provenance();
     let modules = needed_modules(kernel.module_root(), Some(&provenance.release))?;
     let agent_sha256 = sha256(&agent_program);
-    let rootfs_sha256 = write_rootfs(&agent_program, arguments)?;
-    let initrd = initrd::build(agent_program, modules, agent.compress)?;
+    let initrd = initrd::build(agent_program.clone(), modules, agent.compress)?;
     write(&arguments.output.join("initrd"), &initrd)?;
+    let rootfs_sha256 =
+        maps_root.then(|| write_rootfs(&agent_program, &arguments.output)).transpose()?;
     let manifest = Manifest {
         coracle: env!("CARGO_PKG_VERSION"),
         kernel: provenance.clone(),
@@ -148,21 +159,23 @@ fn build(agent: &AgentArguments, arguments: &KernelArguments) -> Result<()> {
     write(&arguments.output.join("manifest.json"), json.as_bytes())
 }
 
-/// Writes the root that the guest maps, if its kernel can do that without modules. Returns its checksum.
-fn write_rootfs(agent: &[u8], arguments: &KernelArguments) -> Result<Option<String>> {
-    let path = arguments.output.join("rootfs.erofs");
-    if arguments.kind == Kind::Distro || !arguments.architecture.maps_root {
-        // It would be of another kernel, and be taken for this one's.
-        return match fs::remove_file(&path) {
-            Err(error) if error.kind() != ErrorKind::NotFound => {
-                Err(error).with_context(|| format!("remove {}", path.display()))
-            }
-            _ => Ok(None),
-        };
-    }
+/// Writes the root that the guest maps. Returns its checksum.
+fn write_rootfs(agent: &[u8], folder: &Path) -> Result<String> {
     let image = erofs::build(agent)?;
-    write(&path, &image)?;
-    Ok(Some(sha256(&image)))
+    write(&folder.join(ROOTFS), &image)?;
+    Ok(sha256(&image))
+}
+
+/// Removes the root that is in `folder`: what is written there next does not belong to it, and guests would
+/// take it before an initrd.
+fn forget_rootfs(folder: &Path) -> Result<()> {
+    let path = folder.join(ROOTFS);
+    match fs::remove_file(&path) {
+        Err(error) if error.kind() != ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("remove {}", path.display()))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Writes the kernel. Returns it, and the checksum of what was written.
@@ -174,6 +187,7 @@ fn write_kernel(arguments: &KernelArguments) -> Result<(Kernel, String)> {
         Kind::Tuned => tuned::obtain(&cache, target, arguments.jobs)?,
     };
     let image = kernel.image()?;
+    forget_rootfs(&arguments.output)?;
     write(&arguments.output.join("kernel"), &image)?;
     match kernel.module_root() {
         Some(root) => eprintln!("kernel: its modules, for initrd --modules: {}", root.display()),

@@ -79,7 +79,10 @@ fn the_distro_kernel_is_an_elf_file_and_the_same_each_time() {
 
     for folder in [&first, &second] {
         fs::write(folder.path().join("agent"), "agent").unwrap();
+        fs::create_dir(folder.path().join("guest")).unwrap();
+        fs::write(folder.path().join("guest/rootfs.erofs"), "another kernel's").unwrap();
         succeed(folder.path(), &arguments);
+        assert!(!folder.path().join("guest/rootfs.erofs").exists());
     }
 
     for name in ["kernel", "initrd", "manifest.json"] {

@@ -20,15 +20,18 @@ pub const VCPUS_ANNOTATION: &str = "io.coracle.vcpus";
 /// Container annotation that overrides [`Settings::memory_mib`].
 pub const MEMORY_ANNOTATION: &str = "io.coracle.memory_mib";
 
-/// Least guest memory that the guest kernel, its initrd and the agent start in, in MiB.
+/// Least guest memory that the guest kernel, its root and the agent start in, in MiB.
 pub const MIN_MEMORY_MIB: u32 = 64;
 
 /// Most virtual processors of one guest.
 pub const MAX_VCPUS: u8 = 64;
 
-/// What `coracle-image` calls what a guest maps, and what it unpacks.
+/// What `coracle-image` calls a kernel, and the root that this one maps.
+const KERNEL: &str = "kernel";
 const ROOTFS: &str = "rootfs.erofs";
-const INITRD: &str = "initrd";
+
+/// Guest initrd of this host.
+const INITRD: &str = "/var/lib/coracle/guest/initrd";
 
 /// Prefix of the annotations that are ours; one that is not known is an error, as it is a typo.
 const ANNOTATION_PREFIX: &str = "io.coracle.";
@@ -93,8 +96,9 @@ pub enum Root {
 pub struct Settings {
     /// Guest kernel.
     pub kernel: PathBuf,
-    /// Guest root file system (erofs) with the agent as `/init`, which the guest maps; its kernel must be able
-    /// to. Without this and `initrd`, `rootfs.erofs` beside the kernel if it is there, else `initrd`.
+    /// Guest root file system (erofs) with the agent as `/init`, which all guests map, so that it must only be
+    /// replaced, never written to; their kernel must be able to. Without this and `initrd` it is
+    /// `rootfs.erofs` beside a kernel of the name `kernel`, if that is there.
     pub rootfs: Option<PathBuf>,
     /// Guest initrd, with the agent as `/init`, instead of `rootfs`.
     pub initrd: Option<PathBuf>,
@@ -174,13 +178,15 @@ impl Settings {
 
     /// What the guest's root comes from.
     pub fn root(&self) -> Root {
-        let beside = |name| self.kernel.with_file_name(name);
         match (&self.rootfs, &self.initrd) {
             (Some(rootfs), _) => Root::Mapped(rootfs.clone()),
             (None, Some(initrd)) => Root::Initrd(initrd.clone()),
-            (None, None) => Some(beside(ROOTFS))
-                .filter(|rootfs| rootfs.exists())
-                .map_or_else(|| Root::Initrd(beside(INITRD)), Root::Mapped),
+            // The image builder puts it there for a kernel that can map it.
+            (None, None) => Some(self.kernel.with_file_name(ROOTFS))
+                .filter(|_| self.kernel.file_name() == Some(KERNEL.as_ref()))
+                // One that cannot be looked at is for who opens it to complain of.
+                .filter(|rootfs| rootfs.try_exists().unwrap_or(true))
+                .map_or_else(|| Root::Initrd(INITRD.into()), Root::Mapped),
         }
     }
 
@@ -262,8 +268,17 @@ mod tests {
         let unpacked = settings.root();
         std::fs::write(folder.path().join(ROOTFS), "").unwrap();
 
-        assert_eq!(unpacked, Root::Initrd(folder.path().join(INITRD)));
+        assert_eq!(unpacked, Root::Initrd(INITRD.into()));
         assert_eq!(settings.root(), Root::Mapped(folder.path().join(ROOTFS)));
+    }
+
+    #[test]
+    fn a_kernel_of_another_name_has_nothing_to_do_with_the_root_beside_it() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join(ROOTFS), "").unwrap();
+        let settings = Settings { kernel: folder.path().join("vmlinux"), ..Settings::default() };
+
+        assert_eq!(settings.root(), Root::Initrd(INITRD.into()));
     }
 
     #[test]

@@ -103,7 +103,8 @@ impl Vmm {
 
     /// Builds the machine of `config` anew, to go on where the one stood that `state` was saved of,
     /// with its `memory`. What `config` says of booting and of where memory is kept does not matter;
-    /// all else must be as it was, but files, taps and the like may be others that do as well.
+    /// all else must be as it was, but taps, disks and the like may be others that do as well. A file that
+    /// the guest maps must be the same: it may have noted where things are in it.
     ///
     /// For the guest no time passes. Its connections over the socket device end, like after a reset.
     /// Files of a share that it knows are found again by their names; those that are not answer ESTALE.

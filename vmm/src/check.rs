@@ -31,6 +31,10 @@ pub fn check(config: &VmConfig) -> Vec<ConfigError> {
     for (index, disk) in config.disks.iter().enumerate() {
         found.extend(check_disk(&format!("disks[{index}].path"), disk).err());
     }
+    for (index, file) in config.pmem.iter().enumerate() {
+        let opened = open_file("persistent memory", &file.path).err();
+        found.extend(opened.map(|error| refusal(&format!("pmem[{index}].path"), chain(&error))));
+    }
     for (index, share) in config.shares.iter().enumerate() {
         found.extend(check_folder(&format!("shares[{index}].path"), &share.path).err());
     }

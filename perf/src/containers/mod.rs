@@ -110,7 +110,10 @@ impl Bundle {
         config["process"]["terminal"] = json!(false);
         config["process"]["args"] = json!(command);
         fs::write(&path, config.to_string())?;
-        let mut settings = json!({ "kernel": image.join("kernel") });
+        let rootfs = image.join("rootfs.erofs");
+        let (root, file) =
+            if rootfs.exists() { ("rootfs", rootfs) } else { ("initrd", image.join("initrd")) };
+        let mut settings = json!({ "kernel": image.join("kernel"), root: file });
         fs::write(folder.path().join(SETTINGS), settings.to_string())?;
         settings["templates"] = Value::Null;
         fs::write(folder.path().join(BOOTING), settings.to_string())?;

@@ -321,6 +321,21 @@ mod tests {
     }
 
     #[test]
+    fn the_root_is_mapped_or_unpacked() {
+        let of = |settings: &Settings| {
+            let room = Room::of(settings, &resources("{}"), HOST);
+            config(settings, &room, Path::new("/share"), Vec::new(), Path::new("/state"))
+        };
+
+        let mapped = of(&Settings { rootfs: Some("/r".into()), ..Settings::default() });
+        let unpacked = of(&Settings { initrd: Some("/i".into()), ..Settings::default() });
+
+        assert_eq!((mapped.pmem.len(), mapped.boot.initrd), (1, None));
+        assert_eq!(mapped.pmem[0].path, Path::new("/r"));
+        assert_eq!((unpacked.pmem.len(), unpacked.boot.initrd), (0, Some("/i".into())));
+    }
+
+    #[test]
     fn without_limits_the_settings_decide_and_then_the_host() {
         let settings = Settings { vcpus: Some(3), memory_mib: 512, ..Settings::default() };
 

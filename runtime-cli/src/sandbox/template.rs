@@ -90,9 +90,11 @@ impl Template {
     /// The machine of `config` as the template has it, if there is one that is of use.
     pub(super) fn restore(&self, config: &VmConfig) -> Option<Vmm> {
         let (state, memory) = self.open()?;
-        Vmm::restore(config.clone(), &state, memory)
+        let vmm = Vmm::restore(config.clone(), &state, memory)
             .inspect_err(|error| self.discard(&chain(error)))
-            .ok()
+            .ok()?;
+        // Files may have been replaced since it was found that this template is of them.
+        describe(config).is_ok_and(|now| now == self.description).then_some(vmm)
     }
 
     /// Removes a template of which `problem` shows that it is no good.
@@ -262,6 +264,24 @@ mod tests {
         for other in [larger, connected, booted] {
             assert_ne!(template(&other), template(&config()));
         }
+    }
+
+    #[test]
+    fn another_root_does_too() {
+        let folder = tempfile::tempdir().unwrap();
+        let mapping = |name: &str, contents: &str| {
+            let path = folder.path().join(name);
+            fs::write(&path, contents).unwrap();
+            let mut config = config();
+            config.map_root(path);
+            template(&config)
+        };
+        let (one, other, empty) = (mapping("one", "a"), mapping("other", "a"), mapping("one", ""));
+
+        assert!(one.is_some());
+        assert_ne!(one, other);
+        assert_ne!(one, empty);
+        assert_ne!(one, template(&config()));
     }
 
     #[test]

@@ -9,8 +9,10 @@ use super::disk::MAX_DISK_ID_BYTES;
 use super::{ConfigError, VmConfig, name_of, not_empty};
 
 /// What a kernel must be told to start `/init` from the first file mapped into its memory. DAX always, or not
-/// at all: a copy is what it is to do without.
-const MAPPED_ROOT: &str = "root=/dev/pmem0 rootfstype=erofs rootflags=dax=always ro init=/init";
+/// at all: a copy is what it is to do without. Nothing in Linux awaits the thread that finds such files, so
+/// the root may be there a moment late, or never: for that it has ten seconds.
+const MAPPED_ROOT: &str =
+    "root=/dev/pmem0 rootfstype=erofs rootflags=dax=always rootwait=10 ro init=/init";
 
 /// A file mapped into the guest's memory, which the guest sees as a disk of whole 2 MiB, `/dev/pmem0`
 /// and so on, and can mount with DAX: no copy of a page is made. Machines with the same file share

@@ -7,5 +7,6 @@ pub const QEMU: Qemu = Qemu {
     name: "qemu-virt",
     program: "qemu-system-aarch64",
     machine: "virt,accel=kvm,gic-version=host",
+    bare_processor: "host",
     serial_port: "ttyAMA0",
 };

@@ -8,5 +8,6 @@ pub const QEMU: Qemu = Qemu {
     program: "qemu-system-x86_64",
     // With the clock that KVM guests get by default nowhere else: Debian's kernel waits 1.2 s for it.
     machine: "microvm,accel=kvm,rtc=on",
+    bare_processor: "base",
     serial_port: "ttyS0",
 };
