@@ -25,7 +25,7 @@ use crate::samples::Samples;
 
 /// What the host's kernel offers to a process that serves a guest's sockets.
 const VHOST: &str = "/dev/vhost-vsock";
-/// Highest ratio of our boot to the agent to QEMU's, and of our exits until then to QEMU's.
+/// Highest ratio of our boot to the agent to QEMU's, and of our exits to user space until then to QEMU's.
 const GOAL: f64 = 1.0;
 
 /// Measures and adds the rows, if QEMU is among the peers.

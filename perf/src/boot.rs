@@ -176,7 +176,8 @@ fn add_watched(
     Ok(())
 }
 
-/// Adds how often our guest was left in a boot of this kind, beside that of the peer of this name.
+/// Adds how often our guest was left in a boot of this kind, beside that of the peer of this name. The goal is
+/// for exits to user space: others are also what small pages cost, which save memory.
 pub fn add_exits(
     report: &mut Report,
     boot: &str,
@@ -186,7 +187,7 @@ pub fn add_exits(
 ) {
     let all = [ours, theirs].map(Guests::all_exits);
     let to_user = [ours, theirs].map(|guests| guests.exits_to_user);
-    for (which, exits) in [("of the guest", all), ("to user space", to_user)] {
+    for (which, exits, goal) in [("of the guest", all, None), ("to user space", to_user, goal)] {
         let [ours, theirs] = exits.map(f64::from);
         let what = format!("exits {which}, {boot}");
         report.beside(&what, ("exits", ours), (peer, theirs), goal);

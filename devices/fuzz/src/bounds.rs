@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use cap::Cap;
 use log::{LevelFilter, Log, Metadata, Record};
+use nix::sys::signal::{SigHandler, Signal, signal};
 
 /// Most memory that may be allocated at one time, in bytes; what a guest has as its RAM is not in it.
 /// An allocation beyond that aborts.
@@ -50,6 +51,9 @@ pub fn begin() {
     ONCE.call_once(|| {
         log::set_logger(&Counter).expect("nobody else sets a logger");
         log::set_max_level(LevelFilter::Info);
+        // As in every program whose main function is Rust's; the engine's is not.
+        // SAFETY: no handler runs where a signal is ignored.
+        unsafe { signal(Signal::SIGPIPE, SigHandler::SigIgn) }.expect("SIGPIPE can be ignored");
         // Who tells of a finding may take the memory that takes.
         let tell = panic::take_hook();
         panic::set_hook(Box::new(move |panic| {
