@@ -15,12 +15,9 @@ const HUGE_PAGE: u64 = 2 << 20;
 /// What Linux keeps a map of its own for (`SECTION_SIZE_BITS`), in bytes.
 const SECTION: u64 = 128 << 20;
 
-/// What the page allocator hands out first, in blocks of 4 MiB from here on, and fills before init runs. Below
-/// is what Linux asks for by address; behind it, the rest of the last block.
-const FIRST_BLOCKS: Range<u64> = 8 << 20..14 << 20;
-
-/// The end of that block.
-const FIRST_END: u64 = 16 << 20;
+/// Starts and ends of what Linux uses little of below its usual place: what it asks for by address, and the end
+/// of the last block of 4 MiB that its page allocator begins before init runs. Those between fill up.
+const LOW: [(u64, u64); 2] = [(0, 8 << 20), (14 << 20, 16 << 20)];
 
 /// Keeps the host from filling huge pages of `memory` where the ELF kernel that begins with `head` uses but a
 /// few pages while it boots. To be called before the kernel is loaded.
@@ -82,8 +79,7 @@ fn sparse(image: &[Segment], ram_end: u64) -> Vec<Range<u64>> {
         return Vec::new();
     }
     let below = start / HUGE_PAGE * HUGE_PAGE;
-    let mut sparse =
-        vec![0..FIRST_BLOCKS.start.min(below), FIRST_BLOCKS.end.min(below)..FIRST_END.min(below)];
+    let mut sparse = LOW.map(|(start, end)| start.min(below)..end.min(below)).to_vec();
     sparse.extend(sparse_code(image));
     if (1..HUGE_PAGE / 2).contains(&(end % HUGE_PAGE)) {
         sparse.push(page_before(end.next_multiple_of(HUGE_PAGE)));

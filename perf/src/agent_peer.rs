@@ -19,7 +19,7 @@ use nix::sys::socket::{
 use crate::Options;
 use crate::boot::{BOOT_TIMEOUT_MS, add_exits, to_ready, watched};
 use crate::guest::Running;
-use crate::peer::{Kind, Peer};
+use crate::peer::Peer;
 use crate::report::Report;
 use crate::samples::Samples;
 
@@ -30,8 +30,7 @@ const GOAL: f64 = 1.0;
 
 /// Measures and adds the rows, if QEMU is among the peers.
 pub fn measure(report: &mut Report, options: &Options, image: &Path) -> Result<()> {
-    let peers = options.peers();
-    let Some(qemu) = peers.iter().find(|peer| peer.kind == Kind::Qemu) else { return Ok(()) };
+    let Some(qemu) = &options.qemu() else { return Ok(()) };
     if !Path::new(VHOST).exists() {
         // No program that the lab starts loads it.
         Command::new("modprobe").arg("vhost_vsock").status().context("run modprobe")?;

@@ -12,7 +12,7 @@ use tempfile::NamedTempFile;
 
 use crate::boot::to_ready;
 use crate::guest_time::Watch;
-use crate::peer::{Kind, Peer};
+use crate::peer::Peer;
 use crate::report::Report;
 use crate::samples::Samples;
 use crate::vmm_peer::coracle_vmm;
@@ -96,19 +96,19 @@ pub fn measure(report: &mut Report, options: &Options) -> Result<()> {
 /// Measures what it takes until a guest of two instructions runs, and adds the rows.
 pub fn startup(report: &mut Report, options: &Options) -> Result<()> {
     let kernel = tiny_kernel()?;
-    let qemu = options.peers().into_iter().find(|peer| peer.kind == Kind::Qemu);
+    let qemu = options.qemu();
     let (mut elapsed, mut processor) = (Samples::default(), Samples::default());
     let mut of_qemu = Samples::default();
     for run in 0..=options.runs {
         let mut machine = tiny_machine(kernel.path())?;
         let processor_ms = syscalls::processor_ms_before_first_entry(&machine)?;
         let elapsed_ms = time_to_end(&mut machine)?;
-        let qemu = qemu.as_ref().map(bare_qemu);
-        let qemu_ms = qemu.map(|qemu| syscalls::processor_ms_before_first_entry(&qemu));
+        let bare = qemu.as_ref().map(bare_qemu);
+        let bare_ms = bare.as_ref().map(syscalls::processor_ms_before_first_entry).transpose()?;
         if run > 0 {
             elapsed.add(elapsed_ms);
             processor.add(processor_ms);
-            qemu_ms.transpose()?.into_iter().for_each(|ms| of_qemu.add(ms));
+            bare_ms.into_iter().for_each(|ms| of_qemu.add(ms));
         }
     }
     report.samples("a machine with a tiny guest, start to end", ("ms", &elapsed), None);

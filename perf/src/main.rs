@@ -34,7 +34,7 @@ use stats_alloc::{INSTRUMENTED_SYSTEM, StatsAlloc};
 
 use crate::containers::Phase;
 use crate::environment::Environment;
-use crate::peer::Peer;
+use crate::peer::{Kind, Peer};
 use crate::report::Report;
 
 /// Programs whose versions say what was compared.
@@ -138,6 +138,11 @@ impl Options {
     /// Whom to stand beside.
     fn peers(&self) -> Vec<Peer> {
         if self.peers.is_empty() { Peer::usual() } else { self.peers.clone() }
+    }
+
+    /// QEMU, if it is one of them.
+    fn qemu(&self) -> Option<Peer> {
+        self.peers().into_iter().find(|peer| peer.kind == Kind::Qemu)
     }
 }
 

@@ -37,7 +37,8 @@ pub enum Error {
     Io(#[from] io::Error),
     /// It is made for another page size, which newer programs take from the machine that they run on.
     #[error(
-        "{MKFS} makes blocks of other than 4096 bytes, which no guest can map: build on a machine whose pages are that large"
+        "{MKFS} makes blocks of other than 4096 bytes, which no guest can map: build on a machine whose \
+         pages are that large"
     )]
     BlockSize,
     /// The program that writes the file system.

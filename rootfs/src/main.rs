@@ -143,10 +143,10 @@ fn build(agent: &AgentArguments, arguments: &KernelArguments) -> Result<()> {
     let provenance = kernel.provenance();
     let modules = needed_modules(kernel.module_root(), Some(&provenance.release))?;
     let agent_sha256 = sha256(&agent_program);
-    let initrd = initrd::build(agent_program.clone(), modules, agent.compress)?;
-    write(&arguments.output.join("initrd"), &initrd)?;
     let rootfs_sha256 =
         maps_root.then(|| write_rootfs(&agent_program, &arguments.output)).transpose()?;
+    let initrd = initrd::build(agent_program, modules, agent.compress)?;
+    write(&arguments.output.join("initrd"), &initrd)?;
     let manifest = Manifest {
         coracle: env!("CARGO_PKG_VERSION"),
         kernel: provenance.clone(),

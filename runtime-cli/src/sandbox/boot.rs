@@ -18,8 +18,8 @@ use crate::phases::Phases;
 pub enum Error {
     /// Nothing came.
     #[error(
-        "{phase}: no answer within {timeout_s} s: check that kernel and root (rootfs or initrd) belong together, \
-         or raise boot_timeout_s in the settings; the guest's last console lines: {console}"
+        "{phase}: no answer within {timeout_s} s: check that kernel and root (rootfs or initrd) belong \
+         together, or raise boot_timeout_s in the settings; the guest's last console lines: {console}"
     )]
     TimedOut {
         /// What was waited for.

@@ -49,7 +49,13 @@ pub(super) struct Template {
     path: PathBuf,
     /// All that makes one guest that is ready differ from another.
     description: String,
+    /// The files that such a guest is made of.
+    files: Vec<Identity>,
 }
+
+/// What tells a file from another one and from what it was before: device, inode, and when its contents and
+/// the rest of it were changed.
+type Identity = (u64, u64, [i64; 4]);
 
 /// A machine that stands still, for the process that writes its template.
 #[derive(Debug, Serialize, Deserialize)]
@@ -68,12 +74,12 @@ impl Template {
         if !config.disks.is_empty() || config.console.output != ConsoleOutput::Discard {
             return None;
         }
-        let description = describe(config)
+        let (description, files) = describe(config)
             .inspect_err(|error| log::debug!("no template: describe the machine: {error}"))
             .ok()?;
         let name: String =
             Sha256::digest(&description)[..16].iter().map(|byte| format!("{byte:02x}")).collect();
-        Some(Self { path: folder.join(name), description })
+        Some(Self { path: folder.join(name), description, files })
     }
 
     fn open(&self) -> Option<(MachineState, SavedMemory)> {
@@ -94,7 +100,7 @@ impl Template {
             .inspect_err(|error| self.discard(&chain(error)))
             .ok()?;
         // Files may have been replaced since it was found that this template is of them.
-        describe(config).is_ok_and(|now| now == self.description).then_some(vmm)
+        files(config).is_ok_and(|now| now == self.files).then_some(vmm)
     }
 
     /// Removes a template of which `problem` shows that it is no good.
@@ -206,21 +212,24 @@ fn make_room(folder: &Path) -> io::Result<()> {
 }
 
 /// All that can make a difference to a guest before it is asked for something, and to whether its state
-/// means anything here.
-fn describe(config: &VmConfig) -> io::Result<String> {
+/// means anything here; and the files that are part of it.
+fn describe(config: &VmConfig) -> io::Result<(String, Vec<Identity>)> {
+    let files = files(config)?;
     let mut config = config.clone();
     config.shares.iter_mut().for_each(|share| share.path = PathBuf::new());
     config.nets.iter_mut().for_each(|net| net.tap = String::new());
-    let roots = config.boot.initrd.iter().chain(config.pmem.iter().map(|pmem| &pmem.path));
-    let files = [Path::new("/proc/self/exe"), &config.boot.kernel];
-    let files = files.into_iter().chain(roots.map(PathBuf::as_path));
-    let files = files.map(identity).collect::<io::Result<Vec<_>>>()?;
     let boot = fs::read_to_string(BOOT_ID)?;
-    serde_json::to_string(&(boot, files, config)).map_err(io::Error::other)
+    Ok((serde_json::to_string(&(boot, &files, config))?, files))
 }
 
-/// What tells a file from another one and from what it was before.
-fn identity(path: &Path) -> io::Result<(u64, u64, [i64; 4])> {
+/// What a guest of `config` is made of: this program, its kernel and its root.
+fn files(config: &VmConfig) -> io::Result<Vec<Identity>> {
+    let roots = config.boot.initrd.iter().chain(config.pmem.iter().map(|pmem| &pmem.path));
+    let files = [Path::new("/proc/self/exe"), &config.boot.kernel];
+    files.into_iter().chain(roots.map(PathBuf::as_path)).map(identity).collect()
+}
+
+fn identity(path: &Path) -> io::Result<Identity> {
     let of = fs::metadata(path)?;
     Ok((of.dev(), of.ino(), [of.mtime(), of.mtime_nsec(), of.ctime(), of.ctime_nsec()]))
 }
