@@ -1,12 +1,15 @@
 //! The host cgroup of a sandbox: everything the container costs the host is counted there.
 
 use std::fs;
+use std::io::ErrorKind;
 use std::path::{Component, Path, PathBuf};
 
 use libcgroups::common::{
     AnyCgroupManager, AnyManagerError, CgroupConfig, CgroupManager, CgroupSetup, ControllerOpt,
-    create_cgroup_manager, get_cgroup_setup,
+    WrappedIoError, create_cgroup_manager, get_cgroup_setup,
 };
+use libcgroups::v2::manager::V2ManagerError;
+use nix_of_libcgroups::unistd::Pid;
 use oci_spec::runtime::LinuxResources;
 
 use crate::logging::chain;
@@ -168,8 +171,7 @@ impl Cgroup {
 
     fn try_enter(self, resources: &LinuxResources) -> Result<Self, Error> {
         let path = self.name.path.clone();
-        let entered = self.manager.add_task(nix_of_libcgroups::unistd::Pid::this());
-        if let Err(source) = entered {
+        if let Err(source) = add(&self.manager, Pid::this()) {
             self.leave();
             return Err(Error::Enter { path, source: source.into() });
         }
@@ -193,6 +195,21 @@ impl Cgroup {
             if let Err(error) = self.manager.remove() {
                 log::warn!("remove host cgroup {}: {error}", self.name.path.display());
             }
+        }
+    }
+}
+
+/// Makes the cgroup if need be, and puts the process `pid` into it.
+fn add(manager: &AnyCgroupManager, pid: Pid) -> Result<(), AnyManagerError> {
+    loop {
+        match manager.add_task(pid) {
+            // Somebody else made one of the cgroups above it, as Docker's, since libcgroups looked: it is
+            // there now.
+            Err(AnyManagerError::V2(V2ManagerError::WrappedIo(WrappedIoError::CreateDir {
+                err,
+                ..
+            }))) if err.kind() == ErrorKind::AlreadyExists => {}
+            result => return result,
         }
     }
 }
@@ -240,6 +257,10 @@ fn cgroup_folder(line: &str, unified: bool) -> Option<PathBuf> {
 
 #[cfg(test)]
 mod tests {
+    use std::process::{Child, Command};
+    use std::sync::Barrier;
+    use std::thread;
+
     use super::*;
 
     #[test]
@@ -299,12 +320,48 @@ mod tests {
 
     #[test]
     #[ignore = "needs root"]
+    fn cgroups_below_one_that_is_missing_are_made_at_once() {
+        let parent = Name::of(None, false, "unit-test-parent");
+        for _ in 0..20 {
+            let managers = ["a", "b", "c", "d"]
+                .map(|id| Name::of(Some(&parent.path.join(id)), false, id).manager(id).unwrap());
+            let mut others =
+                managers.each_ref().map(|_| Command::new("sleep").arg("1000").spawn().unwrap());
+            let start = Barrier::new(managers.len());
+
+            let added: Vec<_> = thread::scope(|scope| {
+                let add_at_once = |(manager, other): (_, &Child)| {
+                    let pid = Pid::from_raw(i32::try_from(other.id()).unwrap());
+                    let start = &start;
+                    scope.spawn(move || {
+                        start.wait();
+                        add(manager, pid)
+                    })
+                };
+                let threads: Vec<_> = managers.iter().zip(&others).map(add_at_once).collect();
+                threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+            });
+
+            for (manager, other) in managers.iter().zip(&mut others) {
+                other.kill().unwrap();
+                other.wait().unwrap();
+                manager.remove().unwrap();
+            }
+            remove(&parent, "parent").unwrap();
+            for result in added {
+                result.unwrap();
+            }
+        }
+    }
+
+    #[test]
+    #[ignore = "needs root"]
     fn limits_of_a_cgroup_in_use_can_be_changed() {
         let name = Name::of(None, false, "unit-test-limit");
         let manager = name.manager("unit-test-limit").unwrap();
-        let mut other = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
+        let mut other = Command::new("sleep").arg("1000").spawn().unwrap();
         let pid = i32::try_from(other.id()).unwrap();
-        manager.add_task(nix_of_libcgroups::unistd::Pid::from_raw(pid)).unwrap();
+        manager.add_task(Pid::from_raw(pid)).unwrap();
         let resources = serde_json::from_str(r#"{"cpu":{"cpus":"0"}}"#).unwrap();
 
         limit(&name, "unit-test-limit", &resources).unwrap();
@@ -320,9 +377,9 @@ mod tests {
     fn a_cgroup_that_somebody_is_in_is_not_taken() {
         let name = Name::of(None, false, "unit-test-used");
         let manager = name.manager("unit-test-used").unwrap();
-        let mut other = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
+        let mut other = Command::new("sleep").arg("1000").spawn().unwrap();
         let pid = i32::try_from(other.id()).unwrap();
-        manager.add_task(nix_of_libcgroups::unistd::Pid::from_raw(pid)).unwrap();
+        manager.add_task(Pid::from_raw(pid)).unwrap();
 
         let found = Cgroup::find(name.clone(), "unit-test-used").map(drop);
 
