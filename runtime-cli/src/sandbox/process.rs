@@ -39,6 +39,9 @@ use crate::settings::{self, Settings};
 use crate::state::{self, ContainerDir, ContainerId, State, StateRoot, Status};
 use crate::translate;
 
+/// More descriptors than a sandbox process has before its container runs, which are about seventy.
+const MOST_DESCRIPTORS: RawFd = 256;
+
 /// What the caller of `create` sends to the process it starts.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Order {
@@ -159,6 +162,7 @@ impl Outliving {
 /// container is over; the result is its exit code.
 pub(super) fn main(fd: RawFd) -> i32 {
     vmm::use_one_heap();
+    make_room_for_descriptors();
     let (starter, order) = match Starter::meet::<Order>(fd) {
         Ok(met) => met,
         Err(error) => {
@@ -173,6 +177,13 @@ pub(super) fn main(fd: RawFd) -> i32 {
             1
         }
     }
+}
+
+/// Makes the table of descriptors as large as it will be, while there is one thread: the kernel waits for
+/// a grace period whenever it makes that of several threads larger, which would hold up the start.
+fn make_room_for_descriptors() {
+    // Where the limit forbids so many, the table grows as it must.
+    drop(rustix::io::fcntl_dupfd_cloexec(io::stdin(), MOST_DESCRIPTORS - 1));
 }
 
 fn open(order: &Order) -> Result<ContainerDir, Error> {
