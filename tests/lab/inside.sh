@@ -107,6 +107,10 @@ install_coracle
 if [ "${LAB_ICOUNT:-0}" = 1 ]; then
   chrt --idle 0 sh -c 'while :; do :; done' &
   export LAB_IDLER=$!
+  # Idle beside the cgroups of containers too, which would have to share the processor with its own.
+  mkdir /sys/fs/cgroup/idler
+  echo 1 > /sys/fs/cgroup/idler/cpu.idle
+  echo "$LAB_IDLER" > /sys/fs/cgroup/idler/cgroup.procs
 fi
 
 cd "$repo"
