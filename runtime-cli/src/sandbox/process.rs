@@ -39,7 +39,8 @@ use crate::settings::{self, Settings};
 use crate::state::{self, ContainerDir, ContainerId, State, StateRoot, Status};
 use crate::translate;
 
-/// More descriptors than a sandbox process has before its container runs, which are about seventy.
+/// More descriptors than a sandbox process has before its container runs: sixty, and some for each network
+/// and disk.
 const MOST_DESCRIPTORS: RawFd = 256;
 
 /// What the caller of `create` sends to the process it starts.
