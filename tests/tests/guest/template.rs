@@ -17,9 +17,12 @@ struct Host(TempDir);
 impl Host {
     fn new() -> Self {
         let host = Host(TempDir::with_prefix("coracle-test-templates-").unwrap());
-        let settings = json!({ "templates": host.folder() });
-        fs::write(host.0.path().join("config.json"), settings.to_string()).unwrap();
+        host.set(&json!({ "templates": host.folder() }));
         host
+    }
+
+    fn set(&self, settings: &serde_json::Value) {
+        fs::write(self.0.path().join("config.json"), settings.to_string()).unwrap();
     }
 
     fn folder(&self) -> PathBuf {
@@ -156,5 +159,30 @@ fn guests_of_other_shapes_have_templates_of_their_own() {
     assert_eq!(booted[1].text(), gone_on[1].text());
     assert_ne!(booted[0].text(), booted[1].text());
     assert_eq!(host.templates().len(), 2);
+    assert_nothing_left();
+}
+
+#[test]
+fn a_guest_image_that_was_replaced_boots_and_has_a_template_of_its_own() {
+    let host = Host::new();
+    let folder = host.0.path().display();
+    host.set(&json!({ "templates": host.folder(), "kernel": format!("{folder}/kernel") }));
+    let install = format!(
+        "for file in /var/lib/coracle/guest/*; do name={folder}/$(basename $file); \
+         cp $file $name.new && mv $name.new $name || exit; done"
+    );
+    assert_eq!(shell(&install).text(), "");
+
+    let of_first = [host.run("echo booted"), host.run("echo gone on")];
+    let first = host.template();
+    assert_eq!(shell(&install).text(), "");
+    let of_second = [host.run("echo booted"), host.run("echo gone on")];
+
+    for [booted, gone_on] in [of_first, of_second] {
+        assert_eq!(booted.text(), "booted");
+        assert_eq!(gone_on.text(), "gone on");
+    }
+    let templates = host.templates();
+    assert!(templates.len() == 2 && templates.contains(&first), "{templates:?}");
     assert_nothing_left();
 }
