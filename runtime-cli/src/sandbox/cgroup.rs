@@ -18,6 +18,9 @@ use crate::rootless;
 /// Where cgroup file systems are mounted (cgroups(7)).
 const CGROUP_ROOT: &str = "/sys/fs/cgroup";
 
+/// How often a cgroup is tried to be made: more often than it has others above it that are missing.
+const TRIES: usize = 32;
+
 type Source = Box<dyn std::error::Error + Send + Sync>;
 
 /// Why the host cgroup cannot be used.
@@ -201,7 +204,7 @@ impl Cgroup {
 
 /// Makes the cgroup if need be, and puts the process `pid` into it.
 fn add(manager: &AnyCgroupManager, pid: Pid) -> Result<(), AnyManagerError> {
-    loop {
+    for _ in 1..TRIES {
         match manager.add_task(pid) {
             // Somebody else made one of the cgroups above it, as Docker's, since libcgroups looked: it is
             // there now.
@@ -212,6 +215,7 @@ fn add(manager: &AnyCgroupManager, pid: Pid) -> Result<(), AnyManagerError> {
             result => return result,
         }
     }
+    manager.add_task(pid)
 }
 
 /// Changes the limits of a cgroup that exists.
