@@ -217,8 +217,9 @@ size 33 77; sleep 1; size 44 99; docker exec $name stty -F /proc/1/fd/0 size"#,
             ),
             same(
                 "detach keys leave what exec has started",
+                // Into a file, as each command of a pipeline is another sh for a moment.
                 r#"
-(sleep 4; echo 'echo typed >/typed'; sleep 4; printf '\001'; sleep 4) | timeout 100 script -qec "docker exec -it --detach-keys ctrl-a $name sh -c 'cat /proc/\$\$/comm; exec sh'" /dev/null | tr -d '\r' | grep -x sh; docker exec $name sh -c 'cat /typed; ps -o comm | grep -c sh'"#,
+(sleep 4; echo 'echo typed >/typed'; sleep 4; printf '\001'; sleep 4) | timeout 100 script -qec "docker exec -it --detach-keys ctrl-a $name sh -c 'cat /proc/\$\$/comm; exec sh'" /dev/null | tr -d '\r' | grep -x sh; docker exec $name sh -c 'cat /typed; ps -o comm >/list; grep -c sh /list'"#,
             ),
         ],
     },
