@@ -105,9 +105,10 @@ install_coracle
 # waiting for the shared file system would cost anything up to seconds. A processor that never idles
 # waits as long as it takes. Who wants to wait for a while, and for nothing else, stops this one.
 if [ "${LAB_ICOUNT:-0}" = 1 ]; then
-  chrt --idle 0 sh -c 'while :; do :; done' &
+  sh -c 'while :; do :; done' &
   export LAB_IDLER=$!
-  # Idle beside the cgroups of containers too, which would have to share the processor with its own.
+  # The cgroup is idle and not the process, whose priority counts in its own cgroup only: containers,
+  # in theirs, would have to share the processor.
   mkdir /sys/fs/cgroup/idler
   echo 1 > /sys/fs/cgroup/idler/cpu.idle
   echo "$LAB_IDLER" > /sys/fs/cgroup/idler/cgroup.procs

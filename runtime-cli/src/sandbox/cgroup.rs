@@ -204,18 +204,18 @@ impl Cgroup {
 
 /// Makes the cgroup if need be, and puts the process `pid` into it.
 fn add(manager: &AnyCgroupManager, pid: Pid) -> Result<(), AnyManagerError> {
-    for _ in 1..TRIES {
+    let mut more = 1..TRIES;
+    loop {
         match manager.add_task(pid) {
             // Somebody else made one of the cgroups above it, as Docker's, since libcgroups looked: it is
             // there now.
             Err(AnyManagerError::V2(V2ManagerError::WrappedIo(WrappedIoError::CreateDir {
                 err,
                 ..
-            }))) if err.kind() == ErrorKind::AlreadyExists => {}
+            }))) if err.kind() == ErrorKind::AlreadyExists && more.next().is_some() => {}
             result => return result,
         }
     }
-    manager.add_task(pid)
 }
 
 /// Changes the limits of a cgroup that exists.
@@ -266,6 +266,13 @@ mod tests {
     use std::thread;
 
     use super::*;
+
+    /// A process to put into cgroups, and its pid.
+    fn sleeper() -> (Child, Pid) {
+        let child = Command::new("sleep").arg("1000").spawn().unwrap();
+        let pid = Pid::from_raw(i32::try_from(child.id()).unwrap());
+        (child, pid)
+    }
 
     #[test]
     fn a_cgroup_is_named_after_the_container_if_the_bundle_names_none() {
@@ -329,14 +336,12 @@ mod tests {
         for _ in 0..20 {
             let managers = ["a", "b", "c", "d"]
                 .map(|id| Name::of(Some(&parent.path.join(id)), false, id).manager(id).unwrap());
-            let mut others =
-                managers.each_ref().map(|_| Command::new("sleep").arg("1000").spawn().unwrap());
+            let others = managers.each_ref().map(|_| sleeper());
             let start = Barrier::new(managers.len());
 
             let added: Vec<_> = thread::scope(|scope| {
-                let add_at_once = |(manager, other): (_, &Child)| {
-                    let pid = Pid::from_raw(i32::try_from(other.id()).unwrap());
-                    let start = &start;
+                let add_at_once = |(manager, (_, pid)): (_, &(Child, Pid))| {
+                    let (start, pid) = (&start, *pid);
                     scope.spawn(move || {
                         start.wait();
                         add(manager, pid)
@@ -346,7 +351,7 @@ mod tests {
                 threads.into_iter().map(|thread| thread.join().unwrap()).collect()
             });
 
-            for (manager, other) in managers.iter().zip(&mut others) {
+            for (manager, (mut other, _)) in managers.iter().zip(others) {
                 other.kill().unwrap();
                 other.wait().unwrap();
                 manager.remove().unwrap();
@@ -363,9 +368,8 @@ mod tests {
     fn limits_of_a_cgroup_in_use_can_be_changed() {
         let name = Name::of(None, false, "unit-test-limit");
         let manager = name.manager("unit-test-limit").unwrap();
-        let mut other = Command::new("sleep").arg("1000").spawn().unwrap();
-        let pid = i32::try_from(other.id()).unwrap();
-        manager.add_task(Pid::from_raw(pid)).unwrap();
+        let (mut other, pid) = sleeper();
+        manager.add_task(pid).unwrap();
         let resources = serde_json::from_str(r#"{"cpu":{"cpus":"0"}}"#).unwrap();
 
         limit(&name, "unit-test-limit", &resources).unwrap();
@@ -381,9 +385,8 @@ mod tests {
     fn a_cgroup_that_somebody_is_in_is_not_taken() {
         let name = Name::of(None, false, "unit-test-used");
         let manager = name.manager("unit-test-used").unwrap();
-        let mut other = Command::new("sleep").arg("1000").spawn().unwrap();
-        let pid = i32::try_from(other.id()).unwrap();
-        manager.add_task(Pid::from_raw(pid)).unwrap();
+        let (mut other, pid) = sleeper();
+        manager.add_task(pid).unwrap();
 
         let found = Cgroup::find(name.clone(), "unit-test-used").map(drop);
 
