@@ -56,13 +56,17 @@ impl Listings {
         mut take: impl FnMut(DirEntry, &CStr) -> io::Result<usize>,
     ) -> io::Result<()> {
         let listing = self.lock().remove(&handle);
+        let is_known = listing.is_some();
         let mut listing = listing.filter(|listing| listing.taken == position).unwrap_or(Listing {
             taken: position,
             read: position,
             ahead: VecDeque::new(),
         });
         let result = listing.answer(read, &mut take);
-        self.lock().insert(handle, listing);
+        // A guest may name any handle: one that cannot be read is not kept.
+        if is_known || result.is_ok() {
+            self.lock().insert(handle, listing);
+        }
         result
     }
 
@@ -191,6 +195,16 @@ mod tests {
         listings.list(7, 1, |from, take| read("abc", from, take), take).unwrap();
 
         assert_eq!(given, "c");
+    }
+
+    #[test]
+    fn a_handle_that_cannot_be_read_is_not_kept() {
+        let listings = Listings::default();
+
+        let read = |_, _: Take| Err(io::Error::from_raw_os_error(libc::EBADF));
+        listings.list(7, 0, read, |_, _| Ok(1)).unwrap_err();
+
+        assert!(listings.lock().is_empty());
     }
 
     #[test]

@@ -10,6 +10,7 @@ mod extension;
 mod forgetting;
 mod ledger;
 mod listing;
+mod mapped;
 mod observer;
 mod opening;
 mod saved;

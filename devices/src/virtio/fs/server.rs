@@ -18,6 +18,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::changes::Telling;
 use super::extension::Extension;
 use super::ledger::Ledger;
+use super::mapped;
 use super::observer::Observer;
 use super::saved::State;
 use super::tree::Tree;
@@ -30,11 +31,11 @@ const MAPPED_FILE_BYTES: u64 = 64 << 10;
 
 /// Most bytes of a request and of its answer: 1 MiB of data, which is what is negotiated, and the
 /// headers. The library allocates as much as it is sent, so nothing larger may reach it.
-const MAX_MESSAGE_BYTES: usize = (1 << 20) + (8 << 10);
+pub(super) const MAX_MESSAGE_BYTES: usize = (1 << 20) + (8 << 10);
 
 /// `FUSE_READ` and `FUSE_WRITE` (linux/fuse.h), whose data goes between file and guest by itself.
-const READ: u32 = 15;
-const WRITE: u32 = 16;
+pub(super) const READ: u32 = 15;
+pub(super) const WRITE: u32 = 16;
 
 /// Where Linux says how many files a process may have open at most (proc(5)).
 const MOST_FILES: &str = "/proc/sys/fs/nr_open";
@@ -127,6 +128,8 @@ pub(super) enum RequestError {
     Message(fuse_backend_rs::Error),
     #[error("the request or the room for its answer is too short: {0}")]
     Extension(io::Error),
+    #[error("more than the data of a read or a write lies in the window: {0}")]
+    Mapped(io::Error),
 }
 
 /// Serves one directory tree, including everything that is mounted in it.
@@ -178,27 +181,35 @@ impl Server {
     }
 
     /// Serves one request and returns the size of the answer in bytes, 0 for a request without one.
-    /// The data of files may be anywhere in `buffers`: a program writes what it has mapped.
+    /// The data of files may be anywhere in `buffers`, which is more than `memory`: a program writes what it
+    /// has mapped.
     pub(super) fn serve(
         &self,
         chain: &Chain<'_>,
         memory: &GuestMemoryMmap,
         buffers: Option<&GuestMemoryMmap>,
     ) -> Result<u32, RequestError> {
-        let opcode = opcode(chain, memory);
-        let moves_data = matches!(opcode, Some(READ | WRITE));
-        let memory = buffers.filter(|_| moves_data).unwrap_or(memory);
-        let request =
-            Reader::from_descriptor_chain(memory, chain.clone()).map_err(RequestError::Memory)?;
-        let answer = VirtioFsWriter::new(memory, chain.clone()).map_err(RequestError::Memory)?;
+        if let Some(window) = &self.window {
+            window.unpatch();
+        }
+        let request = Reader::from_descriptor_chain(memory, chain.clone());
+        let answer = VirtioFsWriter::new(memory, chain.clone());
+        let (request, answer) = match (request, answer, buffers) {
+            (Ok(request), Ok(answer), _) => (request, answer),
+            (Err(error), _, None) | (_, Err(error), None) => {
+                return Err(RequestError::Memory(error));
+            }
+            (_, _, Some(buffers)) => {
+                let written = mapped::serve(&self.ledger, chain, memory, buffers);
+                return written.map(bytes_of_answer).map_err(RequestError::Mapped);
+            }
+        };
         // Measured on what the library works with, because a guest may change its descriptors
         // after they were looked at.
         if request.available_bytes().max(answer.available_bytes()) > MAX_MESSAGE_BYTES {
             return Err(RequestError::TooLarge);
         }
-        if let Some(window) = &self.window {
-            window.unpatch();
-        }
+        let opcode = opcode(chain, memory);
         if let Some(extension) = opcode.and_then(Extension::of) {
             let written = extension.serve(&self.ledger, request, answer);
             return written.map(bytes_of_answer).map_err(RequestError::Extension);

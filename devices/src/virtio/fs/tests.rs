@@ -13,7 +13,7 @@ use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::*;
-use crate::virtio::testing::{Driver, MEMORY_BYTES, NEXT, RINGS, memory};
+use crate::virtio::testing::{Driver, MEMORY_BYTES, NEXT, QUEUE_SIZE, RINGS, memory};
 
 const LOOKUP: u32 = 1;
 const FORGET: u32 = 2;
@@ -566,6 +566,62 @@ fn data_is_written_from_where_another_file_is_mapped_and_nowhere_else() {
 
     assert_eq!(errors, [0, libc::EFAULT]);
     assert_eq!(fs::read(root.path().join("copy")).unwrap(), [7; 8]);
+}
+
+/// Where the address of the `nth` buffer of the chain is that begins with descriptor `head`.
+fn address_of(head: u16, nth: u16) -> GuestAddress {
+    let entry = u64::from((head + nth) % QUEUE_SIZE) * 16;
+    GuestAddress(REQUESTS as u64 * RINGS + entry)
+}
+
+/// Offers a read of 8 bytes: buffers of header, arguments, header of the answer, data.
+fn offer_read(guest: &mut Guest<'_>, file: &Answer) -> u16 {
+    let header = guest.header(READ, file.node(), 40);
+    let rest = words(&[0, 0, 8, 0, 0, 0, 0, 0]);
+    let body = [&file.field(CREATED_HANDLE).to_le_bytes()[..], &rest].concat();
+    guest.driver.offer(REQUESTS, &[&header, &body], &[16, 8])
+}
+
+#[test]
+fn data_is_read_to_where_another_file_is_mapped() {
+    let (root, memory) = (TempDir::new().unwrap(), memory());
+    let mut guest = with_window(&memory, &root, false);
+    let node = guest.lookup("file").node();
+    assert_eq!(guest.map(node, SLOT_BYTES, 3).errno, 0);
+    let source = guest.create("source");
+    fs::write(root.path().join("source"), "contents").unwrap();
+
+    for (place, expected) in [(SLOT_BYTES, 0), (0, libc::EFAULT)] {
+        let head = offer_read(&mut guest, &source);
+        let answer: u64 = memory.read_obj(address_of(head, 2)).unwrap();
+        memory.write_obj(WINDOW + place, address_of(head, 3)).unwrap();
+        guest.device.queue_ready(REQUESTS).unwrap();
+        let error: i32 = memory.read_obj(GuestAddress(answer + 4)).unwrap();
+        assert_eq!(-error, expected);
+    }
+
+    assert_eq!(fs::read(root.path().join("file")).unwrap()[..8], *b"contents");
+}
+
+#[test]
+fn nothing_but_data_may_lie_in_the_window() {
+    let (root, memory) = (TempDir::new().unwrap(), memory());
+    let mut guest = with_window(&memory, &root, false);
+    let node = guest.lookup("file").node();
+    assert_eq!(guest.map(node, SLOT_BYTES, 2).errno, 0);
+    let source = guest.create("source");
+
+    // Where nothing is mapped, and where a file is.
+    for place in [0, SLOT_BYTES] {
+        for nth in 0..3 {
+            let head = offer_read(&mut guest, &source);
+            memory.write_obj(WINDOW + place, address_of(head, nth)).unwrap();
+            guest.device.queue_ready(REQUESTS).unwrap();
+            assert_eq!(guest.driver.used_of(REQUESTS).last().unwrap().1, 0, "{nth} at {place:#x}");
+        }
+    }
+
+    assert_eq!(guest.lookup("file").node(), node);
 }
 
 #[test]

@@ -355,10 +355,10 @@ impl FileSystem for Tree {
         flock_release: bool,
         lock_owner: Option<u64>,
     ) -> io::Result<()> {
-        if let Some(released) = self.unnamed.release(handle) {
-            return released;
-        }
-        self.files.release(context, inode, flags, handle, flush, flock_release, lock_owner)
+        self.listings.close(handle); // a hostile guest's way to close a directory
+        self.unnamed.release(handle).unwrap_or_else(|| {
+            self.files.release(context, inode, flags, handle, flush, flock_release, lock_owner)
+        })
     }
 
     fn statfs(&self, context: &Context, inode: u64) -> io::Result<statvfs64> {
