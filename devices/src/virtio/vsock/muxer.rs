@@ -253,10 +253,20 @@ impl Muxer {
         let Some(entry) = self.connections.get_mut(&ports) else { return };
         act(&mut entry.connection);
         if entry.connection.is_over() {
+            // With its turn: a guest that takes no packets may begin and end streams for ever.
+            if entry.is_runnable {
+                self.runnable.retain(|waiting| *waiting != ports);
+            }
             self.connections.remove(&ports);
         } else if !std::mem::replace(&mut entry.is_runnable, true) {
             self.runnable.push_back(ports);
         }
+    }
+
+    /// How many turns are waited for.
+    #[cfg(test)]
+    pub fn turns(&self) -> usize {
+        self.runnable.len()
     }
 
     /// Whether one more packet of the guest can be answered.
@@ -383,6 +393,7 @@ impl Muxer {
             }
             !entry.connection.is_over()
         });
+        self.runnable.retain(|ports| self.connections.contains_key(ports));
         self.refusals.clear();
         was_known
     }

@@ -642,6 +642,24 @@ fn refusals_wait_for_the_guest_without_growing() {
 }
 
 #[test]
+fn a_guest_that_begins_and_ends_streams_and_takes_nothing_makes_nothing_grow() {
+    let memory = memory();
+    let mut guest = Guest::boot(&memory);
+    let mut others = Vec::new();
+
+    for _ in 0..4 * RECEIVE_BUFFERS {
+        let (other, stream) = socket();
+        others.push(other);
+        guest.host.listen(PORT, stream).unwrap();
+        guest.send(Op::Request, PORT);
+        guest.send(Op::Reset, PORT);
+    }
+
+    assert!(guest.driver.used_of(0).len() <= RECEIVE_BUFFERS);
+    assert_eq!(guest.device.muxer.turns(), 0);
+}
+
+#[test]
 fn data_spread_over_several_buffers_is_joined() {
     let memory = memory();
     let mut guest = Guest::boot(&memory);
