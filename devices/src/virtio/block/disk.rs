@@ -6,6 +6,9 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, fcntl};
+
 use super::host::{self, Alignment};
 use super::request::{SECTOR_BYTES, Segment};
 use crate::virtio::buffers::Buffers;
@@ -34,6 +37,14 @@ pub enum DiskError {
     /// A directory, a pipe or the like.
     #[error("disk {path} is neither a regular file nor a block device")]
     Kind {
+        /// Which disk.
+        path: PathBuf,
+    },
+    /// Another machine writes to the image, or would see what this one writes.
+    #[error(
+        "disk {path} is in use by another program; one that is `read_only` everywhere can be shared"
+    )]
+    InUse {
         /// Which disk.
         path: PathBuf,
     },
@@ -77,6 +88,10 @@ struct Direct {
 
 impl Disk {
     /// Opens the raw image or block device at `path`. A part of a sector at its end is not used.
+    ///
+    /// An image has one writer, or only readers: its file is locked as long as the disk is open (fcntl(2),
+    /// "Open file description locks"), which QEMU and Cloud Hypervisor heed, too. A block device may be one
+    /// of a cluster's, and is not.
     pub fn open(path: &Path, access: Access) -> Result<Self, DiskError> {
         let mut options = OpenOptions::new();
         options.read(true).write(!access.read_only);
@@ -86,6 +101,9 @@ impl Disk {
         let kind = file.metadata().map_err(size)?.file_type();
         if !kind.is_file() && !kind.is_block_device() {
             return Err(DiskError::Kind { path: path.into() });
+        }
+        if kind.is_file() && is_locked_by_another(&file, access.read_only) {
+            return Err(DiskError::InUse { path: path.into() });
         }
         // The metadata of a block device has no size; its end has a position.
         let bytes = (&file).seek(SeekFrom::End(0)).map_err(size)?;
@@ -213,6 +231,21 @@ impl Direct {
     }
 }
 
+/// Locks all of `file`, unless another program has.
+fn is_locked_by_another(file: &File, read_only: bool) -> bool {
+    let kind = if read_only { libc::F_RDLCK } else { libc::F_WRLCK };
+    let small = |constant: i32| i16::try_from(constant).expect("a small number");
+    let lock = libc::flock {
+        l_type: small(kind),
+        l_whence: small(libc::SEEK_SET),
+        l_start: 0,
+        l_len: 0, // to the end, wherever that is
+        l_pid: 0,
+    };
+    // File systems without locks keep nobody from anything.
+    fcntl(file, FcntlArg::F_OFD_SETLK(&lock)).is_err_and(|error| error == Errno::EAGAIN)
+}
+
 /// Whether a file system or a device does not know what it was asked for.
 fn says_unsupported(error: &io::Error) -> bool {
     let codes = [libc::EOPNOTSUPP, libc::ENOSYS, libc::ENOTTY];
@@ -299,6 +332,23 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let error = Disk::open(directory.path(), READ_ONLY).unwrap_err();
         assert!(matches!(error, DiskError::Kind { .. }));
+    }
+
+    #[test]
+    fn an_image_has_one_writer_or_only_readers() {
+        let file = full();
+        let open = |access| Disk::open(file.path(), access);
+        let in_use = |access| matches!(open(access).unwrap_err(), DiskError::InUse { .. });
+
+        let writer = open(DIRECT).unwrap();
+        assert!(in_use(Access::default()));
+        assert!(in_use(READ_ONLY));
+        drop(writer);
+
+        let readers = (open(READ_ONLY).unwrap(), open(READ_ONLY).unwrap());
+        assert!(in_use(Access::default()));
+        drop(readers);
+        open(Access::default()).unwrap();
     }
 
     #[test]

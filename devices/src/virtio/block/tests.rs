@@ -35,7 +35,10 @@ const READ_ONLY: Access = Access { read_only: true, direct: false };
 const READ_WRITE: Access = Access { read_only: false, direct: false };
 
 fn block(image: &NamedTempFile, access: Access) -> Block {
-    let disk = Disk::open(image.path(), access).unwrap();
+    of_disk(Disk::open(image.path(), access).unwrap())
+}
+
+fn of_disk(disk: Disk) -> Block {
     Block::new(disk, "the-disk", 1, RateLimiter::unlimited(), None)
 }
 
@@ -389,7 +392,8 @@ fn a_disk_built_anew_serves_what_comes_next() {
     old.queue_ready(0).unwrap();
     driver.offer(0, &[&header(VIRTIO_BLK_T_OUT, 1), &[9; 512]], &[1]);
 
-    let mut new = block(&image, READ_WRITE);
+    // The old one still has the image's lock.
+    let mut new = of_disk(Disk::endless(image.reopen().unwrap()));
     driver.hand_over(0, &mut old, &mut new);
     drop(old);
     new.queue_ready(0).unwrap();
