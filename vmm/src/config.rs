@@ -39,6 +39,10 @@ const BLOCK_MIB: u32 = 2;
 /// Longest name of a network interface, in bytes: IFNAMSIZ less the terminating zero.
 const MAX_TAP_BYTES: usize = 15;
 
+/// Longest kernel command line, in bytes: what no kernel exceeds (`COMMAND_LINE_SIZE`). What the machine
+/// adds is checked against the kernel's own.
+const MAX_CMDLINE_BYTES: usize = 2047;
+
 /// Longest path of the guest's unix socket, in bytes: what unix(7) allows, less `_` and a port.
 const MAX_VSOCK_SOCKET_BYTES: usize = 107 - 11;
 
@@ -336,6 +340,11 @@ impl BootConfig {
         if self.cmdline.bytes().any(|byte| byte < b' ' || byte == 0x7f) {
             return refuse("boot.cmdline", "must be one line without control characters");
         }
+        if self.cmdline.len() > MAX_CMDLINE_BYTES {
+            let bytes = self.cmdline.len();
+            let rule = format!("must have at most {MAX_CMDLINE_BYTES} bytes, not {bytes}");
+            return refuse("boot.cmdline", &rule);
+        }
         Ok(())
     }
 }
@@ -569,6 +578,13 @@ mod tests {
     fn a_command_line_of_two_lines_is_refused() {
         let error = refused(r#"{"boot": {"kernel": "/k", "cmdline": "a\nb"}}"#);
         assert_eq!(error, "boot.cmdline: must be one line without control characters");
+    }
+
+    #[test]
+    fn a_command_line_longer_than_any_kernel_takes_is_refused() {
+        let cmdline = "x".repeat(2048);
+        let error = refused(&format!(r#"{{"boot": {{"kernel": "/k", "cmdline": "{cmdline}"}}}}"#));
+        assert_eq!(error, "boot.cmdline: must have at most 2047 bytes, not 2048");
     }
 
     #[test]
