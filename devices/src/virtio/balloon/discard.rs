@@ -47,6 +47,12 @@ impl Discarder {
         Discarder { memory, host_page, given_back_bytes: 0 }
     }
 
+    /// Whether a page that was given back may be anything but zeros when it is looked at again.
+    pub fn may_leave_contents(&self) -> bool {
+        let anonymous_or_shared = libc::MAP_ANONYMOUS | libc::MAP_SHARED;
+        self.memory.iter().any(|region| region.flags() & anonymous_or_shared == 0)
+    }
+
     /// How much was given back so far, in bytes; memory that was used and given back twice counts
     /// twice.
     pub fn given_back_bytes(&self) -> u64 {

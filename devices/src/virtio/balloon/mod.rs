@@ -327,10 +327,13 @@ impl Balloon {
         Ok(())
     }
 
-    /// Whether free pages have a content that a page of zeros does not have.
+    /// Whether free pages have a content that what was given back may not have (virtio 1.2, section
+    /// 5.5.6.7): poison, or zeros, where memory is private and on a file.
     fn has_poison(&self) -> bool {
-        let negotiated = |active: &Active| active.features & 1 << PAGE_POISON != 0;
-        self.active.as_ref().is_some_and(negotiated) && self.field(POISON) != 0
+        self.active.as_ref().is_some_and(|active| {
+            active.features & 1 << PAGE_POISON != 0
+                && (self.field(POISON) != 0 || active.discarder.may_leave_contents())
+        })
     }
 }
 

@@ -5,7 +5,7 @@ use std::thread;
 use std::time::Duration;
 
 use virtio_queue::desc::split::Descriptor;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 
 use super::*;
 use crate::virtio::testing::{Driver, MEMORY_BYTES, assert_shown, config_page, memory};
@@ -177,6 +177,27 @@ fn free_pages_with_a_content_are_kept() {
 
     assert!(given_back(&memory, 1).is_empty());
     assert_eq!(driver.used_of(2).len(), 1);
+}
+
+#[test]
+fn zeros_of_private_memory_on_a_file_are_kept_for_who_relies_on_them() {
+    let report = |features| {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(MEMORY_BYTES as u64).unwrap();
+        let (file, protection) = (FileOffset::new(file, 0), libc::PROT_READ | libc::PROT_WRITE);
+        let region = MmapRegion::build(Some(file), MEMORY_BYTES, protection, libc::MAP_PRIVATE);
+        let region = GuestRegionMmap::new(region.unwrap(), GuestAddress(0)).unwrap();
+        let memory = GuestMemoryMmap::from_regions(vec![region]).unwrap();
+        let driver = Driver::with_queues(&memory, 3);
+        let mut balloon = Balloon::new(REPORTING, 0);
+        balloon.activate(driver.activation_with(features)).unwrap();
+        driver.offer_descriptors(2, &[piece(ADDRESS, 4096)]);
+        balloon.queue_ready(2).unwrap();
+        balloon.given_back_bytes()
+    };
+
+    assert_eq!(report(REPORTING.features()), 0);
+    assert_eq!(report(REPORTING.features() & !(1 << PAGE_POISON)), BALLOON_PAGE);
 }
 
 #[test]
