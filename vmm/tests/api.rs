@@ -400,7 +400,7 @@ fn what_the_machine_was_built_without_is_refused() {
 fn disks_come_and_go_and_a_wrong_one_changes_nothing() {
     let image = tempfile::NamedTempFile::new().unwrap();
     image.as_file().set_len(1 << 20).unwrap();
-    let boot = format!("--disk=id=boot,path={}", image.path().display());
+    let boot = format!("--disk=id=boot,path={},read_only", image.path().display());
     let program = Program::start(&[print_for_ever(b'x')], &["--spare-slots=2", &boot]);
     program.wait_for_writes_beyond(0);
     let disk = |id: &str| json!({"id": id, "path": image.path(), "read_only": true});
@@ -425,6 +425,8 @@ fn disks_come_and_go_and_a_wrong_one_changes_nothing() {
     assert_refused(&program, post(queues), (400, "queues", "must be 1 to"));
     let missing = json!({"id": "x", "path": "/nowhere/disk"});
     assert_refused(&program, post(missing), (400, "(document)", "No such file"));
+    let writer = json!({"id": "x", "path": image.path()});
+    assert_refused(&program, post(writer), (400, "(document)", "is in use by another"));
 
     assert_eq!(program.ask("POST", "/v1/vm/disks", &disk("two").to_string()).0, 201);
     assert_refused(&program, post(disk("three")), (409, "spare_slots", "spare_slots = 2"));
