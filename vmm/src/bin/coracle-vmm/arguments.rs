@@ -15,7 +15,7 @@ use vmm::{
 use crate::limits::ResourceLimit;
 
 /// Fields of devices that are numbers; the others are text, even if it looks like a number.
-const NUMBERS: [&str; 4] = ["cid", "queue_pairs", "queues", "target_mib"];
+const NUMBERS: [&str; 5] = ["cid", "dax_mib", "queue_pairs", "queues", "target_mib"];
 
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -233,6 +233,12 @@ mod tests {
             BalloonConfig { target_mib: 64, statistics: true, ..BalloonConfig::default() };
         assert_eq!(config.balloon, Some(balloon));
         assert_eq!((config.pmem[0].id.as_str(), config.pmem[0].read_only), ("image", true));
+    }
+
+    #[test]
+    fn a_share_has_a_window_of_a_size() {
+        let config = parse(&["--share=tag=t,path=/s,dax_mib=64"]);
+        assert_eq!(config.shares[0].dax_mib, 64);
     }
 
     #[test]
