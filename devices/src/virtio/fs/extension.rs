@@ -58,25 +58,23 @@ impl Extension {
             Extension::CopyFileRange => copy(ledger, &header, &mut request),
             Extension::TmpFile => create(ledger, &header, &mut request),
         };
-        let (error, body) = match result {
-            Ok(body) => (0, body),
-            Err(error) => (-error.raw_os_error().unwrap_or(libc::EIO), Vec::new()),
-        };
-        let bytes = size_of::<OutHeader>() + body.len();
-        let len = u32::try_from(bytes).expect("an answer is a few structures");
-        let header = OutHeader { len, error, unique: header.unique };
-        answer.write_all(&[header.as_slice(), &body].concat())?;
-        Ok(bytes)
+        let head = head_of_answer(header.unique, result.as_ref().map(Vec::len));
+        answer.write_all(&[head.as_slice(), &result.unwrap_or_default()].concat())?;
+        Ok(head.len as usize)
     }
 }
 
-fn context(header: &InHeader) -> Context {
-    Context { uid: header.uid, gid: header.gid, pid: header.pid as i32 }
+/// What an answer to the request `unique` begins with: `result` has the length of its body, in bytes.
+pub(super) fn head_of_answer(unique: u64, result: Result<usize, &io::Error>) -> OutHeader {
+    let error = result.err().map_or(0, |error| -error.raw_os_error().unwrap_or(libc::EIO));
+    let bytes = size_of::<OutHeader>() + result.unwrap_or(0);
+    let len = u32::try_from(bytes).expect("no more than MAX_MESSAGE_BYTES");
+    OutHeader { len, error, unique }
 }
 
 fn copy(ledger: &Ledger, header: &InHeader, request: &mut Reader<'_>) -> io::Result<Vec<u8>> {
     let args: CopyFileRangeIn = request.read_obj()?;
-    let context = context(header);
+    let context = Context::from(header);
     let tree = &ledger.tree;
     tree.writable()?;
     let open =
@@ -100,7 +98,7 @@ fn copy(ledger: &Ledger, header: &InHeader, request: &mut Reader<'_>) -> io::Res
 fn create(ledger: &Ledger, header: &InHeader, request: &mut Reader<'_>) -> io::Result<Vec<u8>> {
     let args: CreateIn = request.read_obj()?;
     let parent = ledger.file(header.nodeid)?;
-    let (entry, handle) = ledger.tree.create_unnamed(&context(header), parent, args)?;
+    let (entry, handle) = ledger.tree.create_unnamed(&Context::from(header), parent, args)?;
     let entry = ledger.tell(entry);
     let open = Open { file: entry.inode, flags: args.flags, is_directory: false };
     let handle = ledger.book().open(handle, open);

@@ -15,11 +15,17 @@ use fuse_backend_rs::api::filesystem::{Context, FileSystem, ZeroCopyReader, Zero
 use fuse_backend_rs::file_buf::FileVolatileSlice;
 use fuse_backend_rs::file_traits::FileReadWriteVolatile;
 use virtio_queue::desc::split::Descriptor;
-use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemory, GuestMemoryMmap};
+use vm_memory::{ByteValued, GuestMemoryMmap};
 
+use super::extension::head_of_answer;
 use super::ledger::Ledger;
-use super::server::{MAX_MESSAGE_BYTES, READ, WRITE};
+use super::server::MAX_MESSAGE_BYTES;
+use crate::virtio::buffers::Buffers;
 use crate::virtio::queue::Chain;
+
+/// `FUSE_READ` and `FUSE_WRITE` (linux/fuse.h).
+const READ: u32 = 15;
+const WRITE: u32 = 16;
 
 /// Serves the request in `chain`, a read or a write, whose data is anywhere in `window`, which is `ram` and
 /// more. Returns the size of the answer in bytes.
@@ -32,20 +38,20 @@ pub(super) fn serve(
     // Taken once: the guest may change its descriptors.
     let (writable, readable): (Vec<_>, Vec<_>) =
         chain.clone().partition(|descriptor| descriptor.is_write_only());
-    let mut request = Pieces::new(&readable)?;
-    let mut answer = Pieces::new(&writable)?;
+    let mut request = Pieces::new(readable)?;
+    let mut answer = Pieces::new(writable)?;
     let header: InHeader = request.take(ram)?;
     let context = Context::from(&header);
     let mut head = answer.split_off(size_of::<OutHeader>())?;
     let (result, body) = match header.opcode {
         READ => {
-            let data = Data::new(&answer, window)?;
+            let data = Data(answer.within(window)?);
             (read(ledger, &context, header.nodeid, request.take(ram)?, data), Vec::new())
         }
         WRITE => {
             let args = request.take(ram)?;
             let written =
-                write(ledger, &context, header.nodeid, args, Data::new(&request, window)?);
+                write(ledger, &context, header.nodeid, args, Data(request.within(window)?));
             let body = written.as_ref().map_or(Vec::new(), |&size| {
                 let size = u32::try_from(size).expect("no more than was sent");
                 WriteOut { size, padding: 0 }.as_slice().to_vec()
@@ -55,13 +61,9 @@ pub(super) fn serve(
         _ => return Err(io::ErrorKind::InvalidInput.into()),
     };
     answer.put(ram, &body)?;
-    let (error, bytes) = match result {
-        Ok(bytes) => (0, size_of::<OutHeader>() + bytes),
-        Err(error) => (-error.raw_os_error().unwrap_or(libc::EIO), size_of::<OutHeader>()),
-    };
-    let len = u32::try_from(bytes).expect("no more than MAX_MESSAGE_BYTES");
-    head.put(ram, OutHeader { len, error, unique: header.unique }.as_slice())?;
-    Ok(bytes)
+    let header = head_of_answer(header.unique, result.as_ref().copied());
+    head.put(ram, header.as_slice())?;
+    Ok(header.len as usize)
 }
 
 fn read(
@@ -69,7 +71,7 @@ fn read(
     context: &Context,
     node: u64,
     args: ReadIn,
-    mut data: Data<'_>,
+    mut data: Data,
 ) -> io::Result<usize> {
     let owner = (args.read_flags & READ_LOCKOWNER != 0).then_some(args.lock_owner);
     ledger.read(context, node, args.fh, &mut data, args.size, args.offset, owner, args.flags)
@@ -80,7 +82,7 @@ fn write(
     context: &Context,
     node: u64,
     args: WriteIn,
-    mut data: Data<'_>,
+    mut data: Data,
 ) -> io::Result<usize> {
     let WriteIn { fh, offset, size, fuse_flags, lock_owner, flags, .. } = args;
     let owner = (fuse_flags & WRITE_LOCKOWNER != 0).then_some(lock_owner);
@@ -88,124 +90,113 @@ fn write(
     ledger.write(context, node, fh, &mut data, size, offset, owner, is_delayed, flags, fuse_flags)
 }
 
-/// What is left of the buffers of one direction: addresses, and lengths in bytes.
-struct Pieces(VecDeque<(GuestAddress, usize)>);
+/// What is left of the buffers of one direction.
+struct Pieces(VecDeque<Descriptor>);
 
 impl Pieces {
-    fn new(descriptors: &[Descriptor]) -> io::Result<Self> {
+    fn new(descriptors: Vec<Descriptor>) -> io::Result<Self> {
         let bytes: u64 = descriptors.iter().map(|descriptor| u64::from(descriptor.len())).sum();
         if bytes > MAX_MESSAGE_BYTES as u64 {
             return Err(io::ErrorKind::InvalidInput.into());
         }
-        let piece = |descriptor: &Descriptor| (descriptor.addr(), descriptor.len() as usize);
-        Ok(Pieces(descriptors.iter().map(piece).collect()))
+        Ok(Pieces(descriptors.into()))
     }
 
     /// The first `bytes` of them, which are taken away here.
-    fn split_off(&mut self, mut bytes: usize) -> io::Result<Self> {
+    fn split_off(&mut self, bytes: usize) -> io::Result<Self> {
+        let mut left = u32::try_from(bytes).map_err(io::Error::other)?;
         let mut first = VecDeque::new();
-        while bytes > 0 {
-            let (address, length) = self.0.pop_front().ok_or(io::ErrorKind::UnexpectedEof)?;
-            let taken = length.min(bytes);
-            first.push_back((address, taken));
-            if taken < length {
-                let rest =
-                    address.0.checked_add(taken as u64).ok_or(io::ErrorKind::InvalidInput)?;
-                self.0.push_front((GuestAddress(rest), length - taken));
+        while left > 0 {
+            let piece = self.0.pop_front().ok_or(io::ErrorKind::UnexpectedEof)?;
+            let (address, taken) = (piece.addr().0, piece.len().min(left));
+            first.push_back(Descriptor::new(address, taken, 0, 0));
+            if taken < piece.len() {
+                let rest = address.checked_add(taken.into()).ok_or(io::ErrorKind::InvalidInput)?;
+                self.0.push_front(Descriptor::new(rest, piece.len() - taken, 0, 0));
             }
-            bytes -= taken;
+            left -= taken;
         }
         Ok(Pieces(first))
+    }
+
+    /// Their bytes in `memory`.
+    fn within(&self, memory: &GuestMemoryMmap) -> io::Result<Buffers> {
+        let mut buffers = Buffers::new(memory.clone());
+        buffers.add(self.0.iter().copied()).map_err(io::Error::other)?;
+        Ok(buffers)
     }
 
     /// Takes a structure away that lies in `ram`.
     fn take<T: ByteValued + Default>(&mut self, ram: &GuestMemoryMmap) -> io::Result<T> {
         let mut object = T::default();
-        let mut bytes = object.as_mut_slice();
-        for (address, length) in self.split_off(bytes.len())?.0 {
-            let (piece, rest) = bytes.split_at_mut(length);
-            ram.read_slice(piece, address).map_err(io::Error::other)?;
-            bytes = rest;
-        }
+        self.split_off(size_of::<T>())?.within(ram)?.copy_out(0, object.as_mut_slice());
         Ok(object)
     }
 
     /// Fills the first of them with `bytes`, in `ram`.
-    fn put(&mut self, ram: &GuestMemoryMmap, mut bytes: &[u8]) -> io::Result<()> {
-        for (address, length) in self.split_off(bytes.len())?.0 {
-            let (piece, rest) = bytes.split_at(length);
-            ram.write_slice(piece, address).map_err(io::Error::other)?;
-            bytes = rest;
-        }
+    fn put(&mut self, ram: &GuestMemoryMmap, bytes: &[u8]) -> io::Result<()> {
+        self.split_off(bytes.len())?.within(ram)?.copy_in(0, bytes);
         Ok(())
     }
 }
 
-/// The data of a request, for system calls only.
-struct Data<'m>(Vec<FileVolatileSlice<'m>>);
+/// The data of a request, for system calls only; what was moved is gone from it.
+struct Data(Buffers);
 
-impl<'m> Data<'m> {
-    fn new(pieces: &Pieces, window: &'m GuestMemoryMmap) -> io::Result<Self> {
-        let mut slices = Vec::new();
-        for &(address, length) in &pieces.0 {
-            for slice in window.get_slices(address, length) {
-                let slice = slice.map_err(io::Error::other)?;
-                slices.push(FileVolatileSlice::from_volatile_slice(&slice));
-            }
+impl Data {
+    fn pass(
+        &mut self,
+        count: usize,
+        pass: impl FnOnce(&[FileVolatileSlice<'_>]) -> io::Result<usize>,
+    ) -> io::Result<usize> {
+        let mut left = count;
+        let mut slices = Vec::with_capacity(self.0.slices());
+        for slice in self.0.iovecs() {
+            let bytes = slice.iov_len.min(left);
+            // SAFETY: a part of the slice, whose memory the buffers keep.
+            slices.push(unsafe { FileVolatileSlice::from_raw_ptr(slice.iov_base.cast(), bytes) });
+            left -= bytes;
         }
-        Ok(Data(slices))
-    }
-
-    /// The first `bytes` of it.
-    fn first(&self, mut bytes: usize) -> Vec<FileVolatileSlice<'m>> {
-        let mut first = Vec::with_capacity(self.0.len());
-        for slice in &self.0 {
-            let taken = slice.len().min(bytes);
-            if taken == 0 {
-                continue;
-            }
-            // SAFETY: a part of `slice`, whose memory the borrow of the window keeps.
-            first.push(unsafe { FileVolatileSlice::from_raw_ptr(slice.as_ptr(), taken) });
-            bytes -= taken;
-        }
-        first
+        let passed = pass(&slices)?;
+        self.0.skip(passed);
+        Ok(passed)
     }
 }
 
-impl ZeroCopyReader for Data<'_> {
+impl ZeroCopyReader for Data {
     fn read_to(
         &mut self,
         file: &mut dyn FileReadWriteVolatile,
         count: usize,
         offset: u64,
     ) -> io::Result<usize> {
-        file.write_vectored_at_volatile(&self.first(count), offset)
+        self.pass(count, |slices| file.write_vectored_at_volatile(slices, offset))
     }
 }
 
-impl ZeroCopyWriter for Data<'_> {
+impl ZeroCopyWriter for Data {
     fn write_from(
         &mut self,
         file: &mut dyn FileReadWriteVolatile,
         count: usize,
         offset: u64,
     ) -> io::Result<usize> {
-        file.read_vectored_at_volatile(&self.first(count), offset)
+        self.pass(count, |slices| file.read_vectored_at_volatile(slices, offset))
     }
 
     fn available_bytes(&self) -> usize {
-        self.0.iter().map(FileVolatileSlice::len).sum()
+        self.0.bytes()
     }
 }
 
 // The traits above ask for these; nothing that copies may touch the data.
-impl Read for Data<'_> {
+impl Read for Data {
     fn read(&mut self, _buffer: &mut [u8]) -> io::Result<usize> {
         Err(io::Error::from_raw_os_error(libc::EFAULT))
     }
 }
 
-impl Write for Data<'_> {
+impl Write for Data {
     fn write(&mut self, _buffer: &[u8]) -> io::Result<usize> {
         Err(io::Error::from_raw_os_error(libc::EFAULT))
     }

@@ -33,10 +33,6 @@ const MAPPED_FILE_BYTES: u64 = 64 << 10;
 /// headers. The library allocates as much as it is sent, so nothing larger may reach it.
 pub(super) const MAX_MESSAGE_BYTES: usize = (1 << 20) + (8 << 10);
 
-/// `FUSE_READ` and `FUSE_WRITE` (linux/fuse.h), whose data goes between file and guest by itself.
-pub(super) const READ: u32 = 15;
-pub(super) const WRITE: u32 = 16;
-
 /// Where Linux says how many files a process may have open at most (proc(5)).
 const MOST_FILES: &str = "/proc/sys/fs/nr_open";
 
@@ -192,14 +188,12 @@ impl Server {
         if let Some(window) = &self.window {
             window.unpatch();
         }
-        let request = Reader::from_descriptor_chain(memory, chain.clone());
-        let answer = VirtioFsWriter::new(memory, chain.clone());
-        let (request, answer) = match (request, answer, buffers) {
-            (Ok(request), Ok(answer), _) => (request, answer),
-            (Err(error), _, None) | (_, Err(error), None) => {
-                return Err(RequestError::Memory(error));
-            }
-            (_, _, Some(buffers)) => {
+        let both = Reader::from_descriptor_chain(memory, chain.clone())
+            .and_then(|request| Ok((request, VirtioFsWriter::new(memory, chain.clone())?)));
+        let (request, answer) = match (both, buffers) {
+            (Ok(both), _) => both,
+            (Err(error), None) => return Err(RequestError::Memory(error)),
+            (Err(_), Some(buffers)) => {
                 let written = mapped::serve(&self.ledger, chain, memory, buffers);
                 return written.map(bytes_of_answer).map_err(RequestError::Mapped);
             }

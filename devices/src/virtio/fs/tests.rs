@@ -541,6 +541,12 @@ fn only_a_large_file_is_to_be_mapped() {
     assert_eq!(flags, [2, 0]);
 }
 
+/// Where the address of the `nth` buffer of the chain is that begins with descriptor `head`.
+fn address_of(head: u16, nth: u16) -> GuestAddress {
+    let entry = u64::from((head + nth) % QUEUE_SIZE) * 16;
+    GuestAddress(REQUESTS as u64 * RINGS + entry)
+}
+
 #[test]
 fn data_is_written_from_where_another_file_is_mapped_and_nowhere_else() {
     let (root, memory) = (TempDir::new().unwrap(), memory());
@@ -554,9 +560,7 @@ fn data_is_written_from_where_another_file_is_mapped_and_nowhere_else() {
         let header = guest.header(WRITE, created.node(), 48);
         let body = [&created.field(CREATED_HANDLE).to_le_bytes()[..], &rest].concat();
         let head = guest.driver.offer(REQUESTS, &[&header, &body, &[0; 8]], &[16, ROOM]);
-        let moved = Descriptor::new(WINDOW + place, 8, NEXT, head + 3);
-        let entry = GuestAddress(REQUESTS as u64 * RINGS + u64::from(head + 2) * 16);
-        memory.write_obj(moved, entry).unwrap();
+        memory.write_obj(WINDOW + place, address_of(head, 2)).unwrap();
         guest.device.queue_ready(REQUESTS).unwrap();
         let answer = guest.driver.written(REQUESTS, guest.driver.used_of(REQUESTS).len() - 1);
         -i32::from_le_bytes(answer[4..8].try_into().unwrap())
@@ -566,12 +570,6 @@ fn data_is_written_from_where_another_file_is_mapped_and_nowhere_else() {
 
     assert_eq!(errors, [0, libc::EFAULT]);
     assert_eq!(fs::read(root.path().join("copy")).unwrap(), [7; 8]);
-}
-
-/// Where the address of the `nth` buffer of the chain is that begins with descriptor `head`.
-fn address_of(head: u16, nth: u16) -> GuestAddress {
-    let entry = u64::from((head + nth) % QUEUE_SIZE) * 16;
-    GuestAddress(REQUESTS as u64 * RINGS + entry)
 }
 
 /// Offers a read of 8 bytes: buffers of header, arguments, header of the answer, data.
