@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io;
+use std::mem;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -64,6 +65,13 @@ impl Listener {
     }
 }
 
+impl SocketFile {
+    /// Leaves the file to whoever gets to know where it is.
+    pub fn into_path(mut self) -> PathBuf {
+        mem::take(&mut self.0)
+    }
+}
+
 impl AsFd for Listener {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
@@ -78,8 +86,10 @@ impl AsRawFd for Listener {
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        // Somebody else may have removed it, and that is as good.
-        let _ = fs::remove_file(&self.0);
+        if !self.0.as_os_str().is_empty() {
+            // Somebody else may have removed it, and that is as good.
+            let _ = fs::remove_file(&self.0);
+        }
     }
 }
 

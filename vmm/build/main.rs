@@ -21,8 +21,8 @@ use seccompiler::{BpfProgram, TargetArch, compile_from_json, sock_filter};
 use serde_json::{Value, json};
 use shorten::shorten;
 
-/// Kinds of threads, as the JSON files and the fields of `Filters` call them.
-const KINDS: [&str; 4] = ["vcpu", "vmm", "io", "main"];
+/// Filters, mostly of kinds of threads, as the JSON files and the fields of `Filters` call them.
+const KINDS: [&str; 6] = ["vcpu", "vmm", "io", "main", "growing", "without_clone3"];
 
 /// System calls of one leaf: fewer make the filter longer, and more make it slower.
 const LEAF_CALLS: usize = 4;

@@ -4,18 +4,23 @@
 //! yet ([`VmConfig::spare_slots`](crate::VmConfig::spare_slots)). Its driver passes them over, and looks
 //! again when somebody in the guest binds it to the place.
 
+use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use arch::{Arch, Host, VmFd};
 use devices::interrupt::IrqLine;
 use devices::virtio::VirtioDevice;
 use devices::virtio::activity::Activity;
+use devices::virtio::block::{Block, Ring};
+use devices::virtio::net::{Net, Tap};
 use event_manager::SubscriberId;
 use vm_memory::GuestMemoryMmap;
 
-use crate::config::ConfigError;
+use crate::config::{ConfigError, DiskConfig, DiskEngine};
 use crate::error::Error;
 use crate::event_loop::EventLoop;
+use crate::opened;
+use crate::peripherals;
 use crate::placement::{Loop, PlacementError, SpareSlot, Wired, unwire};
 
 /// Why a device was not attached. The machine goes on as before.
@@ -40,7 +45,7 @@ pub enum AttachError {
     Connect(#[source] PlacementError),
     /// The thread that has to serve it does not answer.
     #[error("have it served")]
-    Serve(#[source] std::io::Error),
+    Serve(#[source] io::Error),
 }
 
 /// Why a device was not detached.
@@ -69,41 +74,110 @@ pub struct Slots {
     memory: GuestMemoryMmap,
     /// Names of the devices that were there from the start.
     fixed: Vec<String>,
-    places: Mutex<Vec<Place>>,
+    places: Mutex<Places>,
+}
+
+struct Places {
+    all: Vec<Place>,
+    /// Whether this process opens nothing any more.
+    is_closed: bool,
 }
 
 struct Place {
     spare: SpareSlot,
+    /// For a disk that comes once this process may make no ring any more.
+    ring: Option<Ring>,
     taken: Option<Taken>,
+}
+
+/// A device that comes and goes.
+#[derive(Clone)]
+pub enum Device {
+    /// A disk.
+    Disk(Arc<Mutex<Block>>),
+    /// A network interface.
+    Net(Arc<Mutex<Net<Tap>>>),
 }
 
 /// What a place holds beside what its slot holds.
 struct Taken {
     name: String,
-    served_by: Loop,
+    device: Device,
     subscriber: SubscriberId,
     line: Arc<IrqLine>,
     activity: Arc<Activity>,
 }
 
+impl Device {
+    fn shared(&self) -> Arc<Mutex<dyn VirtioDevice>> {
+        match self {
+            Device::Disk(disk) => disk.clone(),
+            Device::Net(net) => net.clone(),
+        }
+    }
+
+    fn served_by(&self) -> Loop {
+        match self {
+            Device::Disk(_) => Loop::Io,
+            Device::Net(_) => Loop::Vmm,
+        }
+    }
+}
+
+impl Place {
+    /// Keeps the ring of a `device` that is not there any more.
+    fn keep_ring(&mut self, device: &Device) {
+        if let Device::Disk(disk) = device {
+            let mut disk = disk.lock().expect("no device panics while it holds its lock");
+            self.ring = disk.take_ring();
+        }
+    }
+}
+
 impl Slots {
     /// `spares` for devices that work on `memory`, in a machine that has devices called `fixed`.
     pub fn new(memory: GuestMemoryMmap, fixed: Vec<String>, spares: Vec<SpareSlot>) -> Self {
-        let places = spares.into_iter().map(|spare| Place { spare, taken: None }).collect();
+        let places = spares.into_iter().map(|spare| Place { spare, ring: None, taken: None });
+        let places = Places { all: places.collect(), is_closed: false };
         Slots { memory, fixed, places: Mutex::new(places) }
     }
 
+    /// Makes what a device may need that this process will not be able to make for it any more: rings.
+    /// System call filters do not see what a ring does, so that only a thread without one makes any.
+    pub fn close(&self) {
+        let mut places = self.lock();
+        places.is_closed = true;
+        for place in &mut places.all {
+            // Disks do without, as they do where the host has none.
+            place.ring = Ring::open().ok();
+        }
+    }
+
+    /// A ring for the disk of `config`, which `kept` may be.
+    pub fn ring(
+        config: &DiskConfig,
+        kept: Option<&mut Option<Ring>>,
+    ) -> Result<Option<Ring>, Error> {
+        let Some(kept) = kept else { return peripherals::open_ring(config) };
+        match kept.take() {
+            None if config.engine == DiskEngine::IoUring => {
+                Err(peripherals::no_ring(config, io::ErrorKind::Unsupported.into()))
+            }
+            ring => Ok(ring),
+        }
+    }
+
     /// Attaches what `open` returns under a `name` that says `field` of its configuration, and has it
-    /// served by the right one of `loops`.
+    /// served by the right one of `loops`. `open` gets a ring to use if no other may be made.
     pub fn attach(
         &self,
         vm: &Arc<VmFd>,
         loops: &[EventLoop],
         (field, name): (&str, &str),
-        served_by: Loop,
-        open: impl FnOnce(&GuestMemoryMmap) -> Result<Arc<Mutex<dyn VirtioDevice>>, Error>,
+        open: impl FnOnce(&GuestMemoryMmap, Option<&mut Option<Ring>>) -> Result<Device, Error>,
     ) -> Result<Attachment, AttachError> {
         let mut places = self.lock();
+        let Places { all: places, is_closed } = &mut *places;
         let taken = places.iter().filter_map(|place| place.taken.as_ref());
         if self.fixed.iter().chain(taken.map(|taken| &taken.name)).any(|other| other == name) {
             let rule = format!("must be another one: {name} is there already");
@@ -113,27 +187,39 @@ impl Slots {
         let free = places.iter_mut().find(|place| place.taken.is_none());
         let place = free.ok_or(AttachError::NoSlot { spare_slots })?;
 
-        let device = open(&self.memory).map_err(|error| match error {
-            Error::Config(ConfigError { field, rule }) => {
-                AttachError::Config(ConfigError { field: of_device(&field), rule })
-            }
-            error => AttachError::Open(Box::new(error)),
-        })?;
-        let SpareSlot { number, place: at, slot } = &place.spare;
+        let kept = is_closed.then_some(&mut place.ring);
+        let device = open(&self.memory, kept).map_err(opened::refused)?;
+        let attached = self.connect(vm, loops, place, name, &device);
+        attached.inspect_err(|_| place.keep_ring(&device))?;
+        let SpareSlot { number, place: at, .. } = &place.spare;
+        Ok(Attachment { number: *number, names: Host::device_names(*number, at) })
+    }
+
+    /// Puts `device` into `place`.
+    fn connect(
+        &self,
+        vm: &Arc<VmFd>,
+        loops: &[EventLoop],
+        place: &mut Place,
+        name: &str,
+        device: &Device,
+    ) -> Result<(), AttachError> {
+        let SpareSlot { place: at, slot, .. } = &place.spare;
         let lock = || slot.lock().expect("no device panics while it holds its lock");
         let page = lock().page().clone();
-        let wired = Wired::new(vm, &self.memory, at, page, name, device);
+        let wired = Wired::new(vm, &self.memory, at, page, name, device.shared());
         let wired = wired.map_err(AttachError::Connect)?;
         let Wired { transport, subscriber, line } = wired;
-        let served = find(loops, served_by).and_then(|one| one.add(Box::new(subscriber)));
+        let served = find(loops, device.served_by()).and_then(|one| one.add(Box::new(subscriber)));
         let subscriber = served.map_err(|error| {
             unwire(vm, at, &transport, &line);
             AttachError::Serve(error)
         })?;
         let activity = transport.activity().clone();
         lock().insert(transport);
-        place.taken = Some(Taken { name: name.to_owned(), served_by, subscriber, line, activity });
-        Ok(Attachment { number: *number, names: Host::device_names(*number, at) })
+        let (name, device) = (name.to_owned(), device.clone());
+        place.taken = Some(Taken { name, device, subscriber, line, activity });
+        Ok(())
     }
 
     /// Takes the device called `name` out, and closes what it had open. A guest that has not let go of
@@ -142,7 +228,7 @@ impl Slots {
         let mut places = self.lock();
         let is_it =
             |place: &&mut Place| place.taken.as_ref().is_some_and(|taken| taken.name == name);
-        let Some(place) = places.iter_mut().find(is_it) else {
+        let Some(place) = places.all.iter_mut().find(is_it) else {
             let is_fixed = self.fixed.iter().any(|fixed| fixed == name);
             let error = if is_fixed { DetachError::Fixed } else { DetachError::Unknown };
             return Err(error(name.to_owned()));
@@ -153,7 +239,9 @@ impl Slots {
         if let (Some(transport), Some(taken)) = (transport, place.taken.take()) {
             unwire(vm, &place.spare.place, &transport, &taken.line);
             // A loop that is gone serves nothing any more.
-            let _ = find(loops, taken.served_by).and_then(|one| one.remove(taken.subscriber));
+            let served_by = taken.device.served_by();
+            let _ = find(loops, served_by).and_then(|one| one.remove(taken.subscriber));
+            place.keep_ring(&taken.device);
         }
         Ok(())
     }
@@ -161,37 +249,26 @@ impl Slots {
     /// The name and the counters of each device that is attached.
     pub fn activities(&self) -> Vec<(String, Arc<Activity>)> {
         let places = self.lock();
-        let taken = places.iter().filter_map(|place| place.taken.as_ref());
+        let taken = places.all.iter().filter_map(|place| place.taken.as_ref());
         taken.map(|taken| (taken.name.clone(), taken.activity.clone())).collect()
+    }
+
+    /// Whether there are any places.
+    pub fn are_there(&self) -> bool {
+        !self.lock().all.is_empty()
     }
 
     /// Whether a device is attached.
     pub fn are_taken(&self) -> bool {
-        self.lock().iter().any(|place| place.taken.is_some())
+        self.lock().all.iter().any(|place| place.taken.is_some())
     }
 
-    fn lock(&self) -> MutexGuard<'_, Vec<Place>> {
+    fn lock(&self) -> MutexGuard<'_, Places> {
         self.places.lock().expect("nothing panics while it attaches a device")
     }
 }
 
-/// The field of a device that `field` names as one of a whole machine: `nets[0].tap` is `tap`.
-pub fn of_device(field: &str) -> String {
-    field.rsplit_once("].").map_or(field, |(_, field)| field).to_owned()
-}
-
-fn find(loops: &[EventLoop], wanted: Loop) -> std::io::Result<&EventLoop> {
-    let is_gone = || std::io::Error::other("the thread is not there");
+fn find(loops: &[EventLoop], wanted: Loop) -> io::Result<&EventLoop> {
+    let is_gone = || io::Error::other("the thread is not there");
     loops.iter().find(|one| one.kind() == wanted.kind()).ok_or_else(is_gone)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_field_of_a_machine_becomes_one_of_the_device() {
-        assert_eq!(of_device("nets[0].receive_limit.bytes_burst"), "receive_limit.bytes_burst");
-        assert_eq!(of_device("tap"), "tap");
-    }
 }

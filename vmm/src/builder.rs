@@ -3,11 +3,12 @@
 use std::fs::File;
 use std::mem;
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use arch::machine::{BootFiles, Entry, Machine, MemoryMap, MmioDevice};
 use arch::{Arch, Host, Kvm, VcpuFd, VmFd};
+use devices::listener::SocketFile;
 use devices::virtio::mmio::RegisterPages;
 use vm_memory::GuestMemoryMmap;
 
@@ -215,6 +216,12 @@ impl Vmm {
     /// listeners opened before the guest runs.
     pub fn vsock(&self) -> Option<&vsock::Host> {
         self.ends.vsock.as_ref()
+    }
+
+    /// The sockets that the machine made, for another process to remove them when it has ended: one that
+    /// called [`VmHandle::confine_this_thread`] cannot.
+    pub fn take_sockets(&mut self) -> Vec<PathBuf> {
+        self.placed.socket_files.drain(..).map(SocketFile::into_path).collect()
     }
 
     /// What it cost so far.

@@ -258,7 +258,7 @@ pub struct BalloonConfig {
 }
 
 /// A field whose value cannot be, and the rule it breaks.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
 #[error("{field}: {rule}")]
 pub struct ConfigError {
     /// Path of the field in the configuration, as `disks[0].id`.
@@ -287,11 +287,6 @@ impl VmConfig {
             seccomp: yes(),
             user: None,
         }
-    }
-
-    /// Whether disks, network interfaces or vCPUs can be added while the guest runs.
-    pub(crate) fn can_grow(&self) -> bool {
-        self.spare_slots != 0 || self.most_vcpus() > self.vcpus
     }
 
     /// How many vCPUs the guest can ever have.

@@ -1,9 +1,13 @@
 //! Threads that give up, before they do anything else, what their work does not need.
 //!
 //! What a thread gives up it cannot get back, nor can what it starts. The thread that started the
-//! machine keeps everything: it may have more to do than to run a guest.
+//! machine keeps everything unless it says otherwise: it may have more to do than to run a guest.
+//! Capability bounding sets stay as they are: they bound what execve(2) gives, which no filter lets through
+//! and which `no_new_privs` makes give nothing.
 
+use std::cell::Cell;
 use std::io;
+use std::process;
 use std::sync::Arc;
 use std::sync::mpsc::sync_channel;
 use std::thread::{Builder, JoinHandle};
@@ -36,6 +40,18 @@ const FILE_SERVING: CapabilitySet = CapabilitySet::empty()
     .union(CapabilitySet::SETGID)
     .union(CapabilitySet::SETUID);
 
+thread_local! {
+    /// Whether this thread has given up what its work does not need.
+    static IS_CONFINED: Cell<bool> = const { Cell::new(false) };
+}
+
+/// What becoming somebody else takes.
+const CHANGE_OF_USER: CapabilitySet = CapabilitySet::SETUID.union(CapabilitySet::SETGID);
+
+/// The first of the user and group ids that no system gives to anybody (systemd, "Users, Groups, UIDs and
+/// GIDs on systemd Systems", 1879048192 to 2147483647).
+const FIRST_OWN_ID: u32 = 0x7000_0000;
+
 /// What the threads of one machine are left with.
 #[derive(Debug, Clone)]
 pub struct Confinement {
@@ -46,19 +62,31 @@ pub struct Confinement {
     /// Whether one of them serves files to the guest.
     pub serves_files: bool,
     /// Who they are; the one that serves files stays who it is.
-    pub user: Option<UserConfig>,
+    pub identity: Identity,
+}
+
+/// Who the threads of a machine are.
+#[derive(Debug, Clone, Copy)]
+pub enum Identity {
+    /// Who starts them.
+    Caller,
+    /// The user that the configuration names.
+    Named(UserConfig),
+    /// A user that nobody else is, if this user namespace has it.
+    Own(UserConfig),
 }
 
 impl Confinement {
     /// What a machine of `config` in `jail` can do with.
     pub fn of(config: &VmConfig, jail: Option<Arc<Jail>>) -> Self {
         let serves_files = !config.shares.is_empty();
-        Confinement { jail, seccomp: config.seccomp, serves_files, user: config.user }
+        let identity = Identity::of(config);
+        Confinement { jail, seccomp: config.seccomp, serves_files, identity }
     }
 
     /// Refuses a user that this process cannot become.
     pub fn check(config: &VmConfig) -> Result<(), ConfigError> {
-        if config.user.is_some() && !has(CapabilitySet::SETUID | CapabilitySet::SETGID) {
+        if config.user.is_some() && !has(CHANGE_OF_USER) {
             let rule = "must not be given, as only root can become somebody else".to_owned();
             return Err(ConfigError { field: "user".to_owned(), rule });
         }
@@ -72,7 +100,8 @@ impl Confinement {
         kind: Kind,
         body: impl FnOnce() + Send + 'static,
     ) -> io::Result<JoinHandle<()>> {
-        let confinement = self.clone();
+        // What the caller has given up, the new thread never had.
+        let confinement = if IS_CONFINED.get() { self.of_confined() } else { self.clone() };
         let (report, outcome) = sync_channel(1);
         let thread = builder.spawn(move || {
             let confined = confinement.enter(kind);
@@ -88,6 +117,20 @@ impl Confinement {
         Ok(thread)
     }
 
+    /// Confines the calling thread, which controls the machine and serves no files, to what `kind` needs,
+    /// and with it those that it starts: they can do no more than it.
+    pub fn enter_to_control(&self, kind: Kind) -> io::Result<()> {
+        Confinement { serves_files: false, ..self.clone() }.enter(kind)?;
+        IS_CONFINED.set(true);
+        Ok(())
+    }
+
+    /// What is left to do for a thread that a confined one has started.
+    fn of_confined(&self) -> Self {
+        let identity = Identity::Caller;
+        Confinement { jail: None, seccomp: self.seccomp, serves_files: false, identity }
+    }
+
     /// Confines the calling thread.
     fn enter(self, kind: Kind) -> io::Result<()> {
         if let Some(jail) = self.jail {
@@ -96,7 +139,7 @@ impl Confinement {
         if self.serves_files && kind == Kind::Io {
             keep_capabilities(FILE_SERVING)?;
         } else {
-            self.user.map_or(Ok(()), become_user)?;
+            self.identity.assume()?;
             keep_capabilities(CapabilitySet::empty())?;
         }
         if self.seccomp {
@@ -107,16 +150,34 @@ impl Confinement {
     }
 }
 
-/// Confines the calling thread, which has started the machine of `config`, to control it from now on:
-/// it becomes the machine's user, and keeps no capability and only few system calls. For a thread that
-/// has nothing else to do. Where devices or vCPUs can still come, the thread stays who it is: it has to
-/// open them, and to confine their threads.
-pub fn give_up_privileges(config: &VmConfig) -> io::Result<()> {
-    if config.can_grow() {
-        return give_up_new_privileges();
+impl Identity {
+    /// Root's threads need not be root. But a guest that may connect to sockets of the host does so as who
+    /// the machine was told to be, and nobody else, as it is up to their modes who may.
+    fn of(config: &VmConfig) -> Self {
+        let connects = config.vsock.as_ref().is_some_and(|vsock| vsock.socket.is_some());
+        match config.user {
+            Some(user) => Identity::Named(user),
+            None if connects || !has(CHANGE_OF_USER) => Identity::Caller,
+            None => {
+                // Those of no two machines are the same, as no pid is.
+                let id = FIRST_OWN_ID + process::id();
+                Identity::Own(UserConfig { uid: id, gid: id })
+            }
+        }
     }
-    let rest = Confinement { serves_files: false, ..Confinement::of(config, None) };
-    rest.enter(Kind::Main)
+
+    /// Makes the calling thread who it shall be.
+    fn assume(self) -> io::Result<()> {
+        match self {
+            Identity::Caller => Ok(()),
+            Identity::Named(user) => become_user(user),
+            Identity::Own(user) => become_user(user).or_else(|error| {
+                // A container in which root is no user of the host has few ids.
+                let is_unknown = error.raw_os_error() == Some(libc::EINVAL);
+                if is_unknown { Ok(()) } else { Err(error) }
+            }),
+        }
+    }
 }
 
 /// Leaves the host's System V IPC and its host name to other processes, if the caller may: for the

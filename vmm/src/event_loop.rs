@@ -158,9 +158,10 @@ mod tests {
     use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
     use super::*;
+    use crate::confinement::Identity;
 
     const CONFINEMENT: Confinement =
-        Confinement { jail: None, seccomp: true, serves_files: false, user: None };
+        Confinement { jail: None, seccomp: true, serves_files: false, identity: Identity::Caller };
 
     struct Echo {
         event: EventFd,

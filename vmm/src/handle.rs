@@ -13,7 +13,7 @@ use devices::virtio::fs::Changes;
 use devices::virtio::mem::Host as MemHost;
 use devices::virtio::vsock::Host as VsockHost;
 
-use crate::attachment::{AttachError, Attachment, DetachError, Slots, of_device};
+use crate::attachment::{AttachError, Attachment, DetachError, Device, Slots};
 use crate::config::{ConfigError, DiskConfig, NetConfig};
 use crate::console::ConsoleLog;
 use crate::control::{Control, Exit};
@@ -21,9 +21,10 @@ use crate::error::Error;
 use crate::event_loop::EventLoop;
 use crate::memory::{GuestRam, MemoryLayout};
 use crate::metrics::{DeviceCounts, Metrics, Record};
+use crate::opened::{self, Opened};
 use crate::peripherals::{self, Ends};
-use crate::placement::Loop;
 use crate::processors::{GrantError, Processors};
+use crate::seccomp::Kind;
 use crate::state::{Devices, MachineState, Shape, Unsaved};
 
 /// A running virtual machine; dropping it stops the guest and joins every thread.
@@ -145,6 +146,20 @@ impl VmHandle {
         self.control.end(Exit::Stopped);
     }
 
+    /// Confines the calling thread, which has started the machine, to control it from now on: it sees no
+    /// file of the host but what is shared, becomes the machine's user, and keeps no capability and only few
+    /// system calls. For a thread that has nothing else to do. vCPUs can be granted as before, and devices
+    /// attached that were [`Opened`] by another process.
+    pub fn confine_this_thread(&self) -> io::Result<()> {
+        let has_places = self.slots.are_there();
+        if has_places {
+            self.slots.close();
+        }
+        let can_grow = has_places || self.processors.count() < self.shape.most_vcpus;
+        let kind = if can_grow { Kind::Growing } else { Kind::Main };
+        self.processors.confinement().enter_to_control(kind)
+    }
+
     /// A descriptor that is readable once the VM has ended.
     pub fn ended(&self) -> BorrowedFd<'_> {
         self.control.ended()
@@ -180,11 +195,30 @@ impl VmHandle {
     /// Attaches a disk to the running machine: opens it, and puts it into a free place. The guest's
     /// driver has to be bound to the place then. Not for a thread of a device.
     pub fn attach_disk(&self, config: &DiskConfig) -> Result<Attachment, AttachError> {
-        config.validate().map_err(device_field)?;
+        self.put_disk(config, || Opened::of_disk(config))
+    }
+
+    /// The same with a disk that [`Opened::disk`] opened, or could not, may be in another process.
+    pub fn attach_opened_disk(
+        &self,
+        config: &DiskConfig,
+        opened: Result<Opened, ConfigError>,
+    ) -> Result<Attachment, AttachError> {
+        self.put_disk(config, || opened.map_err(Error::from))
+    }
+
+    fn put_disk(
+        &self,
+        config: &DiskConfig,
+        open: impl FnOnce() -> Result<Opened, Error>,
+    ) -> Result<Attachment, AttachError> {
+        config.validate().map_err(|error| opened::refused(error.into()))?;
         let name = peripherals::disk_name(&config.id);
         self.processors.carry_out_writes();
-        self.slots.attach(&self.vm, &self.loops, ("id", &name), Loop::Io, |_| {
-            Ok(Arc::new(Mutex::new(peripherals::open_disk(config)?)))
+        self.slots.attach(&self.vm, &self.loops, ("id", &name), |_, kept| {
+            let ring = || Slots::ring(config, kept);
+            let disk = peripherals::build_disk(config, open()?, ring)?;
+            Ok(Device::Disk(Arc::new(Mutex::new(disk))))
         })
     }
 
@@ -196,11 +230,29 @@ impl VmHandle {
 
     /// Attaches a network interface, as [`VmHandle::attach_disk`] does a disk.
     pub fn attach_net(&self, config: &NetConfig) -> Result<Attachment, AttachError> {
-        config.validate().map_err(device_field)?;
+        self.put_net(config, || Opened::of_net(0, config))
+    }
+
+    /// The same with an interface that [`Opened::net`] opened, or could not, may be in another process.
+    pub fn attach_opened_net(
+        &self,
+        config: &NetConfig,
+        opened: Result<Opened, ConfigError>,
+    ) -> Result<Attachment, AttachError> {
+        self.put_net(config, || opened.map_err(Error::from))
+    }
+
+    fn put_net(
+        &self,
+        config: &NetConfig,
+        open: impl FnOnce() -> Result<Opened, Error>,
+    ) -> Result<Attachment, AttachError> {
+        config.validate().map_err(|error| opened::refused(error.into()))?;
         let name = peripherals::net_name(&config.tap);
         self.processors.carry_out_writes();
-        self.slots.attach(&self.vm, &self.loops, ("tap", &name), Loop::Vmm, |memory| {
-            Ok(Arc::new(Mutex::new(peripherals::open_net(0, config, memory)?)))
+        self.slots.attach(&self.vm, &self.loops, ("tap", &name), |memory, _| {
+            let net = peripherals::build_net(config, open()?, memory)?;
+            Ok(Device::Net(Arc::new(Mutex::new(net))))
         })
     }
 
@@ -261,8 +313,4 @@ impl Drop for VmHandle {
         self.processors.join();
         self.loops.clear();
     }
-}
-
-fn device_field(error: ConfigError) -> AttachError {
-    AttachError::Config(ConfigError { field: of_device(&error.field), ..error })
 }

@@ -29,6 +29,7 @@ mod jail;
 mod json;
 mod memory;
 mod metrics;
+mod opened;
 mod peripherals;
 mod placement;
 mod pmem;
@@ -47,7 +48,7 @@ pub use config::{
     ConsoleOutput, DiskConfig, DiskEngine, MemoryBacking, MemoryConfig, NetConfig, PmemConfig,
     RateLimitConfig, ShareConfig, UserConfig, VhostUse, VmConfig, VsockConfig,
 };
-pub use confinement::{forbid_core_dumps, give_up_privileges, leave_namespaces};
+pub use confinement::{forbid_core_dumps, leave_namespaces};
 pub use control::Exit;
 pub use entry::run_program;
 pub use error::{Error, chain};
@@ -56,6 +57,7 @@ pub use handle::VmHandle;
 pub use json::from_json;
 pub use memory::{MemoryLayout, SavedMemory, Sharing};
 pub use metrics::{DeviceCounts, ExitCounts, Metrics, now_ns};
+pub use opened::Opened;
 pub use processors::GrantError;
 pub use state::{MachineState, Unsaved};
 

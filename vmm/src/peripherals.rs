@@ -1,6 +1,7 @@
 //! Opens and places every device the configuration asks for.
 
 use std::fs::File;
+use std::io;
 use std::ops::Range;
 use std::os::unix::fs::chown;
 use std::path::Path;
@@ -13,11 +14,11 @@ use devices::listener::Listener;
 use devices::serial::Serial;
 use devices::virtio::VirtioDevice;
 use devices::virtio::balloon::{Balloon, Host as BalloonHost, Offer};
-use devices::virtio::block::{Access, Block, Disk, Ring};
+use devices::virtio::block::{Block, Disk, Ring};
 use devices::virtio::console::Console;
 use devices::virtio::fs::{Changes, Fs, Server, raise_file_limit};
 use devices::virtio::mem::{Host as MemHost, Mem};
-use devices::virtio::net::{Missing, Net, Tap, TapError, Vhost, VhostError};
+use devices::virtio::net::{Net, Tap, Vhost, VhostError};
 use devices::virtio::pmem::Pmem;
 use devices::virtio::rate_limit::RateLimiter;
 use devices::virtio::rng::Rng;
@@ -26,13 +27,14 @@ use log::debug;
 use vm_memory::GuestMemoryMmap;
 
 use crate::config::{
-    BalloonConfig, ConfigError, ConsoleConfig, ConsoleOutput, DiskConfig, DiskEngine, NetConfig,
-    ShareConfig, UserConfig, VhostUse, VmConfig, VsockConfig,
+    BalloonConfig, ConsoleConfig, ConsoleOutput, DiskConfig, DiskEngine, NetConfig, ShareConfig,
+    UserConfig, VhostUse, VmConfig, VsockConfig,
 };
 use crate::console::{self, ConsoleLog};
 use crate::error::Error;
 use crate::jail::Jail;
 use crate::memory::Pluggable;
+use crate::opened::Opened;
 use crate::placement::{Loop, Placement, PlacementError};
 use crate::pmem::MappedFile;
 
@@ -148,24 +150,40 @@ pub fn net_name(tap: &str) -> String {
 
 /// Opens a disk.
 pub fn open_disk(config: &DiskConfig) -> Result<Block, Error> {
+    build_disk(config, Opened::of_disk(config)?, || open_ring(config))
+}
+
+/// The disk of `config`, of which `opened` are the files, with the ring that `ring` has for it.
+pub fn build_disk(
+    config: &DiskConfig,
+    opened: Opened,
+    ring: impl FnOnce() -> Result<Option<Ring>, Error>,
+) -> Result<Block, Error> {
     let name = disk_name(&config.id);
-    let access = Access { read_only: config.read_only, direct: config.direct };
-    let disk = Disk::open(&config.path, access).map_err(device(&name))?;
+    let files = opened.into_disk_files().map_err(device(&name))?;
+    let disk = Disk::of(files, config.read_only).map_err(device(&name))?;
     let limiter = RateLimiter::new(config.rate_limit.limits()).map_err(device(&name))?;
-    let ring = open_ring(config.engine, &name)?;
+    let ring = if config.engine == DiskEngine::Sync { None } else { ring()? };
     Ok(Block::new(disk, &config.id, config.queues, limiter, ring))
 }
 
-fn open_ring(engine: DiskEngine, name: &str) -> Result<Option<Ring>, Error> {
-    match engine {
-        DiskEngine::Sync => Ok(None),
-        DiskEngine::IoUring => Ring::open().map(Some).map_err(|source| {
-            let source = Box::new(source);
-            Error::Device { name: format!("{name}: io_uring"), source }
-        }),
+/// A ring for a disk that is not to do without.
+pub fn open_ring(config: &DiskConfig) -> Result<Option<Ring>, Error> {
+    let name = disk_name(&config.id);
+    match Ring::open() {
+        Ok(ring) => Ok(Some(ring)),
+        Err(source) if config.engine == DiskEngine::IoUring => Err(no_ring(config, source)),
         // Kernels without, and hosts that forbid it, are as common as those that have it.
-        DiskEngine::Auto => Ok(Ring::open().inspect_err(|error| debug!("{name}: {error}")).ok()),
+        Err(error) => {
+            debug!("{name}: {error}");
+            Ok(None)
+        }
     }
+}
+
+/// Says that the disk of `config` has no ring.
+pub fn no_ring(config: &DiskConfig, source: io::Error) -> Error {
+    device(&format!("{}: io_uring", disk_name(&config.id)))(source)
 }
 
 /// Opens the directory in the jail, if there is one, where it has the number given with it: from
@@ -234,19 +252,20 @@ pub fn open_net(
     config: &NetConfig,
     memory: &GuestMemoryMmap,
 ) -> Result<Net<Tap>, Error> {
+    build_net(config, Opened::of_net(index, config)?, memory)
+}
+
+/// The network interface of `config`, of which `opened` are the files, for a driver that works on
+/// `memory`.
+pub fn build_net(
+    config: &NetConfig,
+    opened: Opened,
+    memory: &GuestMemoryMmap,
+) -> Result<Net<Tap>, Error> {
     let name = net_name(&config.tap);
-    let taps = open_taps(config).map_err(|error| match error {
-        TapError::Missing(tap) => Error::Config(ConfigError {
-            field: format!("nets[{index}].tap"),
-            rule: format!(
-                "must name a tap of this network namespace, and {tap:?} is none (make it with `ip \
-                 tuntap`, or set nets[{index}].create)"
-            ),
-        }),
-        error => device(&name)(error),
-    })?;
+    let (taps, vhost) = opened.into_taps(config.queue_pairs).map_err(device(&name))?;
     let mac = config.mac_bytes().expect("validate() checked the address");
-    let vhost = open_vhost(config, &taps, memory).map_err(device(&name))?;
+    let vhost = start_vhost(config, vhost, &taps, memory).map_err(device(&name))?;
     let receive = RateLimiter::new(config.receive_limit.limits()).map_err(device(&name))?;
     let transmit = RateLimiter::new(config.transmit_limit.limits()).map_err(device(&name))?;
     let net = Net::new(taps, mac).limited(receive, transmit);
@@ -256,30 +275,22 @@ pub fn open_net(
     })
 }
 
-/// The host's kernel as the one who serves the queues of `taps`, if `config` asks for it or it just
-/// can.
-fn open_vhost(
+/// The host's kernel as the one who serves the queues of `taps`, if it was opened and can.
+fn start_vhost(
     config: &NetConfig,
+    files: Vec<File>,
     taps: &[Tap],
     memory: &GuestMemoryMmap,
 ) -> Result<Option<Vhost>, VhostError> {
-    match config.vhost {
-        VhostUse::On => Vhost::open(taps, memory).map(Some),
-        VhostUse::Auto if config.is_limited() => Ok(None),
-        VhostUse::Auto => {
-            let tried = Vhost::open(taps, memory);
-            Ok(tried.inspect_err(|error| debug!("net {}: {error}", config.tap)).ok())
-        }
-        VhostUse::Off => Ok(None),
+    if files.is_empty() {
+        return Ok(None);
     }
-}
-
-/// The tap of `config`, once for each of its queue pairs.
-fn open_taps(config: &NetConfig) -> Result<Vec<Tap>, TapError> {
-    let missing = if config.create { Missing::Create } else { Missing::Refuse };
-    match config.queue_pairs {
-        1 => Tap::open(&config.tap, missing).map(|tap| vec![tap]),
-        several => Tap::open_queues(&config.tap, several.into(), missing),
+    match Vhost::new(files, taps, memory) {
+        Err(error) if config.vhost != VhostUse::On => {
+            debug!("net {}: {error}", config.tap);
+            Ok(None)
+        }
+        outcome => outcome.map(Some),
     }
 }
 

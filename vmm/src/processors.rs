@@ -89,6 +89,11 @@ impl Processors {
         self.lock().start(&self.shared, fd)
     }
 
+    /// What their threads are left with.
+    pub fn confinement(&self) -> &Confinement {
+        &self.shared.confinement
+    }
+
     /// How many there are.
     pub fn count(&self) -> u8 {
         self.lock().count()

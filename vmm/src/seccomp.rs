@@ -20,6 +20,8 @@ struct Filters {
     vmm: &'static [sock_filter],
     io: &'static [sock_filter],
     main: &'static [sock_filter],
+    growing: &'static [sock_filter],
+    without_clone3: &'static [sock_filter],
 }
 
 /// What a thread does for the machine.
@@ -33,6 +35,8 @@ pub enum Kind {
     Io,
     /// Controls the machine, and does nothing else.
     Main,
+    /// The same for a machine that can get vCPUs and devices. Their threads have its filter, too.
+    Growing,
 }
 
 impl Kind {
@@ -43,6 +47,7 @@ impl Kind {
             Kind::Vmm => "vmm",
             Kind::Io => "io",
             Kind::Main => "main",
+            Kind::Growing => "growing",
         }
     }
 }
@@ -56,6 +61,10 @@ pub fn is_available() -> bool {
 /// `no_new_privs`. Neither can be undone. Without a filter it does nothing: see [`is_available`].
 pub fn install(kind: Kind) -> Result<(), seccompiler::Error> {
     let Some(filters) = &FILTERS else { return Ok(()) };
+    if kind == Kind::Growing {
+        // No filter sees what clone3 is asked for. The C library does without where it is not there.
+        seccompiler::apply_filter(filters.without_clone3)?;
+    }
     let mut program = filters.of(kind).to_vec();
     let own_pid = process::id();
     for step in program.iter_mut().filter(|step| step.k == OWN_PID) {
@@ -71,6 +80,7 @@ impl Filters {
             Kind::Vmm => self.vmm,
             Kind::Io => self.io,
             Kind::Main => self.main,
+            Kind::Growing => self.growing,
         }
     }
 }

@@ -12,7 +12,7 @@ use serde_json::Value;
 
 use super::*;
 
-const KINDS: [Kind; 4] = [Kind::Vcpu, Kind::Vmm, Kind::Io, Kind::Main];
+const KINDS: [Kind; 5] = [Kind::Vcpu, Kind::Vmm, Kind::Io, Kind::Main, Kind::Growing];
 
 /// Beyond the highest system call number of any kernel so far.
 const CALLS: c_int = 512;
@@ -187,6 +187,8 @@ fn the_arguments_of_a_listed_system_call_count() {
         (libc::SYS_rt_sigaction, [libc::SIGSYS.into(), 0, 0]),
         (libc::SYS_tgkill, [0, 0, libc::SIGKILL.into()]),
         (libc::SYS_tgkill, [1, 1, libc::SIGABRT.into()]),
+        (libc::SYS_clone, [libc::SIGCHLD.into(), 0, 0]),
+        (libc::SYS_clone, [(libc::CLONE_NEWUSER | libc::SIGCHLD).into(), 0, 0]),
         (libc::SYS_socket, [libc::AF_INET.into(), libc::SOCK_STREAM.into(), 0]),
     ];
     for kind in KINDS {
@@ -220,6 +222,20 @@ fn only_the_thread_that_serves_files_opens_any() {
         let opens = openers.iter().any(|&number| !is_killed(fate(kind, number, [0; 3])));
         assert_eq!(opens, kind == Kind::Io, "{kind:?}");
     }
+}
+
+#[test]
+fn what_clone3_would_start_is_not_started() {
+    // It fails, and the process ends as it would have.
+    assert_eq!(fate(Kind::Growing, libc::SYS_clone3, [0; 3]), 0);
+    let program = FILTERS.as_ref().unwrap().without_clone3;
+    let arch = match program.iter().find(|step| step.code == 0x15) {
+        Some(step) => step.k,
+        None => panic!("it compares nothing"),
+    };
+    let number = u32::try_from(libc::SYS_clone3).unwrap();
+    // SECCOMP_RET_ERRNO
+    assert_eq!(verdict(program, arch, number, [0; 6]), 0x5_0000 | libc::ENOSYS.unsigned_abs());
 }
 
 #[test]

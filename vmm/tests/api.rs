@@ -461,10 +461,20 @@ fn interfaces_come_and_go_and_a_wrong_one_changes_nothing() {
 
     assert_refused(&program, post(net("vmmapi0", false)), (400, "tap", "must name a tap"));
     assert_refused(&program, post(json!({"tap": "t", "mac": "x"})), (400, "mac", "address of one"));
-    let (status, answer) = program.ask("POST", "/v1/vm/nets", &net("vmmapi0", true).to_string());
-    assert_eq!(status, 201, "{answer}");
-    assert!(exists());
-    assert_refused(&program, post(net("vmmapi0", true)), (400, "tap", "is there already"));
+    // With the host's kernel serving its queues, too, if that is to be had.
+    for vhost in ["auto", "off"] {
+        let mut body = net("vmmapi0", true);
+        body["vhost"] = json!(vhost);
+        body["receive_limit"] =
+            if vhost == "off" { json!({"bytes_per_second": 1000}) } else { json!({}) };
+        let (status, answer) = program.ask("POST", "/v1/vm/nets", &body.to_string());
+        assert_eq!(status, 201, "{answer}");
+        assert!(exists());
+        assert_refused(&program, post(net("vmmapi0", true)), (400, "tap", "is there already"));
+        if vhost == "auto" {
+            assert_eq!(program.ask("DELETE", "/v1/vm/nets/vmmapi0", "").0, 204);
+        }
+    }
 
     assert_eq!(program.ask("DELETE", "/v1/vm/nets/vmmapi0", "").0, 204);
     assert!(!exists());

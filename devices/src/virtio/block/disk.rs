@@ -68,6 +68,15 @@ pub struct Access {
     pub direct: bool,
 }
 
+/// The open files of a disk, for a thread that may open none.
+#[derive(Debug)]
+pub struct DiskFiles {
+    /// The image or block device.
+    pub file: File,
+    /// The same, opened for direct I/O.
+    pub direct: Option<File>,
+}
+
 /// An open disk of a fixed size.
 #[derive(Debug)]
 pub struct Disk {
@@ -86,8 +95,8 @@ struct Direct {
     alignment: Alignment,
 }
 
-impl Disk {
-    /// Opens the raw image or block device at `path`. A part of a sector at its end is not used.
+impl DiskFiles {
+    /// Opens the raw image or block device at `path`.
     ///
     /// An image has one writer, or only readers: its file is locked as long as the disk is open (fcntl(2),
     /// "Open file description locks"), which QEMU and Cloud Hypervisor heed, too. A block device may be one
@@ -105,16 +114,33 @@ impl Disk {
         if kind.is_file() && is_locked_by_another(&file, access.read_only) {
             return Err(DiskError::InUse { path: path.into() });
         }
+        let mut direct = || {
+            let direct = options.custom_flags(libc::O_DIRECT).open(path);
+            direct.map_err(|source| DiskError::Direct { path: path.into(), source })
+        };
+        let direct = access.direct.then(&mut direct).transpose()?;
+        Ok(DiskFiles { file, direct })
+    }
+}
+
+impl Disk {
+    /// Opens the raw image or block device at `path`, as [`DiskFiles::open`] does. A part of a sector at its
+    /// end is not used.
+    pub fn open(path: &Path, access: Access) -> Result<Self, DiskError> {
+        let files = DiskFiles::open(path, access)?;
+        Disk::of(files, access.read_only)
+            .map_err(|source| DiskError::Size { path: path.into(), source })
+    }
+
+    /// The disk of `files`, which were opened only to be read if it is `read_only`. The error is that its
+    /// size cannot be found out.
+    pub fn of(files: DiskFiles, read_only: bool) -> io::Result<Self> {
+        let DiskFiles { file, direct } = files;
+        let is_device = file.metadata()?.file_type().is_block_device();
         // The metadata of a block device has no size; its end has a position.
-        let bytes = (&file).seek(SeekFrom::End(0)).map_err(size)?;
-        let direct = access.direct.then(|| Direct::open(path, &mut options)).transpose()?;
-        Ok(Disk {
-            file,
-            direct,
-            is_device: kind.is_block_device(),
-            read_only: access.read_only,
-            sectors: bytes / SECTOR_BYTES,
-        })
+        let bytes = (&file).seek(SeekFrom::End(0))?;
+        let direct = direct.map(Direct::of);
+        Ok(Disk { file, direct, is_device, read_only, sectors: bytes / SECTOR_BYTES })
     }
 
     /// A disk of a file that need not be one.
@@ -216,13 +242,9 @@ impl Disk {
 }
 
 impl Direct {
-    fn open(path: &Path, options: &mut OpenOptions) -> Result<Self, DiskError> {
-        let file = options
-            .custom_flags(libc::O_DIRECT)
-            .open(path)
-            .map_err(|source| DiskError::Direct { path: path.into(), source })?;
+    fn of(file: File) -> Self {
         let alignment = host::direct_alignment(&file);
-        Ok(Direct { file, alignment })
+        Direct { file, alignment }
     }
 
     fn takes(&self, offset: u64, buffers: &Buffers) -> bool {

@@ -19,7 +19,7 @@ use event_manager::EventSet;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
 use self::config::{CONFIG_BYTES, Facts, QUEUE_SIZE};
-pub use self::disk::{Access, Disk, DiskError};
+pub use self::disk::{Access, Disk, DiskError, DiskFiles};
 use self::request::{ID_BYTES, Limits};
 pub use self::ring::Ring;
 use self::server::{Completed, Server, Started};
@@ -79,6 +79,11 @@ impl Block {
         let server =
             Server::new(disk, limits, padded, ring, format!("block {}", id.escape_debug()));
         Block { server, config: facts.space(), facts, limiter, active: None }
+    }
+
+    /// Gives up the ring, for another disk; nothing may be in flight.
+    pub fn take_ring(&mut self) -> Option<Ring> {
+        self.server.take_ring()
     }
 
     /// Gives back what the ring has completed.

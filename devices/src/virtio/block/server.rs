@@ -129,6 +129,11 @@ impl Server {
         }
     }
 
+    /// Gives up the ring, for another disk; nothing may be in flight.
+    pub fn take_ring(&mut self) -> Option<Ring> {
+        self.ring.take_if(|ring| ring.in_flight() == 0)
+    }
+
     /// A chain whose request the ring has completed.
     pub fn completed(&mut self) -> Option<Completed> {
         let Server { disk, ring, transfers, complaints, .. } = self;

@@ -135,6 +135,16 @@ impl Tap {
         Tap::set_up(fd, &mut request)
     }
 
+    /// The tap that [`Tap::into_parts`] took apart, which may have been in another process.
+    pub fn from_parts(fd: OwnedFd, mtu: Option<u16>) -> Self {
+        Tap { fd, mtu }
+    }
+
+    /// The open tap, and what [`Link::mtu`] says of it.
+    pub fn into_parts(self) -> (OwnedFd, Option<u16>) {
+        (self.fd, self.mtu)
+    }
+
     fn set_up(fd: OwnedFd, request: &mut libc::ifreq) -> Result<Self, TapError> {
         let mut header = libc::c_int::try_from(HEADER_BYTES).expect("a header is short");
         ioctl(fd.as_fd(), libc::TUNSETVNETHDRSZ, &mut header).map_err(TapError::Header)?;

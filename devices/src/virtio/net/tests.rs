@@ -528,7 +528,7 @@ fn pairs_take_turns_in_what_a_limiter_admits() {
 /// An active device on a new tap that the kernel serves.
 fn served_by_kernel(driver: &Driver<'_>, memory: &GuestMemoryMmap, tap: &str) -> Net<Tap> {
     let tap = vec![Tap::open(tap, Missing::Create).unwrap()];
-    let vhost = Vhost::open(&tap, memory).unwrap();
+    let vhost = Vhost::new(Vhost::open_files(1).unwrap(), &tap, memory).unwrap();
     let mut net = Net::new(tap, MAC).served_by(vhost);
     net.activate(driver.activation_with(1 << VIRTIO_F_VERSION_1)).unwrap();
     net

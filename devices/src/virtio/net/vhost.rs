@@ -1,19 +1,21 @@
 //! vhost-net: the host's kernel moves the frames between a tap and the guest's queues.
 
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Arc;
 
 use event_manager::EventSet;
-use vhost::net::VhostNet;
-use vhost::vhost_kern::net::Net as KernelNet;
+use vhost::vhost_kern::VhostKernBackend;
+use vhost::vhost_kern::vhost_binding::{VHOST_NET_SET_BACKEND, vhost_vring_file};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use vm_memory::{Address, GuestMemory, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::ioctl::ioctl_with_ref;
 
 use crate::virtio::Backend;
 use crate::virtio::queue::VirtQueue;
@@ -30,7 +32,7 @@ const FEATURES: u64 = 1 << VIRTIO_F_VERSION_1
 pub enum VhostError {
     /// There is no /dev/vhost-net, or not for us.
     #[error("open /dev/vhost-net (is the module vhost_net loaded?)")]
-    Open(#[source] vhost::Error),
+    Open(#[source] io::Error),
     /// The kernel refused a step of what comes before the guest runs.
     #[error("vhost-net: {step}")]
     SetUp {
@@ -59,13 +61,20 @@ pub struct Vhost {
 }
 
 struct Worker {
-    kernel: KernelNet<Arc<GuestMemoryMmap>>,
+    kernel: KernelNet,
     link: File,
     /// Which of the two queues the driver set up.
     ready: [bool; 2],
     running: bool,
     /// Whether it is to run again.
     paused: bool,
+}
+
+/// An open vhost-net. The type of the vhost crate opens the file by itself, which a thread that attaches a
+/// device to a running machine may not.
+struct KernelNet {
+    file: File,
+    memory: Arc<GuestMemoryMmap>,
 }
 
 /// What became readable.
@@ -78,14 +87,27 @@ pub enum Signal {
 }
 
 impl Vhost {
-    /// Opens vhost-net for each of `links`, which are taps, on behalf of a guest with `memory`.
-    pub fn open<L: AsFd>(links: &[L], memory: &GuestMemoryMmap) -> Result<Self, VhostError> {
+    /// Opens vhost-net `count` times: once for each pair of queues.
+    pub fn open_files(count: usize) -> Result<Vec<File>, VhostError> {
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).custom_flags(libc::O_NONBLOCK);
+        (0..count).map(|_| options.open("/dev/vhost-net").map_err(VhostError::Open)).collect()
+    }
+
+    /// Has vhost-net, of which `files` are as many open ones, serve `links`, which are taps, on behalf of a
+    /// guest with `memory`.
+    pub fn new<L: AsFd>(
+        files: Vec<File>,
+        links: &[L],
+        memory: &GuestMemoryMmap,
+    ) -> Result<Self, VhostError> {
         let eventfd = || EventFd::new(EFD_NONBLOCK).map_err(VhostError::Descriptors);
         let memory = Arc::new(memory.clone());
         Ok(Vhost {
             workers: links
                 .iter()
-                .map(|link| Worker::open(link, &memory))
+                .zip(files)
+                .map(|(link, file)| Worker::new(file, link, &memory))
                 .collect::<Result<_, _>>()?,
             call: eventfd()?,
             error: eventfd()?,
@@ -172,10 +194,41 @@ impl Vhost {
     }
 }
 
+impl KernelNet {
+    /// Has the kernel serve queue `index` of a pair with frames of `link`, or no longer.
+    fn set_backend(&self, index: usize, link: Option<&File>) -> vhost::Result<()> {
+        let index = u32::try_from(index).expect("a pair has two queues");
+        let backend = vhost_vring_file { index, fd: link.map_or(-1, AsRawFd::as_raw_fd) };
+        // SAFETY: the request reads one such structure.
+        match unsafe { ioctl_with_ref(self, VHOST_NET_SET_BACKEND(), &backend) } {
+            0 => Ok(()),
+            _ => Err(vhost::Error::IoctlError(io::Error::last_os_error())),
+        }
+    }
+}
+
+impl AsRawFd for KernelNet {
+    fn as_raw_fd(&self) -> RawFd {
+        self.file.as_raw_fd()
+    }
+}
+
+impl VhostKernBackend for KernelNet {
+    type AS = Arc<GuestMemoryMmap>;
+
+    fn mem(&self) -> &Self::AS {
+        &self.memory
+    }
+}
+
 impl Worker {
-    fn open(link: &impl AsFd, memory: &Arc<GuestMemoryMmap>) -> Result<Self, VhostError> {
+    fn new(
+        file: File,
+        link: &impl AsFd,
+        memory: &Arc<GuestMemoryMmap>,
+    ) -> Result<Self, VhostError> {
         let set_up = |step| move |source| VhostError::SetUp { step, source };
-        let kernel = KernelNet::new(memory.clone()).map_err(VhostError::Open)?;
+        let kernel = KernelNet { file, memory: memory.clone() };
         kernel.set_owner().map_err(set_up("start its thread"))?;
         let features = kernel.get_features().map_err(set_up("read its features"))?;
         let lacking = FEATURES & !features;
@@ -201,7 +254,7 @@ fn regions(memory: &GuestMemoryMmap) -> Vec<VhostUserMemoryRegionInfo> {
 }
 
 fn set_up_queue(
-    kernel: &KernelNet<Arc<GuestMemoryMmap>>,
+    kernel: &KernelNet,
     index: usize,
     queue: &VirtQueue,
     call: &EventFd,

@@ -1,7 +1,7 @@
 //! The requests of the control socket, version 1 (API.md): which there are, and what they do.
 
 use serde::{Deserialize, Serialize};
-use vmm::{VmConfig, from_json, prometheus};
+use vmm::{ConfigError, Opened, VmConfig, from_json, prometheus};
 
 use crate::http::{Request, Response};
 use crate::machine::{Error, Machine, State};
@@ -31,8 +31,12 @@ enum Wanted {
     Stopped,
 }
 
-/// Does what `request` asks of `machine`.
-pub fn answer(machine: &mut Machine, request: &Request) -> Response {
+/// Does what `request` asks of `machine`, with what was `opened` for it.
+pub fn answer(
+    machine: &mut Machine,
+    request: &Request,
+    opened: Result<Opened, ConfigError>,
+) -> Response {
     let is_get = request.method == "GET";
     match &*request.path {
         "/v1/vm/state" if request.method == "PUT" => change_state(machine, &request.body),
@@ -45,7 +49,7 @@ pub fn answer(machine: &mut Machine, request: &Request) -> Response {
             Response::text(prometheus::CONTENT_TYPE, machine.metrics().to_prometheus())
         }
         "/v1/vm" | "/v1/metrics" | "/metrics" => Response::wrong_method("GET"),
-        _ => resources::answer(machine, request)
+        _ => resources::answer(machine, request, opened)
             .unwrap_or_else(|| Response::failure(404, "path", PATHS)),
     }
 }

@@ -1,7 +1,9 @@
 //! HTTP/1.1 on a unix socket, for a few clients that ask little: requests parsed from bytes, and
 //! answers as bytes (RFC 9112).
 
-use serde::Serialize;
+use std::borrow::Cow;
+
+use serde::{Deserialize, Serialize};
 
 /// Most bytes of a request line with its header fields.
 pub const MAX_HEAD_BYTES: usize = 8 << 10;
@@ -12,8 +14,11 @@ pub const MAX_BODY_BYTES: usize = 64 << 10;
 /// Most header fields of a request.
 const MAX_FIELDS: usize = 32;
 
+/// The type of most answers.
+const JSON: Cow<'static, str> = Cow::Borrowed("application/json");
+
 /// A whole request.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Request {
     /// `GET` and so on, as the client wrote it.
     pub method: String,
@@ -26,14 +31,14 @@ pub struct Request {
 }
 
 /// An answer.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub struct Response {
     /// The status code (RFC 9110, section 15).
     pub status: u16,
     /// Methods the path knows, for an answer that says the method is wrong.
-    pub allow: Option<&'static str>,
+    pub allow: Option<Cow<'static, str>>,
     /// Type of the body.
-    pub content_type: &'static str,
+    pub content_type: Cow<'static, str>,
     /// The body.
     pub body: String,
 }
@@ -111,18 +116,18 @@ fn body_bytes(fields: &[httparse::Header<'_>]) -> Result<usize, Response> {
 impl Response {
     /// It is done, and there is nothing to say.
     pub fn done() -> Self {
-        Response { status: 204, allow: None, content_type: "application/json", body: String::new() }
+        Response { status: 204, allow: None, content_type: JSON, body: String::new() }
     }
 
     /// An answer of text.
     pub fn text(content_type: &'static str, body: String) -> Self {
-        Response { status: 200, allow: None, content_type, body }
+        Response { status: 200, allow: None, content_type: content_type.into(), body }
     }
 
     /// `value` as JSON.
     pub fn json(value: &impl Serialize) -> Self {
         match serde_json::to_string(value) {
-            Ok(body) => Response::text("application/json", body),
+            Ok(body) => Response { body, status: 200, ..Response::done() },
             Err(error) => Response::failure(500, "(answer)", &error.to_string()),
         }
     }
@@ -131,13 +136,13 @@ impl Response {
     pub fn failure(status: u16, field: &str, rule: &str) -> Self {
         let body = serde_json::to_string(&Failure { error: Reason { field, rule } })
             .expect("two strings are JSON");
-        Response { status, allow: None, content_type: "application/json", body }
+        Response { status, allow: None, content_type: JSON, body }
     }
 
     /// The method is wrong: the path knows only `allow`.
     pub fn wrong_method(allow: &'static str) -> Self {
         let failure = Response::failure(405, "method", &format!("must be {allow}"));
-        Response { allow: Some(allow), ..failure }
+        Response { allow: Some(allow.into()), ..failure }
     }
 
     /// As it goes over the socket; `is_last` tells the client that nothing follows.
@@ -148,7 +153,7 @@ impl Response {
             let length = body.len();
             text += &format!("Content-Type: {}\r\nContent-Length: {length}\r\n", self.content_type);
         }
-        if let Some(allow) = self.allow {
+        if let Some(allow) = &self.allow {
             text += &format!("Allow: {allow}\r\n");
         }
         if is_last {

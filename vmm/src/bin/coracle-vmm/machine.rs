@@ -3,6 +3,7 @@
 use std::fmt::{self, Display, Formatter};
 use std::mem;
 use std::os::fd::BorrowedFd;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use log::error;
@@ -88,6 +89,15 @@ impl Machine {
         Ok(Machine { config, is_interactive, stage })
     }
 
+    /// The sockets that it made, which somebody else has to remove from now on; for a machine that was not
+    /// started yet.
+    pub fn take_sockets(&mut self) -> Vec<PathBuf> {
+        match &mut self.stage {
+            Stage::Built(vmm) => vmm.take_sockets(),
+            Stage::Started { .. } | Stage::Gone(_) => Vec::new(),
+        }
+    }
+
     /// What it was built from, and what was attached to it since.
     pub fn config(&self) -> &VmConfig {
         &self.config
@@ -171,8 +181,8 @@ impl Machine {
         let terminal = self.is_interactive.then(open).flatten();
         self.stage = Stage::Started { vm: Box::new(vm), is_paused: false, _terminal: terminal };
         // From here on nothing is opened, and nothing else needs a privilege either.
-        vmm::give_up_privileges(&self.config)
-            .map_err(|error| Error::Start(format!("give up privileges: {error}")))
+        let confined = self.handle().map_or(Ok(()), VmHandle::confine_this_thread);
+        confined.map_err(|error| Error::Start(format!("give up privileges: {error}")))
     }
 
     fn pause(&mut self) -> Result<(), Error> {

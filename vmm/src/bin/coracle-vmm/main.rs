@@ -13,9 +13,9 @@ mod resources;
 mod server;
 mod signals;
 mod terminal;
+mod warden;
 
 use std::ffi::c_int;
-use std::fs;
 use std::io::{self, IsTerminal};
 use std::mem;
 use std::os::fd::AsFd;
@@ -23,9 +23,9 @@ use std::os::unix::fs::chown;
 
 use anyhow::{Context, bail};
 use clap::Parser;
-use log::LevelFilter;
+use log::{LevelFilter, error};
 use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::{PollFd, PollFlags, PollTimeout};
 use vmm::{ConsoleConfig, ConsoleOutput, Exit, VmConfig};
 
 use crate::arguments::Arguments;
@@ -33,9 +33,7 @@ use crate::machine::{Machine, State};
 use crate::report::Report;
 use crate::server::Server;
 use crate::signals::Signals;
-
-/// How long a control socket rests that cannot let a client in.
-const RETRY_MS: u16 = 1000;
+use crate::warden::Warden;
 
 /// Who ended the machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -76,7 +74,7 @@ fn run(arguments: &Arguments) -> anyhow::Result<u8> {
     let interactive = takes_keys(&config.console) && io::stdin().is_terminal();
     // Before the first thread starts, so that every thread leaves these signals to this one.
     let signals = Signals::open().context("receive signals")?;
-    let mut server = match &arguments.api_socket {
+    let server = match &arguments.api_socket {
         Some(path) => {
             let open = Server::open(path).and_then(|server| {
                 let owner = config.user.map(|user| chown(path, Some(user.uid), Some(user.gid)));
@@ -86,16 +84,23 @@ fn run(arguments: &Arguments) -> anyhow::Result<u8> {
         }
         None => None,
     };
+    // Before there is anything of the guest's that it could inherit.
+    let has_sockets = server.is_some() || has_socket(&config);
+    let warden = has_sockets.then(|| Warden::start(server)).transpose();
+    let warden = warden.context("start the process that keeps the machine's sockets")?;
     let report = arguments.metrics.as_deref().map(Report::create).transpose()?;
     let needs_few = arguments.resource_limits.is_empty() && !opens_more(&config);
     let mut machine = Machine::build(config, interactive)?;
     if needs_few {
         limits::lower_descriptor_limit().context("lower the limit of open files")?;
     }
+    if let Some(warden) = &warden {
+        warden.set_out(&machine.take_sockets()).context("tell of the machine's sockets")?;
+    }
     if !arguments.paused {
         machine.become_state(State::Running)?;
     }
-    let ending = serve(&mut machine, server.as_mut(), &signals).context("wait for the machine")?;
+    let ending = serve(&mut machine, warden.as_ref(), &signals).context("wait for the machine")?;
     machine.become_state(State::Stopped)?;
     if let Some(report) = report {
         report.write(&machine.metrics())?;
@@ -112,45 +117,51 @@ fn check(config: &VmConfig) -> u8 {
     u8::from(!found.is_empty())
 }
 
-/// Serves the control socket until the machine ends or a signal comes.
+/// Does what clients want until the machine ends or a signal comes.
 fn serve(
     machine: &mut Machine,
-    mut server: Option<&mut Server>,
+    mut warden: Option<&Warden>,
     signals: &Signals,
 ) -> io::Result<Ending> {
     loop {
-        if wait(machine, server.as_deref(), signals)? {
+        let [is_signal, is_order] = wait(machine, warden, signals)?;
+        if is_signal {
             return signals.read().map(Ending::Signal);
         }
         if machine.state() == State::Stopped {
             return Ok(Ending::Itself);
         }
-        if let Some(server) = &mut server {
-            let mut is_stopped_by_client = false;
-            server.serve(|request| {
-                let was_stopped = machine.state() == State::Stopped;
-                let response = api::answer(machine, request);
-                is_stopped_by_client |= !was_stopped && machine.state() == State::Stopped;
-                response
-            });
-            if is_stopped_by_client {
-                return Ok(Ending::Client);
-            }
+        let Some(keeper) = warden.filter(|_| is_order) else { continue };
+        let Some(mut order) = keeper.receive()? else {
+            error!("the process that serves the control socket is gone, and the guest runs on");
+            warden = None;
+            continue;
+        };
+        let opened = order.take_opened();
+        let response = api::answer(machine, &order.request, opened);
+        keeper.answer(&response)?;
+        if machine.state() == State::Stopped {
+            return Ok(Ending::Client);
         }
     }
 }
 
-/// Waits until there is something to do; says whether that is a signal.
-fn wait(machine: &Machine, server: Option<&Server>, signals: &Signals) -> io::Result<bool> {
+/// Waits until there is something to do; says whether there is a signal, and whether an order.
+fn wait(machine: &Machine, warden: Option<&Warden>, signals: &Signals) -> io::Result<[bool; 2]> {
     let mut descriptors = vec![PollFd::new(signals.as_fd(), PollFlags::POLLIN)];
-    let others = machine.ended().into_iter();
-    let others = others.chain(server.into_iter().flat_map(Server::descriptors));
+    let orders = warden.map(AsFd::as_fd);
+    let others = orders.into_iter().chain(machine.ended());
     descriptors.extend(others.map(|descriptor| PollFd::new(descriptor, PollFlags::POLLIN)));
-    let is_deaf = server.is_some_and(Server::is_deaf);
-    let timeout = if is_deaf { RETRY_MS.into() } else { PollTimeout::NONE };
+    poll(&mut descriptors, PollTimeout::NONE)?;
+    let is_ready = |descriptor: &PollFd<'_>| descriptor.any().unwrap_or(false);
+    Ok([is_ready(&descriptors[0]), orders.is_some() && is_ready(&descriptors[1])])
+}
+
+/// Waits for one of `descriptors`, at most for `timeout`.
+fn poll(descriptors: &mut [PollFd<'_>], timeout: PollTimeout) -> io::Result<()> {
     loop {
-        match poll(&mut descriptors, timeout) {
-            Ok(_) => return Ok(descriptors[0].any().unwrap_or(false)),
+        match nix::poll::poll(descriptors, timeout) {
+            Ok(_) => return Ok(()),
             Err(Errno::EINTR) => {}
             Err(error) => return Err(error.into()),
         }
@@ -160,7 +171,6 @@ fn wait(machine: &Machine, server: Option<&Server>, signals: &Signals) -> io::Re
 /// Says how `machine` ended, and lets its devices finish, unless a signal says not to: one of them
 /// may wait for whoever reads our output, or for a slow disk.
 fn finish(machine: Machine, signals: Signals, ending: Ending) -> Exit {
-    let socket = machine.config().vsock.as_ref().and_then(|vsock| vsock.socket.clone());
     let vm = match machine.into_handle() {
         Ok(vm) => vm,
         Err(exit) => return exit,
@@ -170,12 +180,14 @@ fn finish(machine: Machine, signals: Signals, ending: Ending) -> Exit {
         return vm.wait();
     }
     let exit = vm.outcome();
-    // Its threads end with the process, which is about to. Nobody else will remove its socket.
+    // Its threads end with the process, which is about to.
     mem::forget(vm);
-    if let Some(path) = socket {
-        let _ = fs::remove_file(path);
-    }
     exit
+}
+
+/// Whether the machine makes a socket in the host's file system.
+fn has_socket(config: &VmConfig) -> bool {
+    config.vsock.as_ref().is_some_and(|vsock| vsock.socket.is_some())
 }
 
 /// Whether the guest makes this process open descriptors: streams, or files.

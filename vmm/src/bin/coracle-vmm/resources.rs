@@ -7,13 +7,19 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use vmm::balloon::Statistics;
-use vmm::{AttachError, Attachment, DetachError, DiskConfig, GrantError, NetConfig, VmHandle};
+use vmm::{
+    AttachError, Attachment, ConfigError, DetachError, DiskConfig, GrantError, NetConfig, Opened,
+    VmHandle, from_json,
+};
 
 use crate::http::{Request, Response};
 use crate::machine::{Machine, State};
 
 /// How long the guest may take to tell how it uses its memory, while other clients wait.
 const STATISTICS_PATIENCE: Duration = Duration::from_millis(500);
+
+/// The field of a refusal that is about all of a document.
+const DOCUMENT: &str = "(document)";
 
 /// The collections whose members come and go.
 const DISKS: &str = "/v1/vm/disks";
@@ -43,8 +49,27 @@ struct Place {
     names: Vec<String>,
 }
 
-/// Does what `request` asks of `machine`; `None` if its path is none of these.
-pub fn answer(machine: &mut Machine, request: &Request) -> Option<Response> {
+/// Opens what `request` names, for who carries it out; nothing, if it names nothing.
+pub fn open_for(request: &Request) -> Result<Opened, ConfigError> {
+    let opened = match (&*request.method, &*request.path) {
+        ("POST", DISKS) => from_json(text(&request.body)?).map(|disk| Opened::disk(&disk)),
+        ("POST", NETS) => from_json(text(&request.body)?).map(|net| Opened::net(&net)),
+        _ => return Ok(Opened::default()),
+    };
+    opened?.map_err(|error| match error {
+        AttachError::Config(error) => error,
+        // What the client named cannot be used.
+        error => ConfigError { field: DOCUMENT.to_owned(), rule: chain(error) },
+    })
+}
+
+/// Does what `request` asks of `machine`, with what was `opened` for it; `None` if its path is none of
+/// these.
+pub fn answer(
+    machine: &mut Machine,
+    request: &Request,
+    opened: Result<Opened, ConfigError>,
+) -> Option<Response> {
     let (method, path) = (&*request.method, &*request.path);
     let outcome = match (path, method) {
         ("/v1/vm/vcpus", "GET") => processors(machine),
@@ -56,8 +81,8 @@ pub fn answer(machine: &mut Machine, request: &Request) -> Option<Response> {
         ("/v1/vm/vcpus" | "/v1/vm/memory" | "/v1/vm/balloon", _) => {
             Ok(Response::wrong_method("GET, PUT"))
         }
-        (DISKS, "POST") => attach_disk(machine, &request.body),
-        (NETS, "POST") => attach_net(machine, &request.body),
+        (DISKS, "POST") => attach_disk(machine, &request.body, opened),
+        (NETS, "POST") => attach_net(machine, &request.body, opened),
         (DISKS | NETS, _) => Ok(Response::wrong_method("POST")),
         _ => {
             let member = |collection| path.strip_prefix(collection)?.strip_prefix('/');
@@ -75,10 +100,14 @@ pub fn answer(machine: &mut Machine, request: &Request) -> Option<Response> {
 /// An answer, or one that says why not.
 type Outcome = Result<Response, Response>;
 
+fn text(body: &[u8]) -> Result<&str, ConfigError> {
+    let refused = |_| ConfigError { field: DOCUMENT.to_owned(), rule: "must be UTF-8".to_owned() };
+    std::str::from_utf8(body).map_err(refused)
+}
+
 fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Response> {
-    let text = std::str::from_utf8(body)
-        .map_err(|_| Response::failure(400, "(document)", "must be UTF-8"))?;
-    vmm::from_json(text).map_err(|error| Response::failure(400, &error.field, &error.rule))
+    let parsed = text(body).and_then(from_json);
+    parsed.map_err(|error| Response::failure(400, &error.field, &error.rule))
 }
 
 /// The machine while its guest runs or stands still.
@@ -183,18 +212,18 @@ fn no_balloon() -> Response {
     Response::failure(409, "balloon", "must be in the machine, which was built without one")
 }
 
-fn attach_disk(machine: &mut Machine, body: &[u8]) -> Outcome {
+fn attach_disk(machine: &mut Machine, body: &[u8], opened: Result<Opened, ConfigError>) -> Outcome {
     let vm = running(machine)?;
     let disk: DiskConfig = parse(body)?;
-    let place = vm.attach_disk(&disk).map_err(not_attached)?;
+    let place = vm.attach_opened_disk(&disk, opened).map_err(not_attached)?;
     machine.config_mut().disks.push(disk);
     Ok(attached(place))
 }
 
-fn attach_net(machine: &mut Machine, body: &[u8]) -> Outcome {
+fn attach_net(machine: &mut Machine, body: &[u8], opened: Result<Opened, ConfigError>) -> Outcome {
     let vm = running(machine)?;
     let net: NetConfig = parse(body)?;
-    let place = vm.attach_net(&net).map_err(not_attached)?;
+    let place = vm.attach_opened_net(&net, opened).map_err(not_attached)?;
     machine.config_mut().nets.push(net);
     Ok(attached(place))
 }
@@ -220,10 +249,8 @@ fn not_attached(error: AttachError) -> Response {
     match error {
         AttachError::Config(error) => Response::failure(400, &error.field, &error.rule),
         AttachError::NoSlot { .. } => Response::failure(409, "spare_slots", &error.to_string()),
-        // What the client named cannot be used.
-        AttachError::Open(error) => Response::failure(400, "(document)", &chain(*error)),
-        AttachError::Connect(_) | AttachError::Serve(_) => {
-            Response::failure(500, "(document)", &chain(error))
+        AttachError::Open(_) | AttachError::Connect(_) | AttachError::Serve(_) => {
+            Response::failure(500, DOCUMENT, &chain(error))
         }
     }
 }

@@ -3,9 +3,9 @@
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use devices::listener::Listener;
+use devices::listener::{Listener, SocketFile};
 
 use crate::http::{MAX_BODY_BYTES, MAX_HEAD_BYTES, Request, Response};
 
@@ -29,6 +29,12 @@ impl Server {
     /// Listens at `path`, which must not exist yet.
     pub fn open(path: &Path) -> io::Result<Self> {
         Ok(Server { listener: Listener::bind(path)?, clients: Vec::new(), is_deaf: false })
+    }
+
+    /// Closes it in this process, and leaves its file to another one that has it, too.
+    pub fn leave(self) {
+        let (_closed, file) = self.listener.without_file(PathBuf::new());
+        let _ = file.map(SocketFile::into_path);
     }
 
     /// What to wait for before the next [`Server::serve`].

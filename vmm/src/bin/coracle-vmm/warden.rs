@@ -1,0 +1,274 @@
+//! A process beside that of the machine, where nothing of the guest ever comes: it serves the control
+//! socket, opens what clients attach, and removes the machine's sockets in the end. So the machine's own
+//! process needs no privilege, no file of the host and no client once its guest runs.
+//!
+//! The two have a socket between them. The first message tells which sockets to remove; from then on each
+//! is a request of a client with the files that it needs, or the answer. The one ends when the other does.
+
+use std::fs;
+use std::io::{self, IoSlice, IoSliceMut, Read, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::PathBuf;
+
+use log::error;
+use nix::poll::{PollFd, PollFlags, PollTimeout};
+use nix::sys::wait::waitpid;
+use nix::unistd::{ForkResult, Pid, dup2_stdin, dup2_stdout, fork};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
+};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use vmm::{ConfigError, Opened};
+
+use crate::http::{Request, Response};
+use crate::server::Server;
+use crate::{poll, resources};
+
+/// How long a control socket rests that cannot let a client in.
+const RETRY_MS: u16 = 1000;
+
+/// Most bytes of a message: metrics of many devices are some ten thousand.
+const MAX_MESSAGE_BYTES: usize = 16 << 20;
+
+/// Most descriptors that come with a message: an interface has two for each pair of queues.
+const MAX_FILES: usize = 64;
+
+/// The process; dropping it ends it, and waits until it has.
+pub struct Warden {
+    process: Pid,
+    /// None once it is being ended.
+    channel: Option<UnixStream>,
+}
+
+/// What a client wants of the machine.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Order {
+    /// What it wrote.
+    pub request: Request,
+    /// [`Opened::mtu`] of what it attaches, or why that could not be opened.
+    opened: Result<Option<u16>, ConfigError>,
+    #[serde(skip)]
+    files: Vec<OwnedFd>,
+}
+
+impl Order {
+    /// What was opened for it, or why that could not be opened.
+    pub fn take_opened(&mut self) -> Result<Opened, ConfigError> {
+        let files = std::mem::take(&mut self.files);
+        self.opened.clone().map(|mtu| Opened { files, mtu })
+    }
+}
+
+impl Warden {
+    /// Starts it, with `server` if there is a control socket: before this process has a second thread, or
+    /// anything that the other one should not have.
+    pub fn start(server: Option<Server>) -> io::Result<Self> {
+        let (ours, theirs) = UnixStream::pair()?;
+        // SAFETY: this process has one thread, so that the child may do whatever it could.
+        match unsafe { fork() }? {
+            ForkResult::Parent { child } => {
+                if let Some(server) = server {
+                    server.leave();
+                }
+                Ok(Warden { process: child, channel: Some(ours) })
+            }
+            ForkResult::Child => {
+                drop(ours);
+                // Nothing of what this process would have done next may happen here.
+                let outcome = catch_unwind(AssertUnwindSafe(|| serve(server, &theirs)));
+                if let Ok(Err(error)) = &outcome {
+                    error!("serve the control socket: {error}");
+                }
+                // SAFETY: it ends the process, which owes nothing to anybody.
+                unsafe { libc::_exit(i32::from(!matches!(outcome, Ok(Ok(()))))) }
+            }
+        }
+    }
+
+    /// Has it serve clients, and leaves `sockets` to it, which it removes in the end.
+    pub fn set_out(&self, sockets: &[PathBuf]) -> io::Result<()> {
+        send(self.channel()?, &sockets, &[])
+    }
+
+    /// Takes the next order, and waits for it if there is none; `None` if there will be none any more.
+    pub fn receive(&self) -> io::Result<Option<Order>> {
+        let received = receive::<Order>(self.channel()?)?;
+        Ok(received.map(|(order, files)| Order { files, ..order }))
+    }
+
+    /// Answers the order that was taken.
+    pub fn answer(&self, response: &Response) -> io::Result<()> {
+        send(self.channel()?, response, &[])
+    }
+
+    fn channel(&self) -> io::Result<&UnixStream> {
+        self.channel.as_ref().ok_or_else(|| io::ErrorKind::NotConnected.into())
+    }
+}
+
+impl AsFd for Warden {
+    /// Readable when there is an order.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.channel.as_ref().expect("it is not being dropped").as_fd()
+    }
+}
+
+impl Drop for Warden {
+    fn drop(&mut self) {
+        self.channel = None;
+        // The kernel gives out no child's pid before it was waited for.
+        let _ = waitpid(self.process, None);
+    }
+}
+
+/// Does all that the process is there for, until the machine's process closes `channel`.
+fn serve(server: Option<Server>, channel: &UnixStream) -> io::Result<()> {
+    // Whoever waits for the end of the machine's output does not wait for this process.
+    let nothing = fs::File::options().read(true).write(true).open("/dev/null")?;
+    dup2_stdin(&nothing)?;
+    dup2_stdout(&nothing)?;
+    let Some((sockets, _)) = receive::<Vec<PathBuf>>(channel)? else { return Ok(()) };
+    let outcome = match server {
+        Some(server) => serve_clients(server, channel),
+        None => wait_for_end(channel),
+    };
+    for socket in sockets {
+        // Somebody else may have removed it, and that is as good.
+        let _ = fs::remove_file(socket);
+    }
+    outcome
+}
+
+fn serve_clients(mut server: Server, channel: &UnixStream) -> io::Result<()> {
+    loop {
+        let descriptors = [channel.as_fd()].into_iter().chain(server.descriptors());
+        let mut descriptors: Vec<_> =
+            descriptors.map(|one| PollFd::new(one, PollFlags::POLLIN)).collect();
+        let timeout = if server.is_deaf() { RETRY_MS.into() } else { PollTimeout::NONE };
+        poll(&mut descriptors, timeout)?;
+        if descriptors[0].any().unwrap_or(true) {
+            // Nothing comes unasked but the end.
+            return Ok(());
+        }
+        server.serve(|request| {
+            forward(request, channel).unwrap_or_else(|error| {
+                let rule = format!("must be there, and the machine's process is not: {error}");
+                Response::failure(503, "machine", &rule)
+            })
+        });
+    }
+}
+
+fn wait_for_end(channel: &UnixStream) -> io::Result<()> {
+    poll(&mut [PollFd::new(channel.as_fd(), PollFlags::POLLIN)], PollTimeout::NONE)
+}
+
+/// The machine's answer to `request`, for which what it names is opened here. It is up to the machine
+/// which of several reasons it refuses a request for.
+fn forward(request: &Request, channel: &UnixStream) -> io::Result<Response> {
+    let (opened, files) = match resources::open_for(request) {
+        Ok(Opened { files, mtu }) => (Ok(mtu), files),
+        Err(refusal) => (Err(refusal), Vec::new()),
+    };
+    let order = Order { request: request.clone(), opened, files: Vec::new() };
+    let files: Vec<_> = files.iter().map(OwnedFd::as_fd).collect();
+    send(channel, &order, &files)?;
+    let answer = receive::<Response>(channel)?;
+    answer.map(|(response, _)| response).ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
+}
+
+/// Sends `message` with `files`: its length in bytes, which the files come with, and then JSON.
+fn send(
+    channel: &UnixStream,
+    message: &impl Serialize,
+    files: &[BorrowedFd<'_>],
+) -> io::Result<()> {
+    let mut text = serde_json::to_vec(message)?;
+    let mut length = u32::try_from(text.len()).map_err(io::Error::other)?.to_ne_bytes().to_vec();
+    if files.is_empty() {
+        length.append(&mut text);
+    } else {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FILES))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        if !control.push(SendAncillaryMessage::ScmRights(files)) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        // Four bytes go at once or not at all.
+        sendmsg(channel, &[IoSlice::new(&length)], &mut control, SendFlags::NOSIGNAL)?;
+        length = text;
+    }
+    let mut channel = channel;
+    channel.write_all(&length)
+}
+
+/// Waits for a message and takes it with its files; `None` if the other end is closed.
+fn receive<T: DeserializeOwned>(channel: &UnixStream) -> io::Result<Option<(T, Vec<OwnedFd>)>> {
+    let mut length = [0; 4];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FILES))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let mut pieces = [IoSliceMut::new(&mut length)];
+    let received = recvmsg(channel, &mut pieces, &mut control, RecvFlags::CMSG_CLOEXEC)?;
+    if received.bytes == 0 {
+        return Ok(None);
+    }
+    let mut files = Vec::new();
+    for message in control.drain() {
+        if let RecvAncillaryMessage::ScmRights(some) = message {
+            files.extend(some);
+        }
+    }
+    let length = usize::try_from(u32::from_ne_bytes(length)).map_err(io::Error::other)?;
+    if received.bytes != 4 || length > MAX_MESSAGE_BYTES {
+        return Err(io::ErrorKind::InvalidData.into());
+    }
+    let mut text = vec![0; length];
+    let mut channel = channel;
+    channel.read_exact(&mut text)?;
+    Ok(Some((serde_json::from_slice(&text)?, files)))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::MetadataExt;
+
+    use super::*;
+
+    #[test]
+    fn a_message_arrives_with_its_files() {
+        let (one, other) = UnixStream::pair().unwrap();
+        let file = tempfile::tempfile().unwrap();
+        let text = "x".repeat(100 << 10);
+
+        let sender = std::thread::scope(|scope| {
+            let sender = scope.spawn(|| send(&one, &text, &[file.as_fd()]));
+            let (received, files) = receive::<String>(&other).unwrap().unwrap();
+            let [sent, received_file] =
+                [file.metadata(), fs::File::from(files.into_iter().next().unwrap()).metadata()];
+            assert_eq!(received, text);
+            assert_eq!(sent.unwrap().ino(), received_file.unwrap().ino());
+            sender.join().unwrap()
+        });
+
+        sender.unwrap();
+    }
+
+    #[test]
+    fn the_end_of_the_other_process_is_noticed() {
+        let (one, other) = UnixStream::pair().unwrap();
+        drop(one);
+        assert!(receive::<String>(&other).unwrap().is_none());
+    }
+
+    #[test]
+    fn a_message_without_end_is_refused() {
+        let (mut one, other) = UnixStream::pair().unwrap();
+        one.write_all(&u32::MAX.to_ne_bytes()).unwrap();
+        let error = receive::<String>(&other).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::InvalidData);
+    }
+}
