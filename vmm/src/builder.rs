@@ -1,6 +1,7 @@
 //! From a configuration to a machine whose guest can run: the boot, top to bottom.
 
 use std::fs::File;
+use std::io;
 use std::mem;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -10,19 +11,21 @@ use arch::machine::{BootFiles, Entry, Machine, MemoryMap, MmioDevice};
 use arch::{Arch, Host, Kvm, VcpuFd, VmFd};
 use devices::listener::SocketFile;
 use devices::virtio::mmio::RegisterPages;
+use log::warn;
+use nix::unistd::geteuid;
 use vm_memory::GuestMemoryMmap;
 
 use crate::attachment::Slots;
 use crate::check::{check_memory, parent};
 use crate::config::{BootConfig, MemoryBacking, VmConfig};
-use crate::confinement::Confinement;
+use crate::confinement::{Confinement, UNHIDDEN};
 use crate::console::ConsoleLog;
 use crate::control::Control;
 use crate::dax;
 use crate::error::Error;
 use crate::event_loop::EventLoop;
 use crate::handle::VmHandle;
-use crate::jail::{Jail, beside};
+use crate::jail::{Jail, JailError, beside};
 use crate::memory::{GuestRam, MemoryError, Pluggable, SavedMemory, Store};
 use crate::metrics::{Metrics, Record, now_ns};
 use crate::peripherals::{self, Ends};
@@ -323,14 +326,23 @@ fn step(step: &'static str) -> impl FnOnce(arch::ArchError) -> Error {
     move |source| Error::Arch { step, source }
 }
 
-/// An unprivileged user cannot build one, and has little that it could keep from a thread.
+/// An unprivileged user may be unable to build one, and has little that it could keep from a thread.
 fn build_jail(config: &VmConfig) -> Result<Option<Arc<Jail>>, Error> {
     if !Jail::is_allowed() {
         return Ok(None);
     }
     let shares = config.shares.iter().map(|share| share.path.as_path());
     let socket = config.vsock.as_ref().and_then(|vsock| vsock.socket.as_deref());
-    Ok(Some(Arc::new(Jail::build_around_this_thread(shares, socket.map(parent))?)))
+    match Jail::build_around_this_thread(shares, socket.map(parent)) {
+        // Some hosts let everybody have namespaces, but do nothing there.
+        Err(JailError::Build { step, source })
+            if source.kind() == io::ErrorKind::PermissionDenied && !geteuid().is_root() =>
+        {
+            warn!("{UNHIDDEN} {step}: {source}");
+            Ok(None)
+        }
+        built => Ok(Some(Arc::new(built?))),
+    }
 }
 
 fn open_boot_files(boot: &BootConfig) -> Result<BootFiles, Error> {

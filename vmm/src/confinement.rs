@@ -6,14 +6,17 @@
 //! and which `no_new_privs` makes give nothing.
 
 use std::cell::Cell;
+use std::fs;
 use std::io;
 use std::process;
 use std::sync::Arc;
 use std::sync::mpsc::sync_channel;
 use std::thread::{Builder, JoinHandle};
 
+use log::warn;
 use nix::errno::Errno;
 use nix::sched::{CloneFlags, unshare};
+use nix::unistd::{getegid, geteuid};
 use rustix::thread::{CapabilitySet, CapabilitySets, capabilities, set_capabilities};
 
 use crate::config::{ConfigError, UserConfig, VmConfig};
@@ -51,6 +54,10 @@ const CHANGE_OF_USER: CapabilitySet = CapabilitySet::SETUID.union(CapabilitySet:
 /// The first of the user and group ids that no system gives to anybody (systemd, "Users, Groups, UIDs and
 /// GIDs on systemd Systems", 1879048192 to 2147483647).
 const FIRST_OWN_ID: u32 = 0x7000_0000;
+
+/// What a host does not give to everybody.
+pub const UNHIDDEN: &str =
+    "the machine's threads go on seeing the host's files, as this user cannot";
 
 /// What the threads of one machine are left with.
 #[derive(Debug, Clone)]
@@ -172,21 +179,39 @@ impl Identity {
             Identity::Caller => Ok(()),
             Identity::Named(user) => become_user(user),
             Identity::Own(user) => become_user(user).or_else(|error| {
-                // A container in which root is no user of the host has few ids.
-                let is_unknown = error.raw_os_error() == Some(libc::EINVAL);
-                if is_unknown { Ok(()) } else { Err(error) }
+                // A user namespace with few ids has no such user, or must keep its groups.
+                let is_unknown = [libc::EINVAL, libc::EPERM].map(Some);
+                if is_unknown.contains(&error.raw_os_error()) { Ok(()) } else { Err(error) }
             }),
         }
     }
 }
 
-/// Leaves the host's System V IPC and its host name to other processes, if the caller may: for the
-/// program's start, as it holds for the calling thread and those it starts.
-pub fn leave_namespaces() -> io::Result<()> {
-    match unshare(CloneFlags::CLONE_NEWIPC | CloneFlags::CLONE_NEWUTS) {
-        Ok(()) | Err(Errno::EPERM) => Ok(()),
-        Err(error) => Err(error.into()),
+/// Leaves the host's System V IPC and its host name to other processes: for the start of a program that is
+/// to run a machine of `config`, while it has one thread.
+///
+/// Who may not gets a user namespace of its own, if the host lets everybody have one: there the machine's
+/// threads can be kept from the host's files, too ([`Jail`]). It has one user and one group, so that a machine
+/// that serves files does without it.
+pub fn leave_namespaces(config: &VmConfig) -> io::Result<()> {
+    let namespaces = CloneFlags::CLONE_NEWIPC | CloneFlags::CLONE_NEWUTS;
+    match unshare(namespaces) {
+        Err(Errno::EPERM) if config.shares.is_empty() && config.user.is_none() => {}
+        Ok(()) | Err(Errno::EPERM) => return Ok(()),
+        Err(error) => return Err(error.into()),
     }
+    let (user, group) = (geteuid(), getegid());
+    let left =
+        unshare(namespaces | CloneFlags::CLONE_NEWUSER).map_err(io::Error::from).and_then(|()| {
+            // user_namespaces(7), "Defining user and group ID mappings".
+            fs::write("/proc/self/setgroups", "deny")?;
+            fs::write("/proc/self/uid_map", format!("{user} {user} 1"))?;
+            fs::write("/proc/self/gid_map", format!("{group} {group} 1"))
+        });
+    if let Err(error) = left {
+        warn!("{UNHIDDEN} have a user namespace: {error}");
+    }
+    Ok(())
 }
 
 /// Keeps the memory of this process and of its guest out of core dumps; for the program's start.

@@ -27,6 +27,14 @@ mknod -m 666 /mnt/kvm c 10 232
 mount --bind /mnt/kvm /dev/kvm
 exec setpriv --reuid 65534 --regid 65534 --clear-groups --inh-caps=-all --bounding-set=-all \"$@\"";
 
+/// The program, for the rest of its command line.
+fn as_nobody() -> Command {
+    let mut command = Command::new("unshare");
+    let program = env!("CARGO_BIN_EXE_coracle-vmm");
+    command.args(["--mount", "sh", "-c", AS_NOBODY, "sh", program]);
+    command
+}
+
 /// A machine with what it needs on disk.
 struct Machine {
     config: VmConfig,
@@ -74,8 +82,13 @@ impl Running {
 
     /// The same with more `arguments`.
     fn start_with(machine: &Machine, arguments: &[&str]) -> Self {
+        Running::start_by(Command::new(env!("CARGO_BIN_EXE_coracle-vmm")), machine, arguments)
+    }
+
+    /// The same by a command that becomes the program.
+    fn start_by(mut command: Command, machine: &Machine, arguments: &[&str]) -> Self {
         let config = machine.file();
-        let mut program = Command::new(env!("CARGO_BIN_EXE_coracle-vmm"))
+        let mut program = command
             .arg("--config")
             .arg(config.path())
             .args(arguments)
@@ -389,15 +402,30 @@ fn a_user_who_may_open_kvm_runs_a_machine() {
     let machine = Machine::of(&[print("hello"), END.to_vec()]);
     let config = machine.file();
 
-    let output = Command::new("unshare")
-        .args(["--mount", "sh", "-c", AS_NOBODY, "sh", env!("CARGO_BIN_EXE_coracle-vmm")])
-        .arg("--config")
-        .arg(config.path())
-        .stdin(Stdio::null())
-        .output()
-        .unwrap();
+    let output =
+        as_nobody().arg("--config").arg(config.path()).stdin(Stdio::null()).output().unwrap();
 
     assert_eq!(output.stdout, b"hello", "{output:?}");
     // The guest's processor gave up, as it should.
     assert_eq!(output.status.code(), end_code(), "{output:?}");
+}
+
+#[test]
+#[ignore = "needs /dev/kvm, root, and user namespaces for everybody"]
+fn a_machine_of_such_a_user_sees_nothing_of_the_host_either() {
+    let machine = Machine::of(&[print("up"), HANG.to_vec()]).with_a_disk();
+    let nobody = Permissions::from_mode(0o666);
+    fs::set_permissions(machine.disk.path(), nobody).unwrap();
+    let machine = Running::start_by(as_nobody(), &machine, &[]);
+
+    for (name, status) in machine.settled_threads() {
+        assert_eq!(status.words("Uid"), ["65534"; 4], "{name}");
+        assert_eq!(status.capabilities("CapPrm"), 0, "{name}");
+        let root = fs::read_dir(format!("/proc/{}/root", status.field("Pid"))).unwrap();
+        assert_eq!(root.count(), 0, "{name}");
+        for namespace in ["ipc", "uts", "mnt", "user"] {
+            let of = |process: &str| fs::read_link(format!("/proc/{process}/ns/{namespace}"));
+            assert_ne!(of(status.field("Pid")).unwrap(), of("self").unwrap(), "{name}");
+        }
+    }
 }

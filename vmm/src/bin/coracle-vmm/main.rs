@@ -70,7 +70,7 @@ fn run(arguments: &Arguments) -> anyhow::Result<u8> {
     }
     limits::set(&arguments.resource_limits).context("set resource limits")?;
     vmm::forbid_core_dumps().context("forbid core dumps")?;
-    vmm::leave_namespaces().context("leave the host's IPC and UTS namespaces")?;
+    vmm::leave_namespaces(&config).context("leave the host's IPC and UTS namespaces")?;
     let interactive = takes_keys(&config.console) && io::stdin().is_terminal();
     // Before the first thread starts, so that every thread leaves these signals to this one.
     let signals = Signals::open().context("receive signals")?;
