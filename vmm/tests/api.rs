@@ -341,6 +341,30 @@ fn vcpus_are_granted_up_to_the_limit_and_stop_with_the_machine() {
 
 #[test]
 #[ignore = "needs /dev/kvm"]
+fn a_guest_runs_on_when_the_process_that_serves_clients_is_killed() {
+    let program = Program::start(&[print("up"), HANG.to_vec()], &[]);
+    assert_eq!(program.get("/v1/vm")["state"], "running");
+    let process = program.id();
+    let children = std::fs::read_to_string(format!("/proc/{process}/task/{process}/children"));
+    let server: i32 = children.unwrap().trim().parse().unwrap();
+    let mut stream = program.connect();
+
+    let kill = |process, signal| {
+        // SAFETY: the process is our child's, or our child, and nobody has waited for it.
+        assert_eq!(unsafe { libc::kill(process, signal) }, 0);
+    };
+    kill(server, libc::SIGKILL);
+    // Its end is that of its clients.
+    assert_eq!(stream.read(&mut [0]).unwrap_or(0), 0);
+    kill(i32::try_from(process).unwrap(), libc::SIGTERM);
+
+    let ended = program.ended();
+    assert_eq!(ended.status.code(), Some(128 + libc::SIGTERM));
+    assert_eq!(ended.stdout, b"up");
+}
+
+#[test]
+#[ignore = "needs /dev/kvm"]
 fn memory_is_asked_for_as_far_as_there_is_any() {
     let program = Program::start(
         &[print_for_ever(b'x')],

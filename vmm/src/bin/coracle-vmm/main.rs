@@ -132,18 +132,21 @@ fn serve(
             return Ok(Ending::Itself);
         }
         let Some(keeper) = warden.filter(|_| is_order) else { continue };
-        let Some(mut order) = keeper.receive()? else {
-            error!("the process that serves the control socket is gone, and the guest runs on");
+        if let Err(error) = obey(machine, keeper) {
+            error!("nobody serves the control socket any more, and the guest runs on: {error}");
             warden = None;
-            continue;
-        };
-        let opened = order.take_opened();
-        let response = api::answer(machine, &order.request, opened);
-        keeper.answer(&response)?;
+        }
         if machine.state() == State::Stopped {
             return Ok(Ending::Client);
         }
     }
+}
+
+/// Does what a client wants.
+fn obey(machine: &mut Machine, warden: &Warden) -> io::Result<()> {
+    let mut order = warden.receive()?;
+    let opened = order.take_opened();
+    warden.answer(&api::answer(machine, &order.request, opened))
 }
 
 /// Waits until there is something to do; says whether there is a signal, and whether an order.

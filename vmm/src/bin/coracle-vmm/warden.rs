@@ -95,10 +95,12 @@ impl Warden {
         send(self.channel()?, &sockets, &[])
     }
 
-    /// Takes the next order, and waits for it if there is none; `None` if there will be none any more.
-    pub fn receive(&self) -> io::Result<Option<Order>> {
-        let received = receive::<Order>(self.channel()?)?;
-        Ok(received.map(|(order, files)| Order { files, ..order }))
+    /// Takes the next order, and waits for it if there is none. An error says that there will be none any
+    /// more.
+    pub fn receive(&self) -> io::Result<Order> {
+        let (order, files) =
+            receive::<Order>(self.channel()?)?.ok_or(io::ErrorKind::UnexpectedEof)?;
+        Ok(Order { files, ..order })
     }
 
     /// Answers the order that was taken.
