@@ -342,7 +342,9 @@ fn vcpus_are_granted_up_to_the_limit_and_stop_with_the_machine() {
 #[test]
 #[ignore = "needs /dev/kvm"]
 fn a_guest_runs_on_when_the_process_that_serves_clients_is_killed() {
-    let mut program = Program::start(&[print_for_ever(b'x')], &[]);
+    let mut program = Program::start(&[print_for_ever(b'x')], &["--console"]);
+    let pipe = program.child.as_mut().unwrap().stdout.take().unwrap();
+    let size = fcntl(&pipe, FcntlArg::F_SETPIPE_SZ(0x1000)).unwrap();
     assert_eq!(program.get("/v1/vm")["state"], "running");
     let process = program.id();
     let children = std::fs::read_to_string(format!("/proc/{process}/task/{process}/children"));
@@ -356,8 +358,10 @@ fn a_guest_runs_on_when_the_process_that_serves_clients_is_killed() {
     kill(server, libc::SIGKILL);
     // Its end is that of its clients.
     assert_eq!(stream.read(&mut [0]).unwrap_or(0), 0);
-    // More than a pipe had room for before.
-    program.child.as_mut().unwrap().stdout.as_mut().unwrap().read_exact(&mut [0; 70_000]).unwrap();
+    // More than the pipe had room for before.
+    let mut pipe = pipe.take(u64::try_from(size).unwrap() + 1);
+    let read = pipe.read_to_end(&mut Vec::new()).unwrap();
+    assert_eq!(u64::try_from(read).unwrap(), u64::try_from(size).unwrap() + 1);
     kill(i32::try_from(process).unwrap(), libc::SIGTERM);
 
     assert_eq!(program.ended().status.code(), Some(128 + libc::SIGTERM));
