@@ -75,6 +75,8 @@ pub struct Disk {
     direct: Option<Direct>,
     is_device: bool,
     read_only: bool,
+    /// Whether all that changes the disk lasts before it is over.
+    write_through: bool,
     sectors: u64,
 }
 
@@ -113,6 +115,7 @@ impl Disk {
             direct,
             is_device: kind.is_block_device(),
             read_only: access.read_only,
+            write_through: false,
             sectors: bytes / SECTOR_BYTES,
         })
     }
@@ -120,7 +123,14 @@ impl Disk {
     /// A disk of a file that need not be one.
     #[cfg(test)]
     pub fn endless(file: File) -> Self {
-        Disk { file, direct: None, is_device: false, read_only: false, sectors: 1 << 20 }
+        Disk {
+            file,
+            direct: None,
+            is_device: false,
+            read_only: false,
+            write_through: false,
+            sectors: 1 << 20,
+        }
     }
 
     /// Size of the disk, in sectors of 512 bytes.
@@ -131,6 +141,11 @@ impl Disk {
     /// Whether it may only be read.
     pub fn is_read_only(&self) -> bool {
         self.read_only
+    }
+
+    /// Makes all that changes the disk last before it is over, or no longer.
+    pub fn set_write_through(&mut self, write_through: bool) {
+        self.write_through = write_through;
     }
 
     /// What requests should be multiples of, in bytes; a power of two of at least a sector.
@@ -168,7 +183,13 @@ impl Disk {
     pub fn write(&self, offset: u64, buffers: &mut Buffers) -> io::Result<()> {
         let some =
             |buffers: &Buffers, offset| buffers.write_to_at(self.fd_for(offset, buffers), offset);
-        transfer(offset, buffers, some, io::ErrorKind::WriteZero)
+        transfer(offset, buffers, some, io::ErrorKind::WriteZero)?;
+        self.changed()
+    }
+
+    /// Something was changed.
+    fn changed(&self) -> io::Result<()> {
+        if self.write_through { self.flush() } else { Ok(()) }
     }
 
     /// Makes what was written last.
@@ -209,7 +230,7 @@ impl Disk {
                 Err(error) if says_unsupported(&error) => {
                     return Err(io::ErrorKind::Unsupported.into());
                 }
-                outcome => return outcome,
+                outcome => return outcome.and_then(|()| self.changed()),
             }
         }
     }

@@ -16,6 +16,7 @@ mod tests;
 mod transfer;
 
 use event_manager::EventSet;
+use virtio_bindings::virtio_blk::VIRTIO_BLK_F_FLUSH;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
 use self::config::{CONFIG_BYTES, Facts, QUEUE_SIZE};
@@ -129,6 +130,8 @@ impl VirtioDevice for Block {
         if expected != actual {
             return Err(ActivateError::QueueCount { expected, actual });
         }
+        // Such a driver may rely on what was written (virtio 1.2, section 5.2.6.2).
+        self.server.set_write_through(activation.features & 1 << VIRTIO_BLK_F_FLUSH == 0);
         self.active = Some(Active { queues, is_full: false, first: 0 });
         Ok(())
     }

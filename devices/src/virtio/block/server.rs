@@ -117,6 +117,11 @@ impl Server {
         Started::Done { bytes, written: done(transfer, status, complaints) }
     }
 
+    /// Makes all that changes the disk last before the driver is told, or no longer.
+    pub fn set_write_through(&mut self, write_through: bool) {
+        self.disk.set_write_through(write_through);
+    }
+
     /// How much is in flight.
     pub fn in_flight(&self) -> usize {
         self.ring.as_ref().map_or(0, Ring::in_flight)
@@ -216,7 +221,7 @@ impl Task {
 }
 
 /// Does what the ring left of a request that ended with `result`: the rest of one that fell short,
-/// or all of one that was interrupted.
+/// all of one that was interrupted, and what makes a write last, if nothing else is left of it.
 fn conclude(disk: &Disk, transfer: &mut Transfer, result: i32) -> io::Result<()> {
     let moved = usize::try_from(result);
     if moved.is_err() {

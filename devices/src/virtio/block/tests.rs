@@ -1,5 +1,6 @@
 //! A driver's requests against a block device on a temporary file.
 
+use std::fs::File;
 use std::num::NonZeroU64;
 use std::os::fd::RawFd;
 use std::os::unix::fs::FileExt;
@@ -8,8 +9,8 @@ use std::time::{Duration, Instant};
 
 use tempfile::NamedTempFile;
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_F_RO, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID,
-    VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
+    VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH,
+    VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
 };
 use virtio_queue::desc::split::Descriptor;
 
@@ -44,7 +45,7 @@ fn of_disk(disk: Disk) -> Block {
 
 fn active(driver: &Driver<'_>, image: &NamedTempFile, access: Access) -> Block {
     let mut block = block(image, access);
-    block.activate(driver.activation()).unwrap();
+    block.activate(driver.activation_with(1 << VIRTIO_BLK_F_FLUSH)).unwrap();
     block
 }
 
@@ -127,6 +128,30 @@ fn a_disk_that_shrank_fails_reads() {
     block.queue_ready(0).unwrap();
 
     assert_eq!(driver.buffer(16 + 512, 1), [IO_ERROR]);
+}
+
+/// The status of a request on a disk that takes writes, but has no way to make them last.
+fn status_without_storage(features: u64, readable: &[&[u8]]) -> Vec<u8> {
+    let memory = memory();
+    let driver = Driver::new(&memory);
+    let zero = File::options().read(true).write(true).open("/dev/zero").unwrap();
+    let mut block = of_disk(Disk::endless(zero));
+    block.activate(driver.activation_with(features)).unwrap();
+
+    driver.offer(0, readable, &[1]);
+    block.queue_ready(0).unwrap();
+
+    driver.written(0, 0)
+}
+
+#[test]
+fn a_write_of_a_driver_that_cannot_flush_lasts_when_it_is_over() {
+    let write = [&header(VIRTIO_BLK_T_OUT, 0)[..], &[1; 512]];
+    let flush = [&header(VIRTIO_BLK_T_FLUSH, 0)[..]];
+
+    assert_eq!(status_without_storage(1 << VIRTIO_BLK_F_FLUSH, &flush), [IO_ERROR]);
+    assert_eq!(status_without_storage(1 << VIRTIO_BLK_F_FLUSH, &write), [OK]);
+    assert_eq!(status_without_storage(0, &write), [IO_ERROR]);
 }
 
 #[test]
