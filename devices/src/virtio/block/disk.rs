@@ -148,6 +148,11 @@ impl Disk {
         self.write_through = write_through;
     }
 
+    /// Whether all that changes the disk lasts before it is over.
+    pub fn is_write_through(&self) -> bool {
+        self.write_through
+    }
+
     /// What requests should be multiples of, in bytes; a power of two of at least a sector.
     pub fn block_bytes(&self) -> u64 {
         let file = self.direct.as_ref().map_or(0, |direct| direct.alignment.file as u64);

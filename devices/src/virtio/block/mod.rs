@@ -148,8 +148,13 @@ impl VirtioDevice for Block {
         let Some(Active { queues, is_full, .. }) = active else { return Ok(()) };
         let Some(queue) = queues.get_mut(index) else { return Ok(()) };
         let mut depth = server.in_flight();
+        let (mut turn_is_over, mut is_more) = (false, false);
         let outcome = queue.drain(|chain, memory| {
             depth += 1;
+            if turn_is_over {
+                is_more = true;
+                return Verdict::Keep;
+            }
             if !limiter.admits() {
                 return Verdict::Keep;
             }
@@ -162,7 +167,8 @@ impl VirtioDevice for Block {
                     limiter.charge(bytes);
                     Verdict::Hold
                 }
-                Started::Done { bytes, written } => {
+                Started::Done { bytes, written, was_long } => {
+                    turn_is_over = was_long;
                     limiter.charge(bytes);
                     Verdict::Used(written)
                 }
@@ -171,6 +177,10 @@ impl VirtioDevice for Block {
         server.submit();
         eagerness::found(depth);
         outcome?;
+        // The other devices of the thread come first.
+        if is_more {
+            queue.kick();
+        }
         // Much is in the page cache, and then there is nothing to wait for.
         self.reap()
     }

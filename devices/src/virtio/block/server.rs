@@ -39,6 +39,8 @@ pub enum Started {
         bytes: u64,
         /// Bytes that were written into the chain.
         written: u32,
+        /// Whether it may have taken so long that others have their turn before the next one.
+        was_long: bool,
     },
 }
 
@@ -95,12 +97,14 @@ impl Server {
         let transfer = transfers.get(number);
         if let Err(error) = transfer.load(queue, chain) {
             complaints.add(&error);
-            return Started::Done { bytes: 0, written: 0 };
+            let written = transfer.finish(Status::IoError).unwrap_or(0);
+            return Started::Done { bytes: 0, written, was_long: false };
         }
         let task = match transfer.parse(*limits).and_then(|_| Task::of(transfer, *limits)) {
             Ok(task) => task,
             Err(status) => {
-                return Started::Done { bytes: 0, written: done(transfer, status, complaints) };
+                let written = done(transfer, status, complaints);
+                return Started::Done { bytes: 0, written, was_long: false };
             }
         };
         let bytes = task.bytes(transfer);
@@ -114,7 +118,8 @@ impl Server {
         }
         let outcome = task.perform(disk, id, transfer);
         let status = status(transfer.request, outcome, complaints);
-        Started::Done { bytes, written: done(transfer, status, complaints) }
+        let written = done(transfer, status, complaints);
+        Started::Done { bytes, written, was_long: task.may_be_long(disk) }
     }
 
     /// Makes all that changes the disk last before the driver is told, or no longer.
@@ -197,6 +202,15 @@ impl Task {
             Task::Plain(Request::Write { .. }) => transfer.readable.bytes() as u64,
             Task::Plain(_) | Task::Discard(_) => 0,
             Task::WriteZeroes(segments) => segments.bytes(),
+        }
+    }
+
+    /// Whether it may last longer than its data takes to be copied.
+    fn may_be_long(&self, disk: &Disk) -> bool {
+        match self {
+            Task::Plain(Request::Read { .. } | Request::Id) => false,
+            Task::Plain(Request::Write { .. }) => disk.is_write_through(),
+            _ => true,
         }
     }
 
