@@ -10,6 +10,8 @@ use arch::{Arch, Host, VmFd};
 use devices::interrupt::IrqLine;
 use devices::virtio::VirtioDevice;
 use devices::virtio::activity::Activity;
+use devices::virtio::slot::Slot;
+use devices::virtio::subscriber::Subscriber;
 use event_manager::SubscriberId;
 use vm_memory::GuestMemoryMmap;
 
@@ -24,9 +26,11 @@ pub enum AttachError {
     /// A value of its configuration cannot be; the field is one of the device.
     #[error(transparent)]
     Config(ConfigError),
-    /// Every place is taken, or there is none.
+    /// Every place is taken, or there is none. That of a disk which was detached is taken until the guest
+    /// has let go of it.
     #[error(
-        "the machine has no free place for a device: it was built with spare_slots = {spare_slots}"
+        "the machine has no free place for a device: it was built with spare_slots = {spare_slots}, and \
+         what was detached leaves its place when the guest's driver lets go of it"
     )]
     NoSlot {
         /// How many places it has.
@@ -84,6 +88,8 @@ struct Taken {
     subscriber: SubscriberId,
     line: Arc<IrqLine>,
     activity: Arc<Activity>,
+    /// Whether there is no more than what answers the driver in the place of the device.
+    is_detached: bool,
 }
 
 impl Slots {
@@ -104,7 +110,9 @@ impl Slots {
         open: impl FnOnce(&GuestMemoryMmap) -> Result<Arc<Mutex<dyn VirtioDevice>>, Error>,
     ) -> Result<Attachment, AttachError> {
         let mut places = self.lock();
-        let taken = places.iter().filter_map(|place| place.taken.as_ref());
+        let parted = places.iter_mut().filter(|place| place.lock().has_parted());
+        parted.for_each(|place| place.clear(vm, loops));
+        let taken = places.iter().filter_map(Place::attached);
         if self.fixed.iter().chain(taken.map(|taken| &taken.name)).any(|other| other == name) {
             let rule = format!("must be another one: {name} is there already");
             return Err(AttachError::Config(ConfigError { field: field.to_owned(), rule }));
@@ -119,9 +127,8 @@ impl Slots {
             }
             error => AttachError::Open(Box::new(error)),
         })?;
-        let SpareSlot { number, place: at, slot } = &place.spare;
-        let lock = || slot.lock().expect("no device panics while it holds its lock");
-        let page = lock().page().clone();
+        let SpareSlot { number, place: at, .. } = &place.spare;
+        let page = place.lock().page().clone();
         let wired = Wired::new(vm, &self.memory, at, page, name, device);
         let wired = wired.map_err(AttachError::Connect)?;
         let Wired { transport, subscriber, line } = wired;
@@ -131,29 +138,29 @@ impl Slots {
             AttachError::Serve(error)
         })?;
         let activity = transport.activity().clone();
-        lock().insert(transport);
-        place.taken = Some(Taken { name: name.to_owned(), served_by, subscriber, line, activity });
-        Ok(Attachment { number: *number, names: Host::device_names(*number, at) })
+        place.lock().insert(transport);
+        let attachment = Attachment { number: *number, names: Host::device_names(*number, at) };
+        let name = name.to_owned();
+        place.taken =
+            Some(Taken { name, served_by, subscriber, line, activity, is_detached: false });
+        Ok(attachment)
     }
 
     /// Takes the device called `name` out, and closes what it had open. A guest that has not let go of
-    /// it finds a device that was reset and is gone.
+    /// it finds a device that was reset and is gone, or keeps the place until it does, if its driver waits
+    /// for answers.
     pub fn detach(&self, vm: &VmFd, loops: &[EventLoop], name: &str) -> Result<(), DetachError> {
         let mut places = self.lock();
-        let is_it =
-            |place: &&mut Place| place.taken.as_ref().is_some_and(|taken| taken.name == name);
+        let is_it = |place: &&mut Place| place.attached().is_some_and(|taken| taken.name == name);
         let Some(place) = places.iter_mut().find(is_it) else {
             let is_fixed = self.fixed.iter().any(|fixed| fixed == name);
             let error = if is_fixed { DetachError::Fixed } else { DetachError::Unknown };
             return Err(error(name.to_owned()));
         };
-        let mut slot = place.spare.slot.lock().expect("no device panics while it holds its lock");
-        let transport = slot.remove();
-        drop(slot);
-        if let (Some(transport), Some(taken)) = (transport, place.taken.take()) {
-            unwire(vm, &place.spare.place, &transport, &taken.line);
-            // A loop that is gone serves nothing any more.
-            let _ = find(loops, taken.served_by).and_then(|one| one.remove(taken.subscriber));
+        let stand_in = place.lock().withdraw(name);
+        match (stand_in, &mut place.taken) {
+            (Some(stand_in), Some(taken)) => taken.exchange(loops, stand_in),
+            _ => place.clear(vm, loops),
         }
         Ok(())
     }
@@ -161,17 +168,55 @@ impl Slots {
     /// The name and the counters of each device that is attached.
     pub fn activities(&self) -> Vec<(String, Arc<Activity>)> {
         let places = self.lock();
-        let taken = places.iter().filter_map(|place| place.taken.as_ref());
+        let taken = places.iter().filter_map(Place::attached);
         taken.map(|taken| (taken.name.clone(), taken.activity.clone())).collect()
     }
 
-    /// Whether a device is attached.
+    /// Whether a device is attached, or a driver has not let go of one that was.
     pub fn are_taken(&self) -> bool {
-        self.lock().iter().any(|place| place.taken.is_some())
+        self.lock().iter().any(|place| place.taken.is_some() && !place.lock().has_parted())
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<Place>> {
         self.places.lock().expect("nothing panics while it attaches a device")
+    }
+}
+
+impl Place {
+    /// The device in it.
+    fn attached(&self) -> Option<&Taken> {
+        self.taken.as_ref().filter(|taken| !taken.is_detached)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Slot> {
+        self.spare.slot.lock().expect("no device panics while it holds its lock")
+    }
+
+    /// Takes out what is in it.
+    fn clear(&mut self, vm: &VmFd, loops: &[EventLoop]) {
+        let transport = self.lock().remove();
+        if let (Some(transport), Some(taken)) = (transport, self.taken.take()) {
+            unwire(vm, &self.spare.place, &transport, &taken.line);
+            taken.forsake(loops);
+        }
+    }
+}
+
+impl Taken {
+    /// Serves and keeps the device no longer.
+    fn forsake(&self, loops: &[EventLoop]) {
+        // A loop that is gone serves nothing any more.
+        let _ = find(loops, self.served_by).and_then(|one| one.remove(self.subscriber));
+    }
+
+    /// Has `stand_in` served in the place of the device.
+    fn exchange(&mut self, loops: &[EventLoop], stand_in: Subscriber) {
+        self.is_detached = true;
+        // Both watch the same kicks, which a loop does once only.
+        self.forsake(loops);
+        // As above. The kicks of the meantime are still to be seen.
+        let served = find(loops, self.served_by).and_then(|one| one.add(Box::new(stand_in)));
+        self.subscriber = served.unwrap_or(self.subscriber);
     }
 }
 

@@ -5,6 +5,7 @@
 
 mod config;
 mod disk;
+mod gone;
 mod host;
 pub mod request;
 mod ring;
@@ -15,12 +16,15 @@ mod server;
 mod tests;
 mod transfer;
 
+use std::sync::{Arc, Mutex};
+
 use event_manager::EventSet;
 use virtio_bindings::virtio_blk::VIRTIO_BLK_F_FLUSH;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
 use self::config::{CONFIG_BYTES, Facts, QUEUE_SIZE};
 pub use self::disk::{Access, Disk, DiskError};
+use self::gone::Gone;
 use self::request::{ID_BYTES, Limits};
 pub use self::ring::Ring;
 use self::server::{Completed, Server, Started};
@@ -203,5 +207,11 @@ impl VirtioDevice for Block {
         }
         let Some(Active { queues, .. }) = &self.active else { return Ok(Vec::new()) };
         Ok(queues.iter().map(|queue| queue.position(0)).collect())
+    }
+
+    /// Drivers wait for each request for as long as it takes, even those that are about to let go of the
+    /// device.
+    fn stand_in(&self) -> Option<Arc<Mutex<dyn VirtioDevice>>> {
+        Some(Arc::new(Mutex::new(Gone::new(self.traits()))))
     }
 }

@@ -93,7 +93,7 @@ impl Transfer {
 }
 
 /// Where the status goes: the last byte of the last buffer that has any.
-fn last_byte(chain: Chain<'_>) -> Option<GuestAddress> {
+pub fn last_byte(chain: Chain<'_>) -> Option<GuestAddress> {
     let last = chain.writable().filter(|descriptor| descriptor.len() > 0).last()?;
     last.addr().checked_add(u64::from(last.len()) - 1)
 }
