@@ -146,9 +146,9 @@ impl Slots {
         Ok(attachment)
     }
 
-    /// Takes the device called `name` out, and closes what it had open. A guest that has not let go of
-    /// it finds a device that was reset and is gone, or keeps the place until it does, if its driver waits
-    /// for answers.
+    /// Takes the device called `name` out, and closes what it had open. A driver that has not let go of it
+    /// finds one that was reset and is gone; or, if it waits for answers, is told of failures and keeps the
+    /// place until it lets go.
     pub fn detach(&self, vm: &VmFd, loops: &[EventLoop], name: &str) -> Result<(), DetachError> {
         let mut places = self.lock();
         let is_it = |place: &&mut Place| place.attached().is_some_and(|taken| taken.name == name);
