@@ -13,6 +13,8 @@ use devices::virtio::VirtioDevice;
 use devices::virtio::activity::Activity;
 use devices::virtio::block::{Block, Ring};
 use devices::virtio::net::{Net, Tap};
+use devices::virtio::slot::Slot;
+use devices::virtio::subscriber::Subscriber;
 use event_manager::SubscriberId;
 use vm_memory::GuestMemoryMmap;
 
@@ -29,9 +31,11 @@ pub enum AttachError {
     /// A value of its configuration cannot be; the field is one of the device.
     #[error(transparent)]
     Config(ConfigError),
-    /// Every place is taken, or there is none.
+    /// Every place is taken, or there is none. That of a disk which was detached is taken until the guest
+    /// has let go of it.
     #[error(
-        "the machine has no free place for a device: it was built with spare_slots = {spare_slots}"
+        "the machine has no free place for a device: it was built with spare_slots = {spare_slots}, and \
+         what was detached leaves its place when the guest's driver lets go of it"
     )]
     NoSlot {
         /// How many places it has.
@@ -102,10 +106,14 @@ pub enum Device {
 /// What a place holds beside what its slot holds.
 struct Taken {
     name: String,
-    device: Device,
+    /// The device, if it is a disk that was not detached.
+    disk: Option<Arc<Mutex<Block>>>,
+    served_by: Loop,
     subscriber: SubscriberId,
     line: Arc<IrqLine>,
     activity: Arc<Activity>,
+    /// Whether there is no more than what answers the driver in the place of the device.
+    is_detached: bool,
 }
 
 impl Device {
@@ -116,20 +124,17 @@ impl Device {
         }
     }
 
+    fn disk(&self) -> Option<Arc<Mutex<Block>>> {
+        match self {
+            Device::Disk(disk) => Some(disk.clone()),
+            Device::Net(_) => None,
+        }
+    }
+
     fn served_by(&self) -> Loop {
         match self {
             Device::Disk(_) => Loop::Io,
             Device::Net(_) => Loop::Vmm,
-        }
-    }
-}
-
-impl Place {
-    /// Keeps the ring of a `device` that is not there any more.
-    fn keep_ring(&mut self, device: &Device) {
-        if let Device::Disk(disk) = device {
-            let mut disk = disk.lock().expect("no device panics while it holds its lock");
-            self.ring = disk.take_ring();
         }
     }
 }
@@ -178,7 +183,9 @@ impl Slots {
     ) -> Result<Attachment, AttachError> {
         let mut places = self.lock();
         let Places { all: places, is_closed } = &mut *places;
-        let taken = places.iter().filter_map(|place| place.taken.as_ref());
+        let parted = places.iter_mut().filter(|place| place.lock().has_parted());
+        parted.for_each(|place| place.clear(vm, loops));
+        let taken = places.iter().filter_map(Place::attached);
         if self.fixed.iter().chain(taken.map(|taken| &taken.name)).any(|other| other == name) {
             let rule = format!("must be another one: {name} is there already");
             return Err(AttachError::Config(ConfigError { field: field.to_owned(), rule }));
@@ -190,7 +197,7 @@ impl Slots {
         let kept = is_closed.then_some(&mut place.ring);
         let device = open(&self.memory, kept).map_err(opened::refused)?;
         let attached = self.connect(vm, loops, place, name, &device);
-        attached.inspect_err(|_| place.keep_ring(&device))?;
+        attached.inspect_err(|_| place.keep_ring(device.disk().filter(|_| *is_closed)))?;
         let SpareSlot { number, place: at, .. } = &place.spare;
         Ok(Attachment { number: *number, names: Host::device_names(*number, at) })
     }
@@ -204,9 +211,8 @@ impl Slots {
         name: &str,
         device: &Device,
     ) -> Result<(), AttachError> {
-        let SpareSlot { place: at, slot, .. } = &place.spare;
-        let lock = || slot.lock().expect("no device panics while it holds its lock");
-        let page = lock().page().clone();
+        let at = &place.spare.place;
+        let page = place.lock().page().clone();
         let wired = Wired::new(vm, &self.memory, at, page, name, device.shared());
         let wired = wired.map_err(AttachError::Connect)?;
         let Wired { transport, subscriber, line } = wired;
@@ -216,40 +222,46 @@ impl Slots {
             AttachError::Serve(error)
         })?;
         let activity = transport.activity().clone();
-        lock().insert(transport);
-        let (name, device) = (name.to_owned(), device.clone());
-        place.taken = Some(Taken { name, device, subscriber, line, activity });
+        place.lock().insert(transport);
+        place.taken = Some(Taken {
+            name: name.to_owned(),
+            disk: device.disk(),
+            served_by: device.served_by(),
+            subscriber,
+            line,
+            activity,
+            is_detached: false,
+        });
         Ok(())
     }
 
-    /// Takes the device called `name` out, and closes what it had open. A guest that has not let go of
-    /// it finds a device that was reset and is gone.
+    /// Takes the device called `name` out, and closes what it had open. A driver that has not let go of it
+    /// finds one that was reset and is gone; or, if it waits for answers, is told of failures and keeps the
+    /// place until it lets go.
     pub fn detach(&self, vm: &VmFd, loops: &[EventLoop], name: &str) -> Result<(), DetachError> {
         let mut places = self.lock();
-        let is_it =
-            |place: &&mut Place| place.taken.as_ref().is_some_and(|taken| taken.name == name);
-        let Some(place) = places.all.iter_mut().find(is_it) else {
+        let Places { all: places, is_closed } = &mut *places;
+        let is_it = |place: &&mut Place| place.attached().is_some_and(|taken| taken.name == name);
+        let Some(place) = places.iter_mut().find(is_it) else {
             let is_fixed = self.fixed.iter().any(|fixed| fixed == name);
             let error = if is_fixed { DetachError::Fixed } else { DetachError::Unknown };
             return Err(error(name.to_owned()));
         };
-        let mut slot = place.spare.slot.lock().expect("no device panics while it holds its lock");
-        let transport = slot.remove();
-        drop(slot);
-        if let (Some(transport), Some(taken)) = (transport, place.taken.take()) {
-            unwire(vm, &place.spare.place, &transport, &taken.line);
-            // A loop that is gone serves nothing any more.
-            let served_by = taken.device.served_by();
-            let _ = find(loops, served_by).and_then(|one| one.remove(taken.subscriber));
-            place.keep_ring(&taken.device);
+        let stand_in = place.lock().withdraw(name);
+        let disk = place.taken.as_mut().and_then(|taken| taken.disk.take());
+        let disk = disk.filter(|_| *is_closed);
+        match (stand_in, &mut place.taken) {
+            (Some(stand_in), Some(taken)) => taken.exchange(loops, stand_in),
+            _ => place.clear(vm, loops),
         }
+        place.keep_ring(disk);
         Ok(())
     }
 
     /// The name and the counters of each device that is attached.
     pub fn activities(&self) -> Vec<(String, Arc<Activity>)> {
         let places = self.lock();
-        let taken = places.all.iter().filter_map(|place| place.taken.as_ref());
+        let taken = places.all.iter().filter_map(Place::attached);
         taken.map(|taken| (taken.name.clone(), taken.activity.clone())).collect()
     }
 
@@ -258,13 +270,59 @@ impl Slots {
         !self.lock().all.is_empty()
     }
 
-    /// Whether a device is attached.
+    /// Whether a device is attached, or a driver has not let go of one that was.
     pub fn are_taken(&self) -> bool {
-        self.lock().all.iter().any(|place| place.taken.is_some())
+        self.lock().all.iter().any(|place| place.taken.is_some() && !place.lock().has_parted())
     }
 
     fn lock(&self) -> MutexGuard<'_, Places> {
         self.places.lock().expect("nothing panics while it attaches a device")
+    }
+}
+
+impl Place {
+    /// The device in it.
+    fn attached(&self) -> Option<&Taken> {
+        self.taken.as_ref().filter(|taken| !taken.is_detached)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Slot> {
+        self.spare.slot.lock().expect("no device panics while it holds its lock")
+    }
+
+    /// Keeps the ring of a `disk` that is not there any more, if it had one.
+    fn keep_ring(&mut self, disk: Option<Arc<Mutex<Block>>>) {
+        if let Some(disk) = disk {
+            let mut disk = disk.lock().expect("no device panics while it holds its lock");
+            self.ring = disk.take_ring().or(self.ring.take());
+        }
+    }
+
+    /// Takes out what is in it.
+    fn clear(&mut self, vm: &VmFd, loops: &[EventLoop]) {
+        let transport = self.lock().remove();
+        if let (Some(transport), Some(taken)) = (transport, self.taken.take()) {
+            unwire(vm, &self.spare.place, &transport, &taken.line);
+            taken.forsake(loops);
+        }
+    }
+}
+
+impl Taken {
+    /// Serves and keeps the device no longer.
+    fn forsake(&self, loops: &[EventLoop]) {
+        // A loop that is gone serves nothing any more.
+        let _ = find(loops, self.served_by).and_then(|one| one.remove(self.subscriber));
+    }
+
+    /// Has `stand_in` served in the place of the device.
+    fn exchange(&mut self, loops: &[EventLoop], stand_in: Subscriber) {
+        self.is_detached = true;
+        // Both watch the same kicks, which a loop does once only.
+        self.forsake(loops);
+        // As above. The kicks of the meantime are still to be seen.
+        let served = find(loops, self.served_by).and_then(|one| one.add(Box::new(stand_in)));
+        self.subscriber = served.unwrap_or(self.subscriber);
     }
 }
 

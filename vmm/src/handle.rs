@@ -222,8 +222,9 @@ impl VmHandle {
         })
     }
 
-    /// Takes an attached disk away, whether or not the guest has let go of it. Waits for the request
-    /// that is being served. Not for a thread of a device.
+    /// Takes an attached disk away, whether or not the guest has let go of it. Waits for the requests
+    /// that are being served; all others fail, as do those that come until the guest lets go of the disk. Not
+    /// for a thread of a device.
     pub fn detach_disk(&self, id: &str) -> Result<(), DetachError> {
         self.slots.detach(&self.vm, &self.loops, &peripherals::disk_name(id))
     }

@@ -136,7 +136,7 @@ fn assert_worked_on_disk(ended: &Ended, disk: &NamedTempFile) {
     expected[32 << 20..34 << 20].fill(0);
     let words: Vec<_> = ended.output.split_whitespace().filter(|&word| word != "-").collect();
     let after = md5(&expected);
-    let facts = ["2", "1073741824", "67108864", "4096"];
+    let facts = ["2", "67108864", "8388608", "4096"];
     let rest = [before.as_str(), "discarded", after.as_str()];
     assert_eq!(words[..7], [&facts[..], &rest].concat(), "{ended:?}");
     assert!(fs::read(disk.path()).unwrap() == expected);

@@ -4,6 +4,7 @@
 mod page;
 mod shared;
 mod state;
+mod withdrawal;
 mod words;
 
 use std::io;
@@ -362,7 +363,7 @@ impl MmioTransport {
             if value & !current & bit != 0 && self.may_set(bit) {
                 self.shared.page().add_bits(VIRTIO_MMIO_STATUS, bit);
                 if bit == VIRTIO_CONFIG_S_DRIVER_OK {
-                    self.start();
+                    self.start(&[]);
                 }
             }
         }
@@ -386,9 +387,10 @@ impl MmioTransport {
         features & !self.device_features == 0 && features & 1 << VIRTIO_F_VERSION_1 != 0
     }
 
-    /// Hands the queues to the device and lets it look for what came before it was ready.
-    fn start(&mut self) {
-        if let Err(error) = self.activate(&[]) {
+    /// Hands the queues to the device, which goes on in each at its position, or at the start if there is
+    /// none, and lets it look for what came before it was ready.
+    fn start(&mut self, positions: &[Position]) {
+        if let Err(error) = self.activate(positions) {
             self.shared.needs_reset();
             self.complaints.add(&error);
             return;

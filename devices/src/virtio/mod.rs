@@ -28,7 +28,7 @@ pub mod vsock;
 
 use std::ops::Range;
 use std::os::fd::RawFd;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use event_manager::EventSet;
 
@@ -159,6 +159,12 @@ pub trait VirtioDevice: Send {
     /// the device keeps for later counts as not taken yet. Nobody else calls the device from here to
     /// `resume`, and nothing of it touches guest memory.
     fn quiesce(&mut self) -> Result<Vec<Position>, QueueError>;
+
+    /// What takes the place of the device if the host takes it away from a driver that has not let go of
+    /// it: it answers for as long as that driver does not reset it. None if no driver waits for answers.
+    fn stand_in(&self) -> Option<Arc<Mutex<dyn VirtioDevice>>> {
+        None
+    }
 
     /// Goes on after `quiesce`. Most devices only work when they are called.
     fn resume(&mut self) {}

@@ -7,18 +7,21 @@
 use virtio_bindings::virtio_mmio::{VIRTIO_MMIO_MAGIC_VALUE, VIRTIO_MMIO_VERSION};
 
 use super::mmio::{MAGIC, MmioTransport, RegisterPage, VERSION};
+use super::subscriber::Subscriber;
 use crate::bus::BusDevice;
 
 /// A register block with a device, or without.
 pub struct Slot {
     transport: Option<MmioTransport>,
+    /// Whether what is left of the device is there for its driver only.
+    is_withdrawn: bool,
     page: RegisterPage,
 }
 
 impl Slot {
     /// One without, shown in `page`.
     pub fn new(page: RegisterPage) -> Self {
-        let slot = Slot { transport: None, page };
+        let slot = Slot { transport: None, is_withdrawn: false, page };
         slot.show_empty();
         slot
     }
@@ -47,10 +50,27 @@ impl Slot {
         self.transport = Some(transport);
     }
 
-    /// Takes the device out. It is idle from here on, whatever its driver did; a driver that still
-    /// uses it finds a device of number 0 that was reset.
+    /// Takes the device away from a driver that waits for it: until the driver has let go of it, its
+    /// requests fail. Returns what has to be served in the place of the device, and called `name` in log
+    /// lines; none if nobody waits, and then the device is still there.
+    pub fn withdraw(&mut self, name: &str) -> Option<Subscriber> {
+        let transport = self.transport.as_mut()?;
+        let stand_in = transport.withdraw()?;
+        self.is_withdrawn = true;
+        let (kicks, activity) = (transport.kicks().clone(), transport.activity().clone());
+        Some(Subscriber::new(name.to_owned(), kicks, stand_in, activity))
+    }
+
+    /// Whether the driver has let go of a device that was withdrawn.
+    pub fn has_parted(&self) -> bool {
+        self.is_withdrawn && self.transport.as_ref().is_some_and(|gone| !gone.is_in_use())
+    }
+
+    /// Takes the device out, or what is left of it. It is idle from here on, whatever its driver did; a
+    /// driver that still uses it finds a device of number 0 that was reset.
     pub fn remove(&mut self) -> Option<MmioTransport> {
         let mut transport = self.transport.take()?;
+        self.is_withdrawn = false;
         transport.reset();
         self.show_empty();
         Some(transport)
@@ -63,8 +83,16 @@ impl BusDevice for Slot {
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) {
+        // What a driver says to a device without number is no start.
+        if self.has_parted() {
+            return;
+        }
         if let Some(transport) = &mut self.transport {
             transport.write(offset, data);
+        }
+        if self.has_parted() {
+            self.transport.iter_mut().for_each(MmioTransport::reset);
+            self.show_empty();
         }
     }
 }
@@ -74,18 +102,85 @@ mod tests {
     use std::fs::File;
     use std::sync::{Arc, Mutex};
 
-    use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
-    use virtio_bindings::virtio_mmio::{VIRTIO_MMIO_DEVICE_ID, VIRTIO_MMIO_STATUS};
+    use event_manager::{EventManager, SubscriberOps};
+    use tempfile::NamedTempFile;
+    use virtio_bindings::virtio_blk::VIRTIO_BLK_T_IN;
+    use virtio_bindings::virtio_ids::{VIRTIO_ID_BLOCK, VIRTIO_ID_RNG};
+    use virtio_bindings::virtio_mmio::{
+        VIRTIO_MMIO_DEVICE_ID, VIRTIO_MMIO_DRIVER_FEATURES, VIRTIO_MMIO_DRIVER_FEATURES_SEL,
+        VIRTIO_MMIO_QUEUE_AVAIL_LOW, VIRTIO_MMIO_QUEUE_DESC_LOW, VIRTIO_MMIO_QUEUE_NOTIFY,
+        VIRTIO_MMIO_QUEUE_NUM, VIRTIO_MMIO_QUEUE_READY, VIRTIO_MMIO_QUEUE_SEL,
+        VIRTIO_MMIO_QUEUE_USED_LOW, VIRTIO_MMIO_STATUS,
+    };
+    use vm_memory::GuestMemoryMmap;
 
     use super::*;
     use crate::interrupt::IrqLine;
+    use crate::virtio::block::{Access, Block, Disk};
+    use crate::virtio::rate_limit::RateLimiter;
     use crate::virtio::rng::Rng;
-    use crate::virtio::testing::memory;
+    use crate::virtio::testing::{AVAILABLE, Driver, QUEUE_SIZE, RINGS, USED, memory};
 
     fn transport(slot: &Slot) -> MmioTransport {
         let device = Arc::new(Mutex::new(Rng::new(File::open("/dev/zero").unwrap())));
         let line = Arc::new(IrqLine::new().unwrap());
         MmioTransport::new(memory(), device, line, slot.page().clone()).unwrap()
+    }
+
+    /// The queue that the driver of a disk uses.
+    const QUEUE: u32 = 1;
+
+    /// What a driver writes to start a disk.
+    fn start() -> [(u32, u32); 11] {
+        let rings = u32::try_from(RINGS).unwrap() * QUEUE;
+        let [available, used] = [AVAILABLE, USED].map(|ring| rings + u32::try_from(ring).unwrap());
+        [
+            (VIRTIO_MMIO_STATUS, 1),
+            (VIRTIO_MMIO_STATUS, 1 | 2),
+            (VIRTIO_MMIO_DRIVER_FEATURES_SEL, 1),
+            (VIRTIO_MMIO_DRIVER_FEATURES, 1), // VIRTIO_F_VERSION_1
+            (VIRTIO_MMIO_STATUS, 1 | 2 | 8),
+            (VIRTIO_MMIO_QUEUE_SEL, QUEUE),
+            (VIRTIO_MMIO_QUEUE_NUM, QUEUE_SIZE.into()),
+            (VIRTIO_MMIO_QUEUE_DESC_LOW, rings),
+            (VIRTIO_MMIO_QUEUE_AVAIL_LOW, available),
+            (VIRTIO_MMIO_QUEUE_USED_LOW, used),
+            (VIRTIO_MMIO_QUEUE_READY, 1),
+        ]
+    }
+
+    fn write(slot: &mut Slot, (register, value): (u32, u32)) {
+        slot.write(register.into(), &value.to_le_bytes());
+    }
+
+    /// A slot with a disk for a driver whose memory this is, and its interrupts.
+    fn slot_with_disk(memory: &GuestMemoryMmap) -> (Slot, Arc<IrqLine>) {
+        let image = NamedTempFile::new().unwrap();
+        image.as_file().set_len(4096).unwrap();
+        let disk = Disk::open(image.path(), Access::default()).unwrap();
+        let block = Block::new(disk, "disk", 2, RateLimiter::unlimited(), None);
+        let line = Arc::new(IrqLine::new().unwrap());
+        let mut slot = Slot::new(RegisterPage::alone().unwrap());
+        let (block, page) = (Arc::new(Mutex::new(block)), slot.page().clone());
+        slot.insert(MmioTransport::new(memory.clone(), block, line.clone(), page).unwrap());
+        (slot, line)
+    }
+
+    /// Offers a read.
+    fn read_sector(driver: &Driver<'_>) {
+        let mut header = [0; 16];
+        header[..4].copy_from_slice(&VIRTIO_BLK_T_IN.to_le_bytes());
+        driver.offer(QUEUE as usize, &[&header], &[512, 1]);
+    }
+
+    /// Whether the driver was interrupted and each of its `count` reads failed, and nothing was read.
+    fn all_failed(driver: &Driver<'_>, line: &IrqLine, count: usize) -> bool {
+        let used = driver.used_of(QUEUE as usize);
+        let statuses = (0..count).map(|nth| driver.buffer(nth as u64 * 529 + 528, 1)[0]);
+        line.event().unwrap().read().is_ok()
+            && used.len() == count
+            && used.iter().all(|&(_, written)| written == 1)
+            && statuses.eq(std::iter::repeat_n(1, count))
     }
 
     fn read(slot: &mut Slot, register: u32) -> u32 {
@@ -120,6 +215,87 @@ mod tests {
         assert!(removed.is_some() && slot.remove().is_none());
         assert_eq!(read(&mut slot, VIRTIO_MMIO_DEVICE_ID), 0);
         assert_eq!(read(&mut slot, VIRTIO_MMIO_STATUS), 0);
+    }
+
+    #[test]
+    fn requests_to_a_disk_that_is_withdrawn_fail_until_its_driver_lets_go() {
+        let memory = memory();
+        let driver = Driver::with_queues(&memory, 2);
+        let (mut slot, line) = slot_with_disk(&memory);
+        start().into_iter().for_each(|step| write(&mut slot, step));
+        write(&mut slot, (VIRTIO_MMIO_STATUS, 1 | 2 | 4 | 8));
+        let mut manager = EventManager::new().unwrap();
+
+        read_sector(&driver);
+        manager.add_subscriber(slot.withdraw("disk").unwrap());
+        manager.run_with_timeout(1000).unwrap();
+        assert!(all_failed(&driver, &line, 1));
+        read_sector(&driver);
+        write(&mut slot, (VIRTIO_MMIO_QUEUE_NOTIFY, QUEUE));
+        manager.run_with_timeout(1000).unwrap();
+        assert!(all_failed(&driver, &line, 2));
+
+        assert!(!slot.has_parted());
+        assert_eq!(read(&mut slot, VIRTIO_MMIO_DEVICE_ID), VIRTIO_ID_BLOCK);
+        write(&mut slot, (VIRTIO_MMIO_STATUS, 0));
+        assert!(slot.has_parted());
+        start().into_iter().for_each(|step| write(&mut slot, step));
+        assert_eq!(read(&mut slot, VIRTIO_MMIO_DEVICE_ID), 0);
+        assert_eq!(read(&mut slot, VIRTIO_MMIO_STATUS), 0);
+        assert!(slot.remove().is_some() && !slot.has_parted());
+    }
+
+    #[test]
+    fn a_driver_that_is_about_to_start_a_disk_that_is_withdrawn_gets_answers() {
+        let memory = memory();
+        let driver = Driver::with_queues(&memory, 2);
+        let (mut slot, line) = slot_with_disk(&memory);
+        let mut manager = EventManager::new().unwrap();
+        let mut steps = start().into_iter();
+
+        steps.by_ref().take(2).for_each(|step| write(&mut slot, step));
+        manager.add_subscriber(slot.withdraw("disk").unwrap());
+        steps.for_each(|step| write(&mut slot, step));
+        write(&mut slot, (VIRTIO_MMIO_STATUS, 1 | 2 | 4 | 8));
+        read_sector(&driver);
+        write(&mut slot, (VIRTIO_MMIO_QUEUE_NOTIFY, QUEUE));
+        manager.run_with_timeout(1000).unwrap();
+
+        assert!(all_failed(&driver, &line, 1));
+    }
+
+    #[test]
+    fn a_driver_that_gave_up_a_disk_that_is_withdrawn_is_not_served_any_more() {
+        let memory = memory();
+        let driver = Driver::with_queues(&memory, 2);
+        let (mut slot, _line) = slot_with_disk(&memory);
+        start().into_iter().for_each(|step| write(&mut slot, step));
+        write(&mut slot, (VIRTIO_MMIO_STATUS, 1 | 2 | 4 | 8));
+        let mut manager = EventManager::new().unwrap();
+        manager.add_subscriber(slot.withdraw("disk").unwrap());
+
+        write(&mut slot, (VIRTIO_MMIO_STATUS, 1 | 2 | 4 | 8 | 128));
+        read_sector(&driver);
+        manager.run_with_timeout(1000).unwrap();
+
+        assert!(slot.has_parted());
+        assert_eq!(driver.used_of(QUEUE as usize), []);
+    }
+
+    #[test]
+    fn nobody_waits_for_a_disk_without_driver_or_for_another_device() {
+        let (mut disk, _line) = slot_with_disk(&memory());
+        // What Linux leaves behind when it lets go of a device.
+        write(&mut disk, (VIRTIO_MMIO_STATUS, 1));
+        let mut other = Slot::new(RegisterPage::alone().unwrap());
+        other.insert(transport(&other));
+        write(&mut other, (VIRTIO_MMIO_STATUS, 1));
+        write(&mut other, (VIRTIO_MMIO_STATUS, 1 | 2));
+
+        for slot in [&mut disk, &mut other] {
+            assert!(slot.withdraw("it").is_none() && !slot.has_parted());
+            assert_ne!(read(slot, VIRTIO_MMIO_STATUS), 0);
+        }
     }
 
     #[test]

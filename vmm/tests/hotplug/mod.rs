@@ -2,11 +2,14 @@
 
 use std::fs;
 use std::io::Write;
+use std::os::unix::fs::FileExt;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use tempfile::NamedTempFile;
-use vmm::{Attachment, DiskConfig, Exit, NetConfig, VhostUse, VmHandle};
+use vmm::{
+    AttachError, Attachment, DiskConfig, Exit, NetConfig, RateLimitConfig, VhostUse, VmHandle,
+};
 
 use crate::guest::{Guest, wait};
 use crate::{give_address, new_tap};
@@ -197,7 +200,7 @@ fn a_disk_that_is_taken_away_from_its_driver_hurts_only_who_uses_it() {
     let mut guest = Guest::new(&format!(
         "{BIND} echo READY 1
          until name=$(spare | head -n 1); echo $name > bind; do sleep 1; done 2>/dev/null
-         echo BOUND $name; (while true; do cat /dev/vda > /dev/null; done) & sleep 3; echo ALIVE"
+         echo BOUND $name; (while true; do cat /dev/vda > /dev/null 2>&1; done) & sleep 3; echo ALIVE"
     ));
     guest.config.spare_slots = 1;
     let vm = guest.start();
@@ -209,5 +212,54 @@ fn a_disk_that_is_taken_away_from_its_driver_hurts_only_who_uses_it() {
     let ended = wait(vm);
 
     assert!(ended.output.contains("ALIVE"), "{ended:?}");
+    assert!(matches!(ended.exit, Exit::PowerOff | Exit::Reset), "{ended:?}");
+}
+
+#[test]
+#[ignore = "needs KVM that boots Linux"]
+fn a_disk_that_is_taken_away_while_it_is_written_to_fails_the_writer_and_frees_its_place() {
+    let [first, second] = [0xff, b'2'].map(|byte| {
+        let mut disk = NamedTempFile::new().unwrap();
+        disk.write_all(&vec![byte; 32 << 20]).unwrap();
+        disk
+    });
+    let read = "head -c 8 /dev/vda; echo";
+    let mut guest = Guest::new(&format!(
+        "{BIND} echo READY 1
+         until name=$(spare | head -n 1); echo $name > bind; do sleep 1; done 2>/dev/null
+         dd if=/dev/zero of=/dev/vda bs=1M count=32 conv=fsync || echo WRITER FAILED
+         until stty size < /dev/hvc0 | grep -q '43 132'; do sleep 1; done
+         echo $name > unbind; echo UNBOUND 1
+         {}",
+        until_bound(2, read)
+    ));
+    guest.config.spare_slots = 1;
+    let vm = guest.start();
+    await_word(&vm, "READY 1");
+    // Most of what is written waits in the queue.
+    let rate_limit = RateLimitConfig { bytes_per_second: Some(1 << 20), ..Default::default() };
+    let slow = DiskConfig { rate_limit, ..DiskConfig::new("one", first.path().into()) };
+    vm.attach_disk(&slow).unwrap();
+    let is_untouched = || {
+        let mut byte = [0];
+        first.as_file().read_exact_at(&mut byte, 0).unwrap();
+        byte == [0xff]
+    };
+    let start = Instant::now();
+    while is_untouched() {
+        assert!(start.elapsed() < PATIENCE, "nothing is written: {}", vm.console_tail());
+        thread::sleep(Duration::from_millis(10));
+    }
+
+    vm.detach_disk("one").unwrap();
+    await_word(&vm, "WRITER FAILED");
+    let second = DiskConfig::new("two", second.path().into());
+    assert!(matches!(vm.attach_disk(&second), Err(AttachError::NoSlot { spare_slots: 1 })));
+    vm.resize_console(132, 43);
+    await_word(&vm, "UNBOUND 1");
+    vm.attach_disk(&second).unwrap();
+    let ended = wait(vm);
+
+    assert!(ended.output.contains("22222222\n"), "{ended:?}");
     assert!(matches!(ended.exit, Exit::PowerOff | Exit::Reset), "{ended:?}");
 }

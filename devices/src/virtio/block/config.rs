@@ -5,7 +5,10 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
 };
 
-use super::request::{Limits, MAX_DISCARD_SECTORS, MAX_SEGMENTS, MAX_ZEROES_SECTORS, SECTOR_BYTES};
+use super::request::{
+    Limits, MAX_DISCARD_SECTORS, MAX_SEGMENTS, MAX_ZEROES_SECTORS, MAX_ZEROES_SEGMENTS,
+    SECTOR_BYTES,
+};
 
 /// Size of each queue, in descriptors.
 pub const QUEUE_SIZE: u16 = 128;
@@ -56,7 +59,6 @@ impl Facts {
             space[offset..offset + bytes.len()].copy_from_slice(bytes);
         };
         let sectors_of_block = self.block_bytes / SECTOR_BYTES;
-        let segments = (MAX_SEGMENTS as u64).to_le_bytes();
         put(0, &self.limits.sectors.to_le_bytes());
         put(12, &SEG_MAX.to_le_bytes());
         put(20, &SECTOR_BYTES.to_le_bytes()[..4]); // blk_size
@@ -64,10 +66,10 @@ impl Facts {
         put(26, &sectors_of_block.to_le_bytes()[..2]); // min_io_size
         put(34, &self.queues.to_le_bytes());
         put(36, &MAX_DISCARD_SECTORS.to_le_bytes());
-        put(40, &segments[..4]);
+        put(40, &(MAX_SEGMENTS as u64).to_le_bytes()[..4]);
         put(44, &DISCARD_ALIGNMENT_SECTORS.to_le_bytes());
         put(48, &MAX_ZEROES_SECTORS.to_le_bytes());
-        put(52, &segments[..4]);
+        put(52, &(MAX_ZEROES_SEGMENTS as u64).to_le_bytes()[..4]);
         put(56, &[u8::from(self.zeroes_may_unmap)]);
         space
     }
@@ -102,7 +104,7 @@ mod tests {
     #[test]
     fn the_space_has_the_limits_of_discard_and_write_zeroes() {
         let fields = [36, 40, 44, 48, 52, 56].map(|offset| word(FACTS, offset));
-        assert_eq!(fields, [1 << 21, 16, 8, 1 << 17, 16, 1]);
+        assert_eq!(fields, [1 << 17, 16, 8, 1 << 14, 1, 1]);
     }
 
     #[test]

@@ -84,6 +84,8 @@ pub struct Disk {
     direct: Option<Direct>,
     is_device: bool,
     read_only: bool,
+    /// Whether all that changes the disk lasts before it is over.
+    write_through: bool,
     sectors: u64,
 }
 
@@ -139,14 +141,21 @@ impl Disk {
         let is_device = file.metadata()?.file_type().is_block_device();
         // The metadata of a block device has no size; its end has a position.
         let bytes = (&file).seek(SeekFrom::End(0))?;
-        let direct = direct.map(Direct::of);
-        Ok(Disk { file, direct, is_device, read_only, sectors: bytes / SECTOR_BYTES })
+        let (direct, sectors) = (direct.map(Direct::of), bytes / SECTOR_BYTES);
+        Ok(Disk { file, direct, is_device, read_only, write_through: false, sectors })
     }
 
     /// A disk of a file that need not be one.
     #[cfg(test)]
     pub fn endless(file: File) -> Self {
-        Disk { file, direct: None, is_device: false, read_only: false, sectors: 1 << 20 }
+        Disk {
+            file,
+            direct: None,
+            is_device: false,
+            read_only: false,
+            write_through: false,
+            sectors: 1 << 20,
+        }
     }
 
     /// Size of the disk, in sectors of 512 bytes.
@@ -157,6 +166,16 @@ impl Disk {
     /// Whether it may only be read.
     pub fn is_read_only(&self) -> bool {
         self.read_only
+    }
+
+    /// Makes all that changes the disk last before it is over, or no longer.
+    pub fn set_write_through(&mut self, write_through: bool) {
+        self.write_through = write_through;
+    }
+
+    /// Whether all that changes the disk lasts before it is over.
+    pub fn is_write_through(&self) -> bool {
+        self.write_through
     }
 
     /// What requests should be multiples of, in bytes; a power of two of at least a sector.
@@ -194,7 +213,13 @@ impl Disk {
     pub fn write(&self, offset: u64, buffers: &mut Buffers) -> io::Result<()> {
         let some =
             |buffers: &Buffers, offset| buffers.write_to_at(self.fd_for(offset, buffers), offset);
-        transfer(offset, buffers, some, io::ErrorKind::WriteZero)
+        transfer(offset, buffers, some, io::ErrorKind::WriteZero)?;
+        self.changed()
+    }
+
+    /// Something was changed.
+    fn changed(&self) -> io::Result<()> {
+        if self.write_through { self.flush() } else { Ok(()) }
     }
 
     /// Makes what was written last.
@@ -235,7 +260,7 @@ impl Disk {
                 Err(error) if says_unsupported(&error) => {
                     return Err(io::ErrorKind::Unsupported.into());
                 }
-                outcome => return outcome,
+                outcome => return outcome.and_then(|()| self.changed()),
             }
         }
     }

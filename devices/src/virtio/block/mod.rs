@@ -5,6 +5,7 @@
 
 mod config;
 mod disk;
+mod gone;
 mod host;
 pub mod request;
 mod ring;
@@ -15,11 +16,15 @@ mod server;
 mod tests;
 mod transfer;
 
+use std::sync::{Arc, Mutex};
+
 use event_manager::EventSet;
+use virtio_bindings::virtio_blk::VIRTIO_BLK_F_FLUSH;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
 use self::config::{CONFIG_BYTES, Facts, QUEUE_SIZE};
 pub use self::disk::{Access, Disk, DiskError, DiskFiles};
+use self::gone::Gone;
 use self::request::{ID_BYTES, Limits};
 pub use self::ring::Ring;
 use self::server::{Completed, Server, Started};
@@ -134,6 +139,8 @@ impl VirtioDevice for Block {
         if expected != actual {
             return Err(ActivateError::QueueCount { expected, actual });
         }
+        // Such a driver may rely on what was written (virtio 1.2, section 5.2.6.2).
+        self.server.set_write_through(activation.features & 1 << VIRTIO_BLK_F_FLUSH == 0);
         self.active = Some(Active { queues, is_full: false, first: 0 });
         Ok(())
     }
@@ -150,8 +157,13 @@ impl VirtioDevice for Block {
         let Some(Active { queues, is_full, .. }) = active else { return Ok(()) };
         let Some(queue) = queues.get_mut(index) else { return Ok(()) };
         let mut depth = server.in_flight();
+        let (mut turn_is_over, mut is_more) = (false, false);
         let outcome = queue.drain(|chain, memory| {
             depth += 1;
+            if turn_is_over {
+                is_more = true;
+                return Verdict::Keep;
+            }
             if !limiter.admits() {
                 return Verdict::Keep;
             }
@@ -164,7 +176,8 @@ impl VirtioDevice for Block {
                     limiter.charge(bytes);
                     Verdict::Hold
                 }
-                Started::Done { bytes, written } => {
+                Started::Done { bytes, written, was_long } => {
+                    turn_is_over = was_long;
                     limiter.charge(bytes);
                     Verdict::Used(written)
                 }
@@ -173,6 +186,10 @@ impl VirtioDevice for Block {
         server.submit();
         eagerness::found(depth);
         outcome?;
+        // The other devices of the thread come first.
+        if is_more {
+            queue.kick();
+        }
         // Much is in the page cache, and then there is nothing to wait for.
         self.reap()
     }
@@ -195,5 +212,11 @@ impl VirtioDevice for Block {
         }
         let Some(Active { queues, .. }) = &self.active else { return Ok(Vec::new()) };
         Ok(queues.iter().map(|queue| queue.position(0)).collect())
+    }
+
+    /// Drivers wait for each request for as long as it takes, even those that are about to let go of the
+    /// device.
+    fn stand_in(&self) -> Option<Arc<Mutex<dyn VirtioDevice>>> {
+        Some(Arc::new(Mutex::new(Gone::new(self.traits()))))
     }
 }

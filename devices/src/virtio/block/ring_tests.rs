@@ -7,7 +7,7 @@ use std::path::Path;
 
 use tempfile::NamedTempFile;
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
+    VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
 };
 use vm_memory::{Bytes, GuestAddress};
 
@@ -61,7 +61,7 @@ fn a_read_moves_the_sectors_into_all_pieces() {
     let memory = memory();
     let driver = Driver::new(&memory);
     let mut block = block_on(image().path(), 1);
-    block.activate(driver.activation()).unwrap();
+    block.activate(driver.activation_with(1 << VIRTIO_BLK_F_FLUSH)).unwrap();
 
     driver.offer(0, &[&header(VIRTIO_BLK_T_IN, 2)], &[100, 924, 1]);
     serve_until(&mut block, &driver, 0, 1);
@@ -77,7 +77,7 @@ fn a_write_and_a_flush_reach_the_file() {
     let driver = Driver::new(&memory);
     let image = image();
     let mut block = block_on(image.path(), 1);
-    block.activate(driver.activation()).unwrap();
+    block.activate(driver.activation_with(1 << VIRTIO_BLK_F_FLUSH)).unwrap();
 
     driver.offer(0, &[&header(VIRTIO_BLK_T_OUT, 7), &[0xa5; 512]], &[1]);
     driver.offer(0, &[&header(VIRTIO_BLK_T_FLUSH, 0)], &[1]);
@@ -96,7 +96,7 @@ fn a_disk_that_shrank_fails_reads() {
     let driver = Driver::new(&memory);
     let image = image();
     let mut block = block_on(image.path(), 1);
-    block.activate(driver.activation()).unwrap();
+    block.activate(driver.activation_with(1 << VIRTIO_BLK_F_FLUSH)).unwrap();
 
     image.as_file().set_len(512).unwrap();
     driver.offer(0, &[&header(VIRTIO_BLK_T_IN, 0)], &[1024, 1]);
@@ -112,7 +112,7 @@ fn what_a_ring_does_not_do_is_done_without_it() {
     let driver = Driver::new(&memory);
     let image = image();
     let mut block = block_on(image.path(), 1);
-    block.activate(driver.activation()).unwrap();
+    block.activate(driver.activation_with(1 << VIRTIO_BLK_F_FLUSH)).unwrap();
 
     let range = [&8u64.to_le_bytes()[..], &8u32.to_le_bytes(), &[0; 4]].concat();
     driver.offer(0, &[&header(VIRTIO_BLK_T_DISCARD, 0), &range], &[1]);
@@ -121,6 +121,24 @@ fn what_a_ring_does_not_do_is_done_without_it() {
     let mut byte = [0xff];
     image.as_file().read_exact_at(&mut byte, 8 * 512).unwrap();
     assert_eq!((driver.written(0, 0), byte), (vec![OK], [0]));
+}
+
+#[test]
+#[ignore = "needs io_uring"]
+fn a_write_of_a_driver_that_cannot_flush_lasts_when_it_is_over() {
+    let memory = memory();
+    let driver = Driver::new(&memory);
+    let zero = File::options().read(true).write(true).open("/dev/zero").unwrap();
+    let ring = Some(Ring::open().unwrap());
+    let disk = Disk::endless(zero);
+    let mut block = Block::new(disk, "zero", 1, RateLimiter::unlimited(), ring);
+    block.activate(driver.activation()).unwrap();
+
+    driver.offer(0, &[&header(VIRTIO_BLK_T_OUT, 0), &[1; 512]], &[1]);
+    serve_until(&mut block, &driver, 0, 1);
+
+    // There is no way to make it last there.
+    assert_eq!(driver.written(0, 0), [IO_ERROR]);
 }
 
 /// A pipe as a disk: reads of it stay in flight until somebody writes.
@@ -139,7 +157,7 @@ fn more_requests_than_may_be_in_flight_wait_and_are_all_answered() {
     let (disk, mut write) = pipe_disk();
     let ring = Some(Ring::open().unwrap());
     let mut block = Block::new(disk, "pipe", 4, RateLimiter::unlimited(), ring);
-    block.activate(driver.activation()).unwrap();
+    block.activate(driver.activation_with(1 << VIRTIO_BLK_F_FLUSH)).unwrap();
     for queue in 0..QUEUES {
         (0..READS).for_each(|_| _ = driver.offer(queue, &[&header(VIRTIO_BLK_T_IN, 0)], &[512, 1]));
         block.queue_ready(queue).unwrap();
@@ -165,7 +183,7 @@ fn nothing_is_written_to_the_guest_after_a_reset() {
     let (disk, mut write) = pipe_disk();
     let ring = Some(Ring::open().unwrap());
     let mut block = Block::new(disk, "pipe", 1, RateLimiter::unlimited(), ring);
-    block.activate(driver.activation()).unwrap();
+    block.activate(driver.activation_with(1 << VIRTIO_BLK_F_FLUSH)).unwrap();
     driver.offer(0, &[&header(VIRTIO_BLK_T_IN, 0)], &[512, 1]);
     block.queue_ready(0).unwrap();
     assert_eq!(driver.used(), []);
@@ -194,7 +212,7 @@ fn all_that_is_in_flight_is_over_when_the_device_stands_still() {
     let driver = Driver::new(&memory);
     let image = image();
     let mut block = block_on(image.path(), 1);
-    block.activate(driver.activation()).unwrap();
+    block.activate(driver.activation_with(1 << VIRTIO_BLK_F_FLUSH)).unwrap();
     (0..10).for_each(|sector| {
         driver.offer(0, &[&header(VIRTIO_BLK_T_IN, sector)], &[512, 1]);
     });

@@ -39,6 +39,8 @@ pub enum Started {
         bytes: u64,
         /// Bytes that were written into the chain.
         written: u32,
+        /// Whether it may have taken so long that others have their turn before the next one.
+        was_long: bool,
     },
 }
 
@@ -95,12 +97,14 @@ impl Server {
         let transfer = transfers.get(number);
         if let Err(error) = transfer.load(queue, chain) {
             complaints.add(&error);
-            return Started::Done { bytes: 0, written: 0 };
+            let written = transfer.finish(Status::IoError).unwrap_or(0);
+            return Started::Done { bytes: 0, written, was_long: false };
         }
         let task = match transfer.parse(*limits).and_then(|_| Task::of(transfer, *limits)) {
             Ok(task) => task,
             Err(status) => {
-                return Started::Done { bytes: 0, written: done(transfer, status, complaints) };
+                let written = done(transfer, status, complaints);
+                return Started::Done { bytes: 0, written, was_long: false };
             }
         };
         let bytes = task.bytes(transfer);
@@ -114,7 +118,13 @@ impl Server {
         }
         let outcome = task.perform(disk, id, transfer);
         let status = status(transfer.request, outcome, complaints);
-        Started::Done { bytes, written: done(transfer, status, complaints) }
+        let written = done(transfer, status, complaints);
+        Started::Done { bytes, written, was_long: task.may_be_long(disk) }
+    }
+
+    /// Makes all that changes the disk last before the driver is told, or no longer.
+    pub fn set_write_through(&mut self, write_through: bool) {
+        self.disk.set_write_through(write_through);
     }
 
     /// How much is in flight.
@@ -200,6 +210,15 @@ impl Task {
         }
     }
 
+    /// Whether it may last longer than its data takes to be copied.
+    fn may_be_long(&self, disk: &Disk) -> bool {
+        match self {
+            Task::Plain(Request::Read { .. } | Request::Id) => false,
+            Task::Plain(Request::Write { .. }) => disk.is_write_through(),
+            _ => true,
+        }
+    }
+
     /// Does it; uses up as much of the writable buffers as it filled.
     fn perform(&self, disk: &Disk, id: &[u8; ID_BYTES], transfer: &mut Transfer) -> io::Result<()> {
         let Transfer { readable, writable, .. } = transfer;
@@ -221,7 +240,7 @@ impl Task {
 }
 
 /// Does what the ring left of a request that ended with `result`: the rest of one that fell short,
-/// or all of one that was interrupted.
+/// all of one that was interrupted, and what makes a write last, if nothing else is left of it.
 fn conclude(disk: &Disk, transfer: &mut Transfer, result: i32) -> io::Result<()> {
     let moved = usize::try_from(result);
     if moved.is_err() {

@@ -1,5 +1,6 @@
 //! A driver's requests against a block device on a temporary file.
 
+use std::fs::File;
 use std::num::NonZeroU64;
 use std::os::fd::RawFd;
 use std::os::unix::fs::FileExt;
@@ -8,10 +9,11 @@ use std::time::{Duration, Instant};
 
 use tempfile::NamedTempFile;
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_F_RO, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID,
-    VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
+    VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH,
+    VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
 };
 use virtio_queue::desc::split::Descriptor;
+use vm_memory::{Bytes, GuestAddress};
 
 use super::request::HEADER_BYTES;
 use super::*;
@@ -44,7 +46,7 @@ fn of_disk(disk: Disk) -> Block {
 
 fn active(driver: &Driver<'_>, image: &NamedTempFile, access: Access) -> Block {
     let mut block = block(image, access);
-    block.activate(driver.activation()).unwrap();
+    block.activate(driver.activation_with(1 << VIRTIO_BLK_F_FLUSH)).unwrap();
     block
 }
 
@@ -129,6 +131,48 @@ fn a_disk_that_shrank_fails_reads() {
     assert_eq!(driver.buffer(16 + 512, 1), [IO_ERROR]);
 }
 
+/// The status of a request on a disk that takes writes, but has no way to make them last.
+fn status_without_storage(features: u64, readable: &[&[u8]]) -> Vec<u8> {
+    let memory = memory();
+    let driver = Driver::new(&memory);
+    let zero = File::options().read(true).write(true).open("/dev/zero").unwrap();
+    let mut block = of_disk(Disk::endless(zero));
+    block.activate(driver.activation_with(features)).unwrap();
+
+    driver.offer(0, readable, &[1]);
+    block.queue_ready(0).unwrap();
+
+    driver.written(0, 0)
+}
+
+#[test]
+fn a_write_of_a_driver_that_cannot_flush_lasts_when_it_is_over() {
+    let write = [&header(VIRTIO_BLK_T_OUT, 0)[..], &[1; 512]];
+    let flush = [&header(VIRTIO_BLK_T_FLUSH, 0)[..]];
+
+    assert_eq!(status_without_storage(1 << VIRTIO_BLK_F_FLUSH, &flush), [IO_ERROR]);
+    assert_eq!(status_without_storage(1 << VIRTIO_BLK_F_FLUSH, &write), [OK]);
+    assert_eq!(status_without_storage(0, &write), [IO_ERROR]);
+}
+
+#[test]
+fn what_may_take_long_leaves_the_others_their_turn() {
+    let memory = memory();
+    let driver = Driver::new(&memory);
+    let mut block = active(&driver, &image(), READ_WRITE);
+    for kind in [VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_IN] {
+        driver.offer(0, &[&header(kind, 0), &ranges(&[(1, 1, 0)])], &[1]);
+    }
+
+    block.queue_ready(0).unwrap();
+    assert_eq!(driver.used().len(), 1);
+    assert!(driver.kicked(0));
+    block.queue_ready(0).unwrap();
+
+    assert_eq!(driver.used().len(), 2);
+    assert!(!driver.kicked(0));
+}
+
 #[test]
 fn a_flush_says_ok() {
     assert_eq!(answer(READ_WRITE, &[&header(VIRTIO_BLK_T_FLUSH, 0)], &[1]), [OK]);
@@ -157,22 +201,32 @@ fn a_chain_without_room_for_a_status_comes_back_empty() {
 }
 
 #[test]
-fn buffers_outside_memory_come_back_empty() {
-    let memory = memory();
-    let driver = Driver::new(&memory);
-    let mut block = active(&driver, &image(), READ_WRITE);
+fn buffers_outside_memory_fail_where_the_driver_can_be_told() {
+    const IN_MEMORY: u64 = 0x2_0000;
+    const OUTSIDE: u64 = 1 << 40;
+    for (header, data, status, written) in [
+        (u64::MAX, IN_MEMORY, IN_MEMORY + 512, 1),
+        (IN_MEMORY, OUTSIDE, IN_MEMORY + 512, 1),
+        (IN_MEMORY, IN_MEMORY, OUTSIDE, 0),
+    ] {
+        let memory = memory();
+        let driver = Driver::new(&memory);
+        let mut block = active(&driver, &image(), READ_WRITE);
 
-    driver.offer_descriptors(
-        0,
-        &[
-            Descriptor::new(u64::MAX, 16, 0, 0),
-            Descriptor::new(1 << 40, 512, 2, 0),
-            Descriptor::new(0x2_0000, 1, 2, 0),
-        ],
-    );
-    block.queue_ready(0).unwrap();
+        driver.offer_descriptors(
+            0,
+            &[
+                Descriptor::new(header, 16, 0, 0),
+                Descriptor::new(data, 512, 2, 0),
+                Descriptor::new(status, 1, 2, 0),
+            ],
+        );
+        block.queue_ready(0).unwrap();
 
-    assert_eq!(driver.used(), [(0, 0)]);
+        assert_eq!(driver.used(), [(0, written)]);
+        let told: u8 = memory.read_obj(GuestAddress(IN_MEMORY + 512)).unwrap();
+        assert_eq!(u32::from(told), written * u32::from(IO_ERROR));
+    }
 }
 
 #[test]
@@ -247,7 +301,7 @@ fn a_bad_range_leaves_the_good_ones_alone() {
     let whole = [0, 1, 2, 3, 4, 5, 6, 7];
     let past_the_end = change(READ_WRITE, VIRTIO_BLK_T_DISCARD, &[(1, 2, 0), (7, 2, 0)]);
     assert_eq!(past_the_end, (IO_ERROR, whole));
-    let unknown_flag = change(READ_WRITE, VIRTIO_BLK_T_WRITE_ZEROES, &[(1, 2, 1), (7, 1, 4)]);
+    let unknown_flag = change(READ_WRITE, VIRTIO_BLK_T_WRITE_ZEROES, &[(1, 2, 4)]);
     assert_eq!(unknown_flag, (UNSUPPORTED, whole));
 }
 

@@ -9,11 +9,11 @@ use crate::virtio::queue::Chain;
 /// Most requests of one device that are in flight.
 pub const MOST_IN_FLIGHT: usize = 64;
 
-/// Why a request could not even be answered.
+/// Why a request could not even be looked at, or its driver not be told how it ended.
 #[derive(Debug, thiserror::Error)]
 pub enum TransferError {
     /// The chain names memory the guest does not have, or too many pieces of it.
-    #[error("request dropped: {0}")]
+    #[error("request refused: {0}")]
     Buffers(#[from] BufferError),
     /// There is nowhere to say how it ended.
     #[error("request dropped: it has no room for a status")]
@@ -33,7 +33,8 @@ pub struct Transfer {
     head: u16,
     /// Room for data when the request came, in bytes.
     room: usize,
-    status: GuestAddress,
+    /// Where the driver looks how it ended, if it said that.
+    status: Option<GuestAddress>,
 }
 
 impl Transfer {
@@ -46,23 +47,23 @@ impl Transfer {
             queue: 0,
             head: 0,
             room: 0,
-            status: GuestAddress(0),
+            status: None,
         }
     }
 
-    /// Takes over the buffers of `chain`, which is from queue number `queue`.
+    /// Takes over the buffers of `chain`, which is from queue number `queue`. If one of them is bad, the
+    /// driver can still be told.
     pub fn load(&mut self, queue: usize, chain: Chain<'_>) -> Result<(), TransferError> {
         self.readable.clear();
         self.writable.clear();
         self.queue = queue;
         self.head = chain.head_index();
+        self.room = 0;
+        self.status = last_byte(chain.clone());
         self.readable.add(chain.clone().readable())?;
-        let room = self.writable.add(chain.clone().writable())?.checked_sub(1);
-        let (Some(room), Some(status)) = (room, last_byte(chain)) else {
-            return Err(TransferError::NoStatus);
-        };
-        self.writable.truncate(room);
-        (self.room, self.status) = (room, status);
+        let room = self.writable.add(chain.writable())?.checked_sub(1);
+        self.room = room.ok_or(TransferError::NoStatus)?;
+        self.writable.truncate(self.room);
         Ok(())
     }
 
@@ -79,7 +80,8 @@ impl Transfer {
 
     /// Tells the driver how it ended. Returns how many bytes were written into the chain.
     pub fn finish(&self, status: Status) -> Result<u32, TransferError> {
-        self.memory.write_obj(status.byte(), self.status).map_err(BufferError::OutOfMemory)?;
+        let at = self.status.ok_or(TransferError::NoStatus)?;
+        self.memory.write_obj(status.byte(), at).map_err(BufferError::OutOfMemory)?;
         let written = self.room - self.writable.bytes() + 1;
         Ok(u32::try_from(written).unwrap_or(u32::MAX))
     }
@@ -91,7 +93,7 @@ impl Transfer {
 }
 
 /// Where the status goes: the last byte of the last buffer that has any.
-fn last_byte(chain: Chain<'_>) -> Option<GuestAddress> {
+pub fn last_byte(chain: Chain<'_>) -> Option<GuestAddress> {
     let last = chain.writable().filter(|descriptor| descriptor.len() > 0).last()?;
     last.addr().checked_add(u64::from(last.len()) - 1)
 }

@@ -8,6 +8,7 @@ use virtio_bindings::virtio_mmio::{
 
 use super::{MmioTransport, Registers, StartError};
 use crate::interrupt::Interrupt;
+use crate::virtio::VirtioDevice;
 use crate::virtio::state::{DeviceState, Position, RestoreError};
 
 /// A device and its registers as the driver left them.
@@ -28,13 +29,9 @@ impl MmioTransport {
     /// Brings the device to a standstill and says where it stands. Nobody else may call it meanwhile;
     /// until [`MmioTransport::resume`] nothing of it touches guest memory.
     pub fn save(&mut self) -> TransportState {
-        let mut device = self.device.lock().expect("no device panics while it holds its lock");
-        let queues = device.quiesce().unwrap_or_else(|error| {
-            // The queue has already told the driver that the device needs a reset.
-            self.complaints.add(&format_args!("stopped until it is reset: {error}"));
-            device.reset();
-            Vec::new()
-        });
+        let device = self.device.clone();
+        let mut device = device.lock().expect("no device panics while it holds its lock");
+        let queues = self.quiesce(&mut *device);
         TransportState {
             device_type: self.device_type,
             status: self.shared.status(),
@@ -44,6 +41,16 @@ impl MmioTransport {
             queues,
             device: device.save(),
         }
+    }
+
+    /// Brings `device`, which is the one behind the registers, to a standstill and says where it stands.
+    pub(super) fn quiesce(&mut self, device: &mut dyn VirtioDevice) -> Vec<Position> {
+        device.quiesce().unwrap_or_else(|error| {
+            // The queue has already told the driver that the device needs a reset.
+            self.complaints.add(&format_args!("stopped until it is reset: {error}"));
+            device.reset();
+            Vec::new()
+        })
     }
 
     /// Lets the device go on after [`MmioTransport::save`].
