@@ -81,6 +81,9 @@ impl Mapping {
     fn new() -> Self {
         let mut new = Mapping { script: variant(WINDOW, &[script::START]), next: 0 };
         new.ask(&init());
+        for (parent, name) in [(1, b"a\0"), (1, b"b\0"), (3, b"c\0")] {
+            new.ask(&fuse(LOOKUP, parent, name));
+        }
         new
     }
 
@@ -208,6 +211,9 @@ pub(super) fn lengths() -> Vec<u8> {
 /// Mappings of what cannot be mapped, outside, in part, and of what is gone.
 pub(super) fn lies() -> Vec<Vec<u8>> {
     vec![
+        fuse(LOOKUP, 1, b"a\0"),
+        fuse(LOOKUP, 1, b"l\0"),
+        fuse(LOOKUP, 1, b"p\0"),
         map(2, 0, SLOT_BYTES, BYTES),
         map(2, 0, u64::MAX, 0),
         map(2, u64::MAX - SLOT_BYTES + 1, SLOT_BYTES, 0),
