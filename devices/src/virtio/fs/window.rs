@@ -483,12 +483,15 @@ pub(super) mod tests {
         }
     }
 
-    /// Whether `body` is true in a process of its own.
+    /// Whether `body` is true in a process of its own, within half a minute.
     pub fn in_a_child(body: impl FnOnce() -> bool) -> bool {
         // SAFETY: the child has one thread, in which `malloc` works, and takes no lock that another
         // thread of this process may hold.
         match unsafe { libc::fork() } {
             0 => {
+                // One that panics may wait for a lock of a thread that is not there.
+                // SAFETY: its signal ends the child.
+                unsafe { libc::alarm(30) };
                 let status = i32::from(!body());
                 // SAFETY: ends the child here, as it must not return into the test's runner.
                 unsafe { libc::_exit(status) }
