@@ -18,7 +18,7 @@ pub use disk::{DiskConfig, DiskEngine};
 pub use memory::{MemoryBacking, MemoryConfig};
 pub use pmem::PmemConfig;
 pub use rate_limit::RateLimitConfig;
-pub use share::{CachePolicy, MAX_DAX_MIB, ShareConfig};
+pub use share::{CachePolicy, MAX_ALL_DAX_MIB, MAX_DAX_MIB, ShareConfig};
 
 /// Most vCPUs of one VM: what the guest kernels we build are configured for.
 pub const MAX_VCPUS: u8 = 64;
@@ -708,6 +708,20 @@ mod tests {
 
         assert_eq!(odd, "shares[0].dax_mib: must be even, not 3");
         assert_eq!(large, "shares[0].dax_mib: must be 0 to 16384, not 16386");
+    }
+
+    #[test]
+    fn windows_that_could_use_up_the_mappings_of_the_process_are_refused() {
+        let mut config = VmConfig::new("/k".into());
+        let share = |tag| ShareConfig { dax_mib: MAX_DAX_MIB, ..ShareConfig::new(tag, "/".into()) };
+        config.shares = vec![share("a"), share("b")];
+        assert!(config.validate().is_ok());
+
+        config.shares.push(ShareConfig { dax_mib: 2, ..share("c") });
+        let error = config.validate().unwrap_err();
+
+        let expected = "shares[2].dax_mib: must be at most 32768 of all shares together";
+        assert_eq!(error.to_string(), expected);
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! The file system device: FUSE requests that lie, against a directory nothing else is in reach of.
 
+mod window;
+
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::Path;
@@ -7,7 +9,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::thread;
 
-use devices::virtio::fs::{Changes, Fs, Options, Server, Telling};
+use devices::virtio::fs::{Changes, Fs, Options, Server, Telling, Window};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use nix::unistd::{chdir, chroot};
@@ -24,6 +26,7 @@ const SECRET: &[u8] = b"nothing the guest may see or change";
 /// What the first byte of an input chooses.
 const READ_ONLY: u8 = 1;
 const TELLING: u8 = 2;
+const WINDOW: u8 = 4;
 
 /// The groups in whose names the guest repeats what others changed, if the host tells it.
 const FIRST_GROUP: u32 = 4;
@@ -63,6 +66,7 @@ const FALLOCATE: u32 = 43;
 const READDIRPLUS: u32 = 44;
 const RENAME2: u32 = 45;
 const LSEEK: u32 = 46;
+const COPY_FILE_RANGE: u32 = 47;
 
 /// The thread that has the directory, its inputs and its answers.
 struct Worker {
@@ -136,15 +140,24 @@ fn play(data: &[u8]) {
     };
     let read_only = variant & READ_ONLY != 0;
     let telling = (variant & TELLING != 0).then(telling);
-    let options = Options { read_only, telling, ..Options::default() };
+    let window =
+        || Arc::new(Window::reserve(window::BYTES).expect("the process has addresses left"));
+    let window = (variant & WINDOW != 0).then(window);
+    let options = Options { read_only, telling, window: window.clone(), ..Options::default() };
     let server = Server::with_options(Path::new(SHARE), options).expect("it is there");
-    let device = Fs::new("share", server).with_deferred_forgetting().expect("the host has a timer");
-    let mut guest = Guest::new(device, Box::new(|_, _| ()));
+    let device = Fs::new("share", server)
+        .with_window_at(window::START)
+        .and_then(Fs::with_deferred_forgetting)
+        .expect("the host has a timer");
+    let mut guest = Guest::new(device, window::host(window.clone()));
     let nodes = look_around(&mut guest);
     guest.patch(Box::new(move |request| name_nodes(request, &nodes)));
     guest.play(data);
     let answer = guest.ask(REQUESTS, &init(), 256).expect("an answer");
     assert!(answer.len() > 16, "a guest that starts over can mount: {answer:?}");
+    let is_empty =
+        |window: &Arc<Window>| window::mappings(window).iter().all(|maps| maps.contains("---p"));
+    assert!(window.as_ref().is_none_or(is_empty), "what is mapped stays when a guest starts over");
     drop(guest);
     let outside = fs::read(OUTSIDE).expect("nobody has removed it");
     assert_eq!(outside, SECRET, "the guest wrote outside of its directory");
@@ -173,7 +186,11 @@ fn find(guest: &mut Guest, lookup: &[u8]) -> [u8; 8] {
 fn name_nodes(request: &mut [u8], nodes: &[[u8; 8]]) {
     let operation = request.get(4..8).map_or(0, |bytes| u32::from(bytes[0]));
     // Those have a second one behind the header.
-    let second = [RENAME, LINK, RENAME2].contains(&operation).then_some(40);
+    let second = match operation {
+        RENAME | LINK | RENAME2 => Some(40),
+        COPY_FILE_RANGE => Some(56),
+        _ => None,
+    };
     for place in [Some(16), second].into_iter().flatten() {
         let Some(field) = request.get_mut(place..place + 8) else { return };
         let [number, 0, 0, 0, 0, 0, 0, 0] = *field else { continue };
@@ -217,6 +234,10 @@ pub fn seeds() -> Vec<Seed> {
         ("lies", session(0, &lies())),
         ("read_only", session(READ_ONLY, &all)),
         ("repeats", session(TELLING, &repeats())),
+        ("window_data", window::data()),
+        ("window_headers", window::headers()),
+        ("window_lengths", window::lengths()),
+        ("window_lies", session(WINDOW, &window::lies())),
         ("broken_rings", [vec![0], rings].concat()),
     ]
 }

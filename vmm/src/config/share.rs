@@ -11,9 +11,12 @@ use super::{ConfigError, in_range, name_of, not_empty, refuse};
 /// Longest file system tag, in bytes (virtio 1.2, section 5.11.4).
 const MAX_TAG_BYTES: usize = 36;
 
-/// Largest DAX window, in MiB (16 GiB): each 2 MiB in use take one of the 65,530 mappings that a
-/// process usually may have.
+/// Largest DAX window, in MiB (16 GiB).
 pub const MAX_DAX_MIB: u32 = 16 << 10;
+
+/// Largest size of all DAX windows of a machine together, in MiB (32 GiB): each 2 MiB in use take two of the
+/// 65,530 mappings that a process usually may have (`vm.max_map_count`) at most, so half are left for all else.
+pub const MAX_ALL_DAX_MIB: u32 = 32 << 10;
 
 /// A host directory the guest can mount.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -34,7 +37,7 @@ pub struct ShareConfig {
     #[serde(default)]
     pub writeback: bool,
     /// Size of the window through which the guest maps files, in MiB, an even number up to
-    /// [`MAX_DAX_MIB`]. What it reads through it is not copied into its own memory, so that all VMs
+    /// [`MAX_DAX_MIB`], and all together up to [`MAX_ALL_DAX_MIB`]. What it reads through it is not copied into its own memory, so that all VMs
     /// share the host's page cache. A guest spends a 64th of the size on keeping account of it, and
     /// the host what it maps. Without a window, 0, it reads and writes by requests.
     #[serde(default)]
@@ -96,6 +99,7 @@ impl ShareConfig {
 /// Checks every rule about `shares` that needs no look at the host.
 pub(super) fn validate(shares: &[ShareConfig]) -> Result<(), ConfigError> {
     let mut seen = BTreeSet::new();
+    let mut dax_mib = 0;
     for (index, share) in shares.iter().enumerate() {
         let field = |name: &str| format!("shares[{index}].{name}");
         name_of(&field("tag"), &share.tag, MAX_TAG_BYTES, &mut seen)?;
@@ -103,6 +107,11 @@ pub(super) fn validate(shares: &[ShareConfig]) -> Result<(), ConfigError> {
         in_range(&field("dax_mib"), share.dax_mib, 0, MAX_DAX_MIB)?;
         if share.dax_bytes() % fs::SLOT_BYTES != 0 {
             return refuse(&field("dax_mib"), &format!("must be even, not {}", share.dax_mib));
+        }
+        dax_mib += share.dax_mib;
+        if dax_mib > MAX_ALL_DAX_MIB {
+            let rule = format!("must be at most {MAX_ALL_DAX_MIB} of all shares together");
+            return refuse(&field("dax_mib"), &rule);
         }
         if share.writeback && share.cache == CachePolicy::Never {
             return refuse(&field("writeback"), "must not be on with cache never");

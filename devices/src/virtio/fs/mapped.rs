@@ -28,12 +28,13 @@ const READ: u32 = 15;
 const WRITE: u32 = 16;
 
 /// Serves the request in `chain`, a read or a write, whose data is anywhere in `window`, which is `ram` and
-/// more. Returns the size of the answer in bytes.
+/// more; the answer is the error of `ready`, if it is one. Returns the size of the answer in bytes.
 pub(super) fn serve(
     ledger: &Ledger,
     chain: &Chain<'_>,
     ram: &GuestMemoryMmap,
     window: &GuestMemoryMmap,
+    ready: io::Result<()>,
 ) -> io::Result<usize> {
     // Taken once: the guest may change its descriptors.
     let (writable, readable): (Vec<_>, Vec<_>) =
@@ -46,12 +47,14 @@ pub(super) fn serve(
     let (result, body) = match header.opcode {
         READ => {
             let data = Data(answer.within(window)?);
-            (read(ledger, &context, header.nodeid, request.take(ram)?, data), Vec::new())
+            let args = request.take(ram)?;
+            let moved = ready.and_then(|()| read(ledger, &context, header.nodeid, args, data));
+            (moved, Vec::new())
         }
         WRITE => {
             let args = request.take(ram)?;
-            let written =
-                write(ledger, &context, header.nodeid, args, Data(request.within(window)?));
+            let data = Data(request.within(window)?);
+            let written = ready.and_then(|()| write(ledger, &context, header.nodeid, args, data));
             let body = written.as_ref().map_or(Vec::new(), |&size| {
                 let size = u32::try_from(size).expect("no more than was sent");
                 WriteOut { size, padding: 0 }.as_slice().to_vec()

@@ -259,7 +259,9 @@ impl VirtioDevice for Fs {
     }
 
     fn save(&self) -> DeviceState {
-        DeviceState::Fs(self.server.save())
+        // What a driver that is gone knew and had open is nobody's, though it is still to be closed; one that
+        // came after it has not been served yet.
+        DeviceState::Fs(if self.stale { State::default() } else { self.server.save() })
     }
 
     fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {

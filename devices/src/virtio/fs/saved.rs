@@ -21,8 +21,8 @@ use super::tree::Tree;
 const DONE: u32 = (libc::O_CREAT | libc::O_EXCL | libc::O_TRUNC | libc::O_NOCTTY) as u32;
 
 /// What a guest knows of a shared directory and has open there. Files are told by their names below
-/// the directory, so another one with the same files does as well.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+/// the directory, so another one with the same files does as well. The default is a guest that knows nothing.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct State {
     /// What the guest's kernel said it can do (FUSE_INIT); nothing if it has not mounted it.
     capable: Option<u64>,

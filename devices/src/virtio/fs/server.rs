@@ -1,22 +1,23 @@
 //! Answers FUSE requests out of one directory of the host.
 
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use fuse_backend_rs::abi::fuse_abi::InHeader;
 use fuse_backend_rs::api::filesystem::FileSystem;
 use fuse_backend_rs::api::server;
 use fuse_backend_rs::passthrough::{CachePolicy, Config, PassthroughFs};
 use fuse_backend_rs::transport::{FsCacheReqHandler, Reader, VirtioFsWriter};
-use vm_memory::{Address, Bytes, GuestMemoryMmap};
+use vm_memory::{Address, ByteValued, Bytes, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::changes::Telling;
-use super::extension::Extension;
+use super::extension::{Extension, head_of_answer};
 use super::ledger::Ledger;
 use super::mapped;
 use super::observer::Observer;
@@ -185,16 +186,14 @@ impl Server {
         memory: &GuestMemoryMmap,
         buffers: Option<&GuestMemoryMmap>,
     ) -> Result<u32, RequestError> {
-        if let Some(window) = &self.window {
-            window.unpatch();
-        }
+        let ready = self.window.as_ref().map_or(Ok(()), |window| window.unpatch());
         let both = Reader::from_descriptor_chain(memory, chain.clone())
             .and_then(|request| Ok((request, VirtioFsWriter::new(memory, chain.clone())?)));
         let (request, answer) = match (both, buffers) {
             (Ok(both), _) => both,
             (Err(error), None) => return Err(RequestError::Memory(error)),
             (Err(_), Some(buffers)) => {
-                let written = mapped::serve(&self.ledger, chain, memory, buffers);
+                let written = mapped::serve(&self.ledger, chain, memory, buffers, ready);
                 return written.map(bytes_of_answer).map_err(RequestError::Mapped);
             }
         };
@@ -202,6 +201,10 @@ impl Server {
         // after they were looked at.
         if request.available_bytes().max(answer.available_bytes()) > MAX_MESSAGE_BYTES {
             return Err(RequestError::TooLarge);
+        }
+        if let (Err(error), true) = (ready, answer.available_bytes() > 0) {
+            let written = refuse(request, answer, &error);
+            return written.map(bytes_of_answer).map_err(RequestError::Extension);
         }
         let opcode = opcode(chain, memory);
         if let Some(extension) = opcode.and_then(Extension::of) {
@@ -254,6 +257,18 @@ impl Server {
     pub(super) fn reset(&self) {
         self.ledger.destroy();
     }
+}
+
+/// Answers with `error`. Returns the size of the answer in bytes.
+fn refuse(
+    mut request: Reader<'_>,
+    mut answer: VirtioFsWriter<'_>,
+    error: &io::Error,
+) -> io::Result<usize> {
+    let header: InHeader = request.read_obj()?;
+    let head = head_of_answer(header.unique, Err(error));
+    answer.write_all(head.as_slice())?;
+    Ok(head.len as usize)
 }
 
 /// What kind of a request is in `chain`. Its driver may say something else when it is looked at again.

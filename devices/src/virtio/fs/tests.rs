@@ -12,6 +12,7 @@ use tempfile::TempDir;
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
+use super::window::tests::{in_a_child, use_up_mappings};
 use super::*;
 use crate::virtio::testing::{Driver, MEMORY_BYTES, NEXT, QUEUE_SIZE, RINGS, memory};
 
@@ -547,29 +548,111 @@ fn address_of(head: u16, nth: u16) -> GuestAddress {
     GuestAddress(REQUESTS as u64 * RINGS + entry)
 }
 
+/// Has the guest write 8 bytes of what lies at `place` in its window to a file. Returns the error number and
+/// how many were written.
+fn write_from_window(guest: &mut Guest<'_>, file: &Answer, place: u64) -> (i32, u64) {
+    let flags = (libc::O_RDWR | libc::O_CREAT) as u32;
+    let rest = words(&[0, 0, 8, 0, 0, 0, flags, 0]);
+    let header = guest.header(WRITE, file.node(), 48);
+    let body = [&file.field(CREATED_HANDLE).to_le_bytes()[..], &rest].concat();
+    let head = guest.driver.offer(REQUESTS, &[&header, &body, &[0; 8]], &[16, ROOM]);
+    let data = Descriptor::new(WINDOW + place, 8, NEXT, (head + 3) % QUEUE_SIZE);
+    guest.driver.write_descriptor(REQUESTS, (head + 2) % QUEUE_SIZE, data);
+    guest.device.queue_ready(REQUESTS).unwrap();
+    let answer = guest.driver.written(REQUESTS, guest.driver.used_of(REQUESTS).len() - 1);
+    let (header, data) = answer.split_first_chunk::<16>().unwrap();
+    let errno = -i32::from_le_bytes(header[4..8].try_into().unwrap());
+    (errno, if errno == 0 { Answer { errno, data: data.to_vec() }.field(0) } else { 0 })
+}
+
 #[test]
 fn data_is_written_from_where_another_file_is_mapped_and_nowhere_else() {
     let (root, memory) = (TempDir::new().unwrap(), memory());
     let mut guest = with_window(&memory, &root, false);
     let node = guest.lookup("file").node();
     assert_eq!(guest.map(node, SLOT_BYTES, 2).errno, 0);
-    let created = guest.create("copy");
-    let mut write = |place: u64| {
-        let flags = (libc::O_RDWR | libc::O_CREAT) as u32;
-        let rest = words(&[0, 0, 8, 0, 0, 0, flags, 0]);
-        let header = guest.header(WRITE, created.node(), 48);
-        let body = [&created.field(CREATED_HANDLE).to_le_bytes()[..], &rest].concat();
-        let head = guest.driver.offer(REQUESTS, &[&header, &body, &[0; 8]], &[16, ROOM]);
-        memory.write_obj(WINDOW + place, address_of(head, 2)).unwrap();
-        guest.device.queue_ready(REQUESTS).unwrap();
-        let answer = guest.driver.written(REQUESTS, guest.driver.used_of(REQUESTS).len() - 1);
-        -i32::from_le_bytes(answer[4..8].try_into().unwrap())
-    };
+    let copy = guest.create("copy");
 
-    let errors = [SLOT_BYTES, 0].map(&mut write);
+    let written = [SLOT_BYTES, 0].map(|place| write_from_window(&mut guest, &copy, place));
 
-    assert_eq!(errors, [0, libc::EFAULT]);
+    assert_eq!(written, [(0, 8), (libc::EFAULT, 0)]);
     assert_eq!(fs::read(root.path().join("copy")).unwrap(), [7; 8]);
+}
+
+#[test]
+fn data_beyond_the_end_of_a_mapped_file_is_an_error_and_no_fault() {
+    let (root, memory) = (TempDir::new().unwrap(), memory());
+    let mut guest = with_window(&memory, &root, false);
+    let node = guest.lookup("file").node();
+    assert_eq!(guest.map(node, 0, 2).errno, 0);
+    let copy = guest.create("copy");
+
+    let beyond = write_from_window(&mut guest, &copy, 1 << 20);
+    fs::write(root.path().join("file"), "").unwrap();
+    let truncated = write_from_window(&mut guest, &copy, 0);
+
+    assert_eq!([beyond, truncated], [(libc::EFAULT, 0); 2]);
+    assert_eq!(guest.lookup("file").node(), node);
+}
+
+#[test]
+fn of_data_that_leaves_a_mapped_file_what_is_before_moves() {
+    let (root, memory) = (TempDir::new().unwrap(), memory());
+    let mut guest = with_window(&memory, &root, false);
+    fs::write(root.path().join("file"), vec![7; 3 << 20]).unwrap();
+    let node = guest.lookup("file").node();
+    assert_eq!(guest.map(node, 0, 2).errno, 0);
+    let copy = guest.create("copy");
+
+    let written = write_from_window(&mut guest, &copy, SLOT_BYTES - 4);
+
+    assert_eq!(written, (0, 4));
+    assert_eq!(fs::read(root.path().join("copy")).unwrap(), [7; 4]);
+}
+
+/// Has the guest take what is at `place` out of its window.
+fn remove(guest: &mut Guest<'_>, place: u64) -> i32 {
+    let removal = [&words(&[1])[..], &place.to_le_bytes(), &SLOT_BYTES.to_le_bytes()].concat();
+    guest.ask(REMOVEMAPPING, ROOT, &[&removal]).errno
+}
+
+#[test]
+fn a_mapping_over_a_mapping_replaces_it_and_what_is_not_mapped_can_be_removed() {
+    let (root, memory) = (TempDir::new().unwrap(), memory());
+    let mut guest = with_window(&memory, &root, false);
+    fs::write(root.path().join("other"), [8; 100_000]).unwrap();
+    let nodes = ["file", "other"].map(|name| guest.lookup(name).node());
+    let copy = guest.create("copy");
+
+    let mapped = nodes.map(|node| guest.map(node, 0, 2).errno);
+    let written = write_from_window(&mut guest, &copy, 0);
+    let removed = [0, 0, SLOT_BYTES, 2 * SLOT_BYTES].map(|place| remove(&mut guest, place));
+
+    assert_eq!(mapped, [0, 0]);
+    assert_eq!(written, (0, 8));
+    assert_eq!(fs::read(root.path().join("copy")).unwrap(), [8; 8]);
+    assert_eq!(removed, [0, 0, 0, libc::EINVAL]);
+}
+
+#[test]
+fn without_mappings_left_a_guest_with_a_window_gets_errors() {
+    let (root, memory) = (TempDir::new().unwrap(), memory());
+    let mut guest = with_window(&memory, &root, false);
+    let node = guest.lookup("file").node();
+    assert_eq!(guest.map(node, 0, 2).errno, 0);
+    let copy = guest.create("copy");
+    assert!(guest.device.server.window().unwrap().patch());
+
+    assert!(in_a_child(|| {
+        use_up_mappings(true);
+        // As zeros are shown where a file may be from then on.
+        let refused = [guest.create("new").errno, guest.map(node, 0, 2).errno];
+        refused == [libc::ENOMEM; 2]
+            && write_from_window(&mut guest, &copy, 0).0 == libc::ENOMEM
+            && guest.ask_raw(&[&guest.header(FORGET, node, 8), &[1; 8]], &[]).is_none()
+            && guest.device.server.ledger.getattr(&Context::default(), node, None).is_err()
+    }));
+    assert!(!root.path().join("new").exists());
 }
 
 /// Offers a read of 8 bytes: buffers of header, arguments, header of the answer, data.
@@ -630,11 +713,10 @@ fn a_file_is_mapped_as_it_may_be_used_and_taken_away() {
 
     let errors = [guest.map(node, 0, 3), guest.map(node, 0, 2), guest.map(ROOT, 0, 2)]
         .map(|answer| answer.errno);
-    let removal = [&words(&[1])[..], &0_u64.to_le_bytes(), &SLOT_BYTES.to_le_bytes()].concat();
-    let removed = guest.ask(REMOVEMAPPING, node, &[&removal]);
+    let removed = remove(&mut guest, 0);
 
     assert_eq!(errors, [libc::EROFS, 0, libc::ENODEV]);
-    assert_eq!(removed.errno, 0);
+    assert_eq!(removed, 0);
     assert!(!guest.device.server.window().unwrap().is_used());
 }
 
@@ -800,6 +882,22 @@ fn what_the_guest_had_open_goes_on_with_a_device_built_anew() {
     let other = guest.create("other");
     assert!(other.field(CREATED_HANDLE) > handle);
     assert_eq!(guest.write(other.node(), other.field(CREATED_HANDLE), b"x").errno, 0);
+}
+
+#[test]
+fn what_a_driver_that_is_gone_had_open_is_not_taken_over() {
+    let (root, memory) = (TempDir::new().unwrap(), memory());
+    let mut guest = Guest::mount(&memory, &root, false);
+    let created = guest.create("file");
+    let mut device = Fs::new("root", Server::open(root.path(), false).unwrap());
+
+    guest.device.reset();
+    device.restore(&guest.device.save()).unwrap();
+    guest.device = device;
+    let mut guest = Guest::mount_again(guest, &memory);
+
+    let (node, handle) = (created.node(), created.field(CREATED_HANDLE));
+    assert_eq!(guest.read(node, handle, READ_WRITE).errno, libc::EBADF);
 }
 
 #[test]

@@ -15,7 +15,8 @@ use fuse_backend_rs::transport::FsCacheReqHandler;
 use vm_memory::{GuestAddress, GuestRegionMmap, MmapRegion};
 
 /// What Linux maps at once, in bytes, and to which multiples it keeps in file and window
-/// (`FUSE_DAX_SZ`, fs/fuse/dax.c). The window is a row of slots of this size.
+/// (`FUSE_DAX_SZ`, fs/fuse/dax.c). The window is a row of slots of this size, each of which takes two of
+/// the mappings that a process may have (`vm.max_map_count`) at most: the file, and zeros behind its end.
 pub const SLOT_BYTES: u64 = 2 << 20;
 
 /// How a place is reserved in which nothing is mapped.
@@ -41,11 +42,10 @@ pub struct Window {
     is_patched: AtomicBool,
 }
 
-/// What is mapped in a slot, from its beginning on.
+/// What is mapped in a slot, all of it.
 struct Slot {
     file: Arc<File>,
     offset: u64,
-    bytes: u64,
     protection: i32,
     /// From where in the slot on zeros stand in for what is beyond the end of the file.
     patch: Option<u64>,
@@ -95,15 +95,20 @@ impl Window {
 
     /// Puts zeros wherever a mapping reaches beyond the end of its file. Returns whether there was
     /// such a place, so that a guest that could not go on can now. Any thread may call it.
+    ///
+    /// Where the process has no mapping left for them there are none, and the guest cannot go on.
     pub fn patch(&self) -> bool {
         let mut slots = self.lock();
         let mut any = false;
         for (&number, slot) in slots.iter_mut() {
             let Ok(metadata) = slot.file.metadata() else { continue };
             let held = metadata.len().saturating_sub(slot.offset).next_multiple_of(page_bytes());
-            if held < slot.bytes && slot.patch != Some(held) {
-                let base = number * SLOT_BYTES;
-                self.fill(base + held..base + slot.bytes, libc::PROT_READ | libc::PROT_WRITE);
+            let (base, end) = (number * SLOT_BYTES, (number + 1) * SLOT_BYTES);
+            let zeros = libc::PROT_READ | libc::PROT_WRITE;
+            if held < SLOT_BYTES
+                && slot.patch != Some(held)
+                && self.fill(base + held..end, zeros).is_ok()
+            {
                 slot.patch = Some(held);
                 any = true;
             }
@@ -115,24 +120,28 @@ impl Window {
     }
 
     /// Shows the files again where [`Window::patch`] put zeros. Must come before anything is done for
-    /// the guest, as that may make a file longer.
-    pub(super) fn unpatch(&self) {
+    /// the guest, as that may make a file longer; so nothing may be done if it fails, for want of
+    /// mappings.
+    pub(super) fn unpatch(&self) -> io::Result<()> {
         if !self.is_patched.load(Ordering::Acquire) {
-            return;
+            return Ok(());
         }
         let mut slots = self.lock();
-        slots.retain(|&number, slot| {
-            let Some(held) = slot.patch.take() else { return true };
-            let base = number * SLOT_BYTES;
-            let (place, offset) = (base + held..base + slot.bytes, slot.offset + held);
-            let is_shown = self.show(place, &slot.file, offset, slot.protection).is_ok();
-            if !is_shown {
+        let patched = slots.iter().filter_map(|(&number, slot)| Some((number, slot.patch?)));
+        for (number, held) in patched.collect::<Vec<_>>() {
+            let Some(slot) = slots.get_mut(&number) else { continue };
+            let (base, end) = (number * SLOT_BYTES, (number + 1) * SLOT_BYTES);
+            if self.show(base + held..end, &slot.file, slot.offset + held, slot.protection).is_ok()
+            {
+                slot.patch = None;
+            } else {
                 // Rather nothing than zeros that are not in the file.
-                self.fill(base..base + slot.bytes, libc::PROT_NONE);
+                self.fill(base..end, libc::PROT_NONE)?;
+                slots.remove(&number);
             }
-            is_shown
-        });
+        }
         self.is_patched.store(false, Ordering::Release);
+        Ok(())
     }
 
     /// Whether any file is mapped.
@@ -140,17 +149,18 @@ impl Window {
         !self.lock().is_empty()
     }
 
-    /// Takes all files out of the window.
+    /// Takes all files out of the window. If that fails, for want of mappings, all stay there, where
+    /// they harm nobody: they are files of the guest's share, and the next clear takes them, too.
     pub(super) fn clear(&self) {
         let mut slots = self.lock();
-        if !slots.is_empty() {
-            self.fill(0..self.bytes, libc::PROT_NONE);
+        if !slots.is_empty() && self.fill(0..self.bytes, libc::PROT_NONE).is_ok() {
             slots.clear();
             self.is_patched.store(false, Ordering::Release);
         }
     }
 
-    /// Maps `bytes` bytes of `file` from `offset` on at `place` in the window.
+    /// Maps `bytes` bytes of `file` from `offset` on at `place` in the window, whole slots. If that
+    /// fails, what was there still is.
     fn map(
         &self,
         file: BorrowedFd<'_>,
@@ -161,7 +171,8 @@ impl Window {
     ) -> io::Result<()> {
         let end = place.checked_add(bytes).filter(|&end| bytes != 0 && end <= self.bytes);
         let file_end = offset.checked_add(bytes).and_then(|end| i64::try_from(end).ok());
-        let is_aligned = (place | offset) % SLOT_BYTES == 0;
+        // Of a slot that is mapped in part, the rest would remain: one more mapping for each part.
+        let is_aligned = (place | offset | bytes) % SLOT_BYTES == 0;
         let (Some(end), Some(_), true) = (end, file_end, is_aligned) else {
             return Err(io::Error::from_raw_os_error(libc::EINVAL));
         };
@@ -172,7 +183,6 @@ impl Window {
             let slot = Slot {
                 file: file.clone(),
                 offset: offset + (start - place),
-                bytes: SLOT_BYTES.min(end - start),
                 protection,
                 patch: None,
             };
@@ -181,14 +191,14 @@ impl Window {
         Ok(())
     }
 
-    /// Takes the files out of the slots at `place`.
+    /// Takes the files out of the slots at `place`. If that fails all of them are still there.
     fn unmap(&self, place: u64, bytes: u64) -> io::Result<()> {
         if place % SLOT_BYTES != 0 || place >= self.bytes || bytes == 0 {
             return Err(io::Error::from_raw_os_error(libc::EINVAL));
         }
         let end = place.saturating_add(bytes).min(self.bytes).next_multiple_of(SLOT_BYTES);
         let mut slots = self.lock();
-        self.fill(place..end, libc::PROT_NONE);
+        self.fill(place..end, libc::PROT_NONE)?;
         let mut rest = slots.split_off(&(place / SLOT_BYTES));
         slots.append(&mut rest.split_off(&(end / SLOT_BYTES)));
         Ok(())
@@ -198,7 +208,8 @@ impl Window {
         self.slots.lock().expect("nothing panics while mappings change")
     }
 
-    /// Replaces what is at `place`, which is within the window, by `file` from `offset` on.
+    /// Replaces what is at `place`, which is within the window, by `file` from `offset` on. If that
+    /// fails, what was there still is.
     fn show(&self, place: Range<u64>, file: &File, offset: u64, protection: i32) -> io::Result<()> {
         let offset = i64::try_from(offset).expect("a mapping ends below 2^63");
         let (address, bytes) = self.within(&place);
@@ -223,19 +234,44 @@ impl Window {
         // It goes into the reservation made by `reserve`, which is never given up and to which nothing
         // in this process has a reference.
         let moved = unsafe { libc::mremap(mapped, bytes, bytes, flags, address) };
-        assert!(moved == address, "memory for a mapping: {}", io::Error::last_os_error());
-        Ok(())
+        if moved == address {
+            return Ok(());
+        }
+        let error = io::Error::last_os_error();
+        // SAFETY: it is where it was, and nobody knows it. If it stays there, it is in nobody's way.
+        unsafe { libc::munmap(mapped, bytes) };
+        self.must_be_kept(&place);
+        Err(error)
     }
 
     /// Replaces what is at `place`, which is within the window, by zeros, which nobody can access with
-    /// PROT_NONE as `protection`.
-    fn fill(&self, place: Range<u64>, protection: i32) {
+    /// PROT_NONE as `protection`. If that fails, what was there still is.
+    fn fill(&self, place: Range<u64>, protection: i32) -> io::Result<()> {
         let (address, bytes) = self.within(&place);
         // SAFETY: the range is within the reservation made by `reserve`, which is never given up and
         // to which nothing in this process has a reference.
         let mapped =
             unsafe { libc::mmap(address, bytes, protection, RESERVED | libc::MAP_FIXED, -1, 0) };
-        assert!(mapped == address, "memory for a mapping: {}", io::Error::last_os_error());
+        if mapped == address {
+            return Ok(());
+        }
+        let error = io::Error::last_os_error();
+        self.must_be_kept(&place);
+        Err(error)
+    }
+
+    /// Ends the process if a mapping that failed has taken away what was at `place`: whatever the
+    /// process maps next might come there, for the guest to read and write.
+    ///
+    /// Linux looks whether the process may have another mapping (`vm.max_map_count`, RLIMIT_AS) before it
+    /// takes anything away; what is left is that it has no memory for a structure of its own.
+    fn must_be_kept(&self, place: &Range<u64>) {
+        let (address, bytes) = self.within(place);
+        let flags = RESERVED | libc::MAP_FIXED_NOREPLACE;
+        // SAFETY: this replaces nothing, and what is free within the reservation is nobody else's.
+        let mapped = unsafe { libc::mmap(address, bytes, libc::PROT_NONE, flags, -1, 0) };
+        // Otherwise something is there, or there may be no more mappings, as was said before.
+        assert!(mapped == libc::MAP_FAILED, "the kernel has no memory for a mapping");
     }
 
     fn within(&self, place: &Range<u64>) -> (*mut libc::c_void, usize) {
@@ -287,7 +323,8 @@ fn page_bytes() -> u64 {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
+    use std::fs;
     use std::io::Write;
     use std::os::fd::AsFd;
 
@@ -354,7 +391,8 @@ mod tests {
             (0, 0, u64::MAX),
             (0, 0, 0),
             (0, 4096, 4096),
-            (4096, 0, 4096),
+            (4096, 0, SLOT_BYTES),
+            (0, 0, 4096),
             (u64::MAX - SLOT_BYTES + 1, 0, SLOT_BYTES),
             (1 << 63, 0, SLOT_BYTES),
         ];
@@ -413,10 +451,131 @@ mod tests {
         window.patch();
 
         file.write_all(&[8; 4096]).unwrap();
-        window.unpatch();
+        window.unpatch().unwrap();
 
         assert_eq!(peek(&window, 4096).unwrap(), 8);
         assert!(peek(&window, 8192).is_err());
+    }
+
+    /// How many mappings of the process lie in the window; neighbours that nobody can access count, too.
+    fn mappings(window: &Window) -> usize {
+        let (start, end) = (window.start, window.start + to_usize(window.bytes));
+        let maps = fs::read_to_string("/proc/self/maps").unwrap();
+        let number = |digits| usize::from_str_radix(digits, 16).unwrap();
+        let ranges =
+            maps.lines().map(|line| line.split_once(' ').unwrap().0.split_once('-').unwrap());
+        ranges.filter(|(from, to)| number(from) < end && number(to) > start).count()
+    }
+
+    #[test]
+    fn a_slot_takes_two_mappings_however_often_its_file_changes() {
+        let (window, file) = (window(), file_of(7, 3 << 20));
+        for slot in 0..4 {
+            window.map(file.as_fd(), 0, slot * SLOT_BYTES, SLOT_BYTES, BOTH).unwrap();
+        }
+
+        for pages in [1, 300, 7, 200, 100, 511] {
+            file.set_len(pages * 4096).unwrap();
+            window.patch();
+            assert!(mappings(&window) <= 2 * 4 + 1, "{}", mappings(&window));
+            window.unpatch().unwrap();
+            assert!(mappings(&window) <= 4 + 1, "{}", mappings(&window));
+        }
+    }
+
+    /// Whether `body` is true in a process of its own, within half a minute.
+    pub fn in_a_child(body: impl FnOnce() -> bool) -> bool {
+        // SAFETY: the child has one thread, in which `malloc` works, and takes no lock that another
+        // thread of this process may hold.
+        match unsafe { libc::fork() } {
+            0 => {
+                // One that panics may wait for a lock of a thread that is not there.
+                // SAFETY: its signal ends the child.
+                unsafe { libc::alarm(30) };
+                let status = i32::from(!body());
+                // SAFETY: ends the child here, as it must not return into the test's runner.
+                unsafe { libc::_exit(status) }
+            }
+            child => {
+                assert!(child > 0);
+                let mut status = 0;
+                // SAFETY: `status` is a number that outlives the call.
+                assert_eq!(unsafe { libc::waitpid(child, &raw mut status, 0) }, child);
+                status == 0
+            }
+        }
+    }
+
+    /// Uses up the mappings that the process may have (`vm.max_map_count`): no call succeeds that would
+    /// leave more than there are; with `beyond`, none that makes one.
+    pub fn use_up_mappings(beyond: bool) {
+        let most = fs::read_to_string("/proc/sys/vm/max_map_count").unwrap();
+        let most = most.trim().parse().unwrap();
+        let page = to_usize(page_bytes());
+        let none = ptr::null_mut();
+        // SAFETY: a new mapping that replaces nothing, of which every second page becomes another one.
+        unsafe {
+            let start = libc::mmap(none, most * page, libc::PROT_NONE, RESERVED, -1, 0);
+            let split =
+                |nth| libc::mprotect(start.byte_add(nth * page), page, libc::PROT_READ) == 0;
+            assert!((1..most).step_by(2).any(|nth| !split(nth)));
+            // The last one that may be made: the kernel compares before it counts.
+            assert!(!beyond || libc::mmap(none, page, BOTH, RESERVED, -1, 0) != libc::MAP_FAILED);
+        }
+    }
+
+    #[test]
+    fn without_mappings_left_what_is_mapped_stays_and_what_is_asked_for_fails() {
+        let (window, file, other) = (window(), file_of(7, 5000), file_of(8, 5000));
+        window.map(file.as_fd(), 0, 0, SLOT_BYTES, BOTH).unwrap();
+        let outcome = |beyond| {
+            in_a_child(|| {
+                use_up_mappings(beyond);
+                let map =
+                    |place| errno(window.map(other.as_fd(), 0, place, SLOT_BYTES, libc::PROT_READ));
+                let refused = [map(0), map(SLOT_BYTES)];
+                refused == [Some(libc::ENOMEM); 2]
+                    && peek(&window, 0).ok() == Some(7)
+                    && peek(&window, SLOT_BYTES).is_err()
+                    // Which makes no new one, but needs one for a moment.
+                    && window.unmap(0, SLOT_BYTES).is_ok() != beyond
+                    && window.is_used() == beyond
+                    && peek(&window, 0).is_ok() == beyond
+            })
+        };
+
+        assert_eq!([false, true].map(outcome), [true, true]);
+    }
+
+    #[test]
+    fn zeros_for_which_there_are_no_mappings_left_are_not_there_and_those_that_are_stay() {
+        let (window, patched, file) = (window(), file_of(7, 5000), file_of(8, 5000));
+        window.map(patched.as_fd(), 0, 0, SLOT_BYTES, BOTH).unwrap();
+        window.patch();
+        window.map(file.as_fd(), 0, SLOT_BYTES, SLOT_BYTES, BOTH).unwrap();
+
+        assert!(in_a_child(|| {
+            use_up_mappings(true);
+            !window.patch()
+                && peek(&window, SLOT_BYTES + 8192).is_err()
+                && peek(&window, SLOT_BYTES).ok() == Some(8)
+                // Nothing may be done for the guest now.
+                && errno(window.unpatch()) == Some(libc::ENOMEM)
+                && errno(window.unpatch()) == Some(libc::ENOMEM)
+                && peek(&window, 8192).ok() == Some(0)
+        }));
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_shown_again_is_gone() {
+        let (window, file) = (window(), file_of(7, 5000));
+        window.map(file.as_fd(), 0, 0, SLOT_BYTES, BOTH).unwrap();
+        window.patch();
+
+        assert!(in_a_child(|| {
+            use_up_mappings(false);
+            window.unpatch().is_ok() && !window.is_used() && peek(&window, 0).is_err()
+        }));
     }
 
     #[test]
