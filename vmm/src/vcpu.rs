@@ -1,6 +1,7 @@
 //! A virtual processor: one thread that enters the guest and serves its exits.
 
 use std::io;
+use std::mem;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::{self, JoinHandle};
 
@@ -72,17 +73,26 @@ impl Vcpu {
     /// Runs the guest until there is a reason to look at the wish again.
     fn run_guest(&self) {
         let mut fd = lock(&self.fd);
+        let mut has_tried_again = false;
         loop {
             let exit = match fd.run() {
-                Ok(exit) => exit,
+                Ok(exit) => {
+                    has_tried_again = false;
+                    exit
+                }
                 Err(error) => match error.errno() {
                     libc::EINTR => {
                         fd.set_kvm_immediate_exit(0);
                         lock(&self.counter).signal();
                         return;
                     }
-                    // The guest accessed memory that cannot be had.
-                    libc::EFAULT if self.patch_windows() => continue,
+                    // The guest accessed memory that cannot be had. If there is nothing to do about it,
+                    // another thread may just have done it.
+                    libc::EFAULT
+                        if self.patch_windows() || !mem::replace(&mut has_tried_again, true) =>
+                    {
+                        continue;
+                    }
                     // KVM had something else to do first.
                     libc::EAGAIN => continue,
                     // The guest stored to where no memory is to be written, and the processor did not
