@@ -37,7 +37,7 @@ impl Listener {
                 UnixListener::bind(path)?
             }
             Err(error) if error.kind() == ErrorKind::NotFound => {
-                return Err(folder_error(path, error));
+                return Err(folder_error(path, &error));
             }
             bound => bound?,
         };
@@ -119,13 +119,13 @@ pub fn folder_of(path: &Path) -> &Path {
 pub fn check_folder_of(path: &Path) -> io::Result<()> {
     match fs::metadata(folder_of(path)) {
         Ok(found) if found.is_dir() => Ok(()),
-        Ok(_) => Err(folder_error(path, ErrorKind::NotADirectory.into())),
-        Err(error) => Err(folder_error(path, error)),
+        Ok(_) => Err(folder_error(path, &ErrorKind::NotADirectory.into())),
+        Err(error) => Err(folder_error(path, &error)),
     }
 }
 
 /// `error`, which is about the folder of `path`.
-fn folder_error(path: &Path, error: io::Error) -> io::Error {
+fn folder_error(path: &Path, error: &io::Error) -> io::Error {
     io::Error::new(error.kind(), format!("directory {:?}: {error}", folder_of(path)))
 }
 
