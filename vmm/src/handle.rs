@@ -184,7 +184,7 @@ impl VmHandle {
         let name = peripherals::disk_name(&config.id);
         self.processors.carry_out_writes();
         self.slots.attach(&self.vm, &self.loops, ("id", &name), Loop::Io, |_| {
-            Ok(Arc::new(Mutex::new(peripherals::open_disk(config)?)))
+            Ok(Arc::new(Mutex::new(peripherals::open_disk(0, config)?)))
         })
     }
 

@@ -8,9 +8,12 @@ use crate::config::ConfigError;
 pub fn from_json<T: DeserializeOwned>(text: &str) -> Result<T, ConfigError> {
     let mut reader = serde_json::Deserializer::from_str(text);
     let error = |field: String, source: serde_json::Error| {
-        // A name that is empty is no path either.
-        let is_path = !matches!(field.as_str(), "" | ".");
-        let field = if is_path { field } else { "(document)".to_owned() };
+        // The last name may not be known yet where the text ends or is no JSON. One that is empty is no
+        // path either.
+        let field = match field.trim_end_matches('?').trim_end_matches('.') {
+            "" => "(document)".to_owned(),
+            known => known.to_owned(),
+        };
         ConfigError { field, rule: source.to_string() }
     };
     let value = serde_path_to_error::deserialize(&mut reader)
@@ -54,6 +57,12 @@ mod tests {
         let error = refused(r#"{"": 1, "boot": {"kernel": "/k"}}"#);
 
         assert!(error.starts_with("(document): unknown field ``"), "{error}");
+    }
+
+    #[test]
+    fn text_that_ends_too_early_is_named_as_far_as_it_is_known() {
+        assert!(refused("{").starts_with("(document): EOF while parsing an object"));
+        assert!(refused(r#"{"boot": {"kern"#).starts_with("boot: EOF while parsing a string"));
     }
 
     #[test]

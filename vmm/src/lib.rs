@@ -29,6 +29,7 @@ mod jail;
 mod json;
 mod memory;
 mod metrics;
+mod output;
 mod peripherals;
 mod placement;
 mod pmem;
@@ -56,6 +57,7 @@ pub use handle::VmHandle;
 pub use json::from_json;
 pub use memory::{MemoryLayout, SavedMemory, Sharing};
 pub use metrics::{DeviceCounts, ExitCounts, Metrics, now_ns};
+pub use output::{check_output, open_output};
 pub use processors::GrantError;
 pub use state::{MachineState, Unsaved};
 

@@ -13,7 +13,7 @@ use devices::listener::Listener;
 use devices::serial::Serial;
 use devices::virtio::VirtioDevice;
 use devices::virtio::balloon::{Balloon, Host as BalloonHost, Offer};
-use devices::virtio::block::{Access, Block, Disk, Ring};
+use devices::virtio::block::{Block, Disk, Ring};
 use devices::virtio::console::Console;
 use devices::virtio::fs::{Changes, Fs, Server, raise_file_limit};
 use devices::virtio::mem::{Host as MemHost, Mem};
@@ -30,7 +30,7 @@ use crate::config::{
     ShareConfig, UserConfig, VhostUse, VmConfig, VsockConfig,
 };
 use crate::console::{self, ConsoleLog};
-use crate::error::Error;
+use crate::error::{Error, chain};
 use crate::jail::Jail;
 use crate::memory::Pluggable;
 use crate::placement::{Loop, Placement, PlacementError};
@@ -57,7 +57,7 @@ pub struct Ends {
 pub fn open_console(config: &ConsoleConfig) -> Result<ConsoleLog, Error> {
     ConsoleLog::open(&config.output).map_err(|source| match &config.output {
         ConsoleOutput::File(path) => {
-            Error::Open { what: "console output", path: path.clone(), source }
+            Error::Open { what: "console.output.file", path: path.clone(), source }
         }
         _ => Error::Open { what: "console output", path: "standard output".into(), source },
     })
@@ -84,8 +84,8 @@ pub fn place_all(
     if let Some(vsock) = &config.vsock {
         host = Some(place_vsock(vsock, config.user, jail, placement)?);
     }
-    for disk in &config.disks {
-        place(&disk_name(&disk.id), open_disk(disk)?, Loop::Io, placement)?;
+    for (index, disk) in config.disks.iter().enumerate() {
+        place(&disk_name(&disk.id), open_disk(index, disk)?, Loop::Io, placement)?;
     }
     if !config.shares.is_empty() {
         raise_file_limit().map_err(device("shares"))?;
@@ -146,22 +146,21 @@ pub fn net_name(tap: &str) -> String {
     format!("net {tap}")
 }
 
-/// Opens a disk.
-pub fn open_disk(config: &DiskConfig) -> Result<Block, Error> {
+/// Opens disk number `index` of a configuration.
+pub fn open_disk(index: usize, config: &DiskConfig) -> Result<Block, Error> {
     let name = disk_name(&config.id);
-    let access = Access { read_only: config.read_only, direct: config.direct };
-    let disk = Disk::open(&config.path, access).map_err(device(&name))?;
+    let disk = Disk::open(&config.path, config.access()).map_err(device(&name))?;
     let limiter = RateLimiter::new(config.rate_limit.limits()).map_err(device(&name))?;
-    let ring = open_ring(config.engine, &name)?;
+    let ring = open_ring(index, config.engine, &name)?;
     Ok(Block::new(disk, &config.id, config.queues, limiter, ring))
 }
 
-fn open_ring(engine: DiskEngine, name: &str) -> Result<Option<Ring>, Error> {
+fn open_ring(index: usize, engine: DiskEngine, name: &str) -> Result<Option<Ring>, Error> {
     match engine {
         DiskEngine::Sync => Ok(None),
-        DiskEngine::IoUring => Ring::open().map(Some).map_err(|source| {
-            let source = Box::new(source);
-            Error::Device { name: format!("{name}: io_uring"), source }
+        DiskEngine::IoUring => Ring::open().map(Some).map_err(|error| {
+            let rule = format!("must not be io_uring, as this host does not offer it: {error}");
+            Error::Config(ConfigError { field: format!("disks[{index}].engine"), rule })
         }),
         // Kernels without, and hosts that forbid it, are as common as those that have it.
         DiskEngine::Auto => Ok(Ring::open().inspect_err(|error| debug!("{name}: {error}")).ok()),
@@ -235,18 +234,13 @@ pub fn open_net(
     memory: &GuestMemoryMmap,
 ) -> Result<Net<Tap>, Error> {
     let name = net_name(&config.tap);
-    let taps = open_taps(config).map_err(|error| match error {
-        TapError::Missing(tap) => Error::Config(ConfigError {
-            field: format!("nets[{index}].tap"),
-            rule: format!(
-                "must name a tap of this network namespace, and {tap:?} is none (make it with `ip \
-                 tuntap`, or set nets[{index}].create)"
-            ),
-        }),
-        error => device(&name)(error),
-    })?;
+    let taps = open_taps(config).map_err(|error| cannot_open_tap(index, config, error))?;
     let mac = config.mac_bytes().expect("validate() checked the address");
-    let vhost = open_vhost(config, &taps, memory).map_err(device(&name))?;
+    let vhost = open_vhost(config, &taps, memory).map_err(|error| {
+        let rule =
+            format!("must not be on, as the host's kernel does not do it: {}", chain(&error));
+        Error::Config(ConfigError { field: format!("nets[{index}].vhost"), rule })
+    })?;
     let receive = RateLimiter::new(config.receive_limit.limits()).map_err(device(&name))?;
     let transmit = RateLimiter::new(config.transmit_limit.limits()).map_err(device(&name))?;
     let net = Net::new(taps, mac).limited(receive, transmit);
@@ -254,6 +248,28 @@ pub fn open_net(
         Some(vhost) => net.served_by(vhost),
         None => net,
     })
+}
+
+/// Refuses a tap that cannot be opened, as far as a look can tell, for interface number `index`.
+pub fn check_tap(index: usize, config: &NetConfig) -> Result<(), Error> {
+    Tap::check(&config.tap, missing(config)).map_err(|error| cannot_open_tap(index, config, error))
+}
+
+fn cannot_open_tap(index: usize, config: &NetConfig, error: TapError) -> Error {
+    match error {
+        TapError::Missing(tap) => Error::Config(ConfigError {
+            field: format!("nets[{index}].tap"),
+            rule: format!(
+                "must name a tap of this network namespace, and {tap:?} is none (make it with `ip \
+                 tuntap`, or set `create`)"
+            ),
+        }),
+        error => device(&net_name(&config.tap))(error),
+    }
+}
+
+fn missing(config: &NetConfig) -> Missing {
+    if config.create { Missing::Create } else { Missing::Refuse }
 }
 
 /// The host's kernel as the one who serves the queues of `taps`, if `config` asks for it or it just
@@ -276,10 +292,9 @@ fn open_vhost(
 
 /// The tap of `config`, once for each of its queue pairs.
 fn open_taps(config: &NetConfig) -> Result<Vec<Tap>, TapError> {
-    let missing = if config.create { Missing::Create } else { Missing::Refuse };
     match config.queue_pairs {
-        1 => Tap::open(&config.tap, missing).map(|tap| vec![tap]),
-        several => Tap::open_queues(&config.tap, several.into(), missing),
+        1 => Tap::open(&config.tap, missing(config)).map(|tap| vec![tap]),
+        several => Tap::open_queues(&config.tap, several.into(), missing(config)),
     }
 }
 
