@@ -102,13 +102,14 @@ fn processors(machine: &Machine) -> Outcome {
     Ok(Response::json(&json!({ "count": granted, "max_vcpus": most })))
 }
 
-fn grant(machine: &Machine, body: &[u8]) -> Outcome {
+fn grant(machine: &mut Machine, body: &[u8]) -> Outcome {
     let vm = started(machine)?;
     let Processors { count } = parse(body)?;
     vm.grant_vcpus(count).map_err(|error| {
         let status = if matches!(error, GrantError::Count { .. }) { 400 } else { 500 };
         Response::failure(status, "count", &chain(error))
     })?;
+    machine.config_mut().vcpus = count;
     processors(machine)
 }
 
@@ -186,7 +187,7 @@ fn no_balloon() -> Response {
 fn attach_disk(machine: &mut Machine, body: &[u8]) -> Outcome {
     let vm = running(machine)?;
     let disk: DiskConfig = parse(body)?;
-    let place = vm.attach_disk(&disk).map_err(not_attached)?;
+    let place = vm.attach_disk(&disk).map_err(|error| not_attached("path", error))?;
     machine.config_mut().disks.push(disk);
     Ok(attached(place))
 }
@@ -194,7 +195,12 @@ fn attach_disk(machine: &mut Machine, body: &[u8]) -> Outcome {
 fn attach_net(machine: &mut Machine, body: &[u8]) -> Outcome {
     let vm = running(machine)?;
     let net: NetConfig = parse(body)?;
-    let place = vm.attach_net(&net).map_err(not_attached)?;
+    let mac = net.mac_bytes();
+    if mac.is_some() && machine.config().nets.iter().any(|other| other.mac_bytes() == mac) {
+        let rule = format!("must be another one: an interface has {:?} already", net.mac);
+        return Err(Response::failure(400, "mac", &rule));
+    }
+    let place = vm.attach_net(&net).map_err(|error| not_attached("tap", error))?;
     machine.config_mut().nets.push(net);
     Ok(attached(place))
 }
@@ -216,12 +222,13 @@ fn attached(place: Attachment) -> Response {
     Response { status: 201, ..Response::json(&Place { number, names }) }
 }
 
-fn not_attached(error: AttachError) -> Response {
+/// The answer where no device was attached; `opened` is the field that says what was to be opened.
+fn not_attached(opened: &str, error: AttachError) -> Response {
     match error {
         AttachError::Config(error) => Response::failure(400, &error.field, &error.rule),
         AttachError::NoSlot { .. } => Response::failure(409, "spare_slots", &error.to_string()),
         // What the client named cannot be used.
-        AttachError::Open(error) => Response::failure(400, "(document)", &chain(*error)),
+        AttachError::Open(error) => Response::failure(400, opened, &chain(*error)),
         AttachError::Connect(_) | AttachError::Serve(_) => {
             Response::failure(500, "(document)", &chain(error))
         }
