@@ -123,7 +123,7 @@ pub struct UserConfig {
 pub struct BootConfig {
     /// The kernel: an ELF `vmlinux` or a `bzImage`.
     pub kernel: PathBuf,
-    /// The initial RAM disk.
+    /// The initial RAM disk, which must not be empty.
     #[serde(default)]
     pub initrd: Option<PathBuf>,
     /// Kernel parameters, appended to those the machine needs.
@@ -180,7 +180,8 @@ pub enum ConsoleOutput {
     /// To this process's standard output, whose reader the guest waits for; standard input is the
     /// input of a virtio console.
     Stdout,
-    /// To the end of this file, which is created if need be.
+    /// To the end of this file, which is created if need be. A FIFO must have a reader, for whom the guest
+    /// waits when it is full.
     File(PathBuf),
 }
 
@@ -193,7 +194,7 @@ pub struct NetConfig {
     /// Whether the tap is made if it is not there, to vanish with the VM. Else that is an error.
     #[serde(default)]
     pub create: bool,
-    /// The guest's hardware address, as `02:00:00:00:00:01`.
+    /// The guest's hardware address, as `02:00:00:00:00:01`, another one for each interface.
     pub mac: String,
     /// Number of queue pairs, 1 to [`MAX_PAIRS`]; a guest uses at most one a vCPU. A tap that
     /// is not made here must have been made with `multi_queue` if there are several.

@@ -19,19 +19,19 @@ const STATISTICS_PATIENCE: Duration = Duration::from_millis(500);
 const DISKS: &str = "/v1/vm/disks";
 const NETS: &str = "/v1/vm/nets";
 
-#[derive(Deserialize)]
+#[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Processors {
     count: u8,
 }
 
-#[derive(Deserialize)]
+#[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Memory {
     pluggable_mib: u32,
 }
 
-#[derive(Deserialize)]
+#[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Balloon {
     target_mib: u32,
@@ -75,7 +75,7 @@ pub fn answer(machine: &mut Machine, request: &Request) -> Option<Response> {
 /// An answer, or one that says why not.
 type Outcome = Result<Response, Response>;
 
-fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Response> {
+fn parse<T: DeserializeOwned + Serialize>(body: &[u8]) -> Result<T, Response> {
     let text = std::str::from_utf8(body)
         .map_err(|_| Response::failure(400, "(document)", "must be UTF-8"))?;
     vmm::from_json(text).map_err(|error| Response::failure(400, &error.field, &error.rule))
@@ -195,8 +195,11 @@ fn attach_disk(machine: &mut Machine, body: &[u8]) -> Outcome {
 fn attach_net(machine: &mut Machine, body: &[u8]) -> Outcome {
     let vm = running(machine)?;
     let net: NetConfig = parse(body)?;
-    let mac = net.mac_bytes();
-    if mac.is_some() && machine.config().nets.iter().any(|other| other.mac_bytes() == mac) {
+    // The same tap is another matter, and an address that is none as well.
+    let has_its_mac = |other: &NetConfig| {
+        other.tap != net.tap && net.mac_bytes().is_some_and(|mac| other.mac_bytes() == Some(mac))
+    };
+    if machine.config().nets.iter().any(has_its_mac) {
         let rule = format!("must be another one: an interface has {:?} already", net.mac);
         return Err(Response::failure(400, "mac", &rule));
     }
