@@ -102,10 +102,7 @@ impl Disk {
                 return Err(DiskError::InUse { path: path.into() });
             }
         }
-        // The metadata of a block device has no size; its end has a position.
-        let bytes = (&file)
-            .seek(SeekFrom::End(0))
-            .map_err(|source| DiskError::Size { path: path.into(), source })?;
+        let bytes = size(path, &file)?;
         let direct = access.direct.then(|| Direct::open(path, &mut options)).transpose()?;
         Ok(Disk {
             file,
@@ -129,6 +126,7 @@ impl Disk {
         if told.is_ok() && i32::from(lock.l_type) != libc::F_UNLCK {
             return Err(DiskError::InUse { path: path.into() });
         }
+        size(path, &file)?;
         access.direct.then(|| Direct::open(path, &mut options)).transpose()?;
         Ok(())
     }
@@ -266,6 +264,11 @@ fn open(path: &Path, read_only: bool) -> Result<(OpenOptions, File), DiskError> 
     Ok((options, file))
 }
 
+/// Size of `file`, in bytes. The metadata of a block device has none; its end has a position.
+fn size(path: &Path, mut file: &File) -> Result<u64, DiskError> {
+    file.seek(SeekFrom::End(0)).map_err(|source| DiskError::Size { path: path.into(), source })
+}
+
 /// A lock of a whole file.
 fn lock(read_only: bool) -> libc::flock {
     let kind = if read_only { libc::F_RDLCK } else { libc::F_WRLCK };
@@ -381,6 +384,14 @@ mod tests {
         Disk::check(file.path(), READ_ONLY).unwrap();
         let error = Disk::check(file.path(), writing).unwrap_err();
         assert!(matches!(error, DiskError::InUse { .. }));
+    }
+
+    #[test]
+    fn a_file_without_a_size_is_no_disk() {
+        let path = Path::new("/proc/self/mem");
+
+        assert!(matches!(Disk::open(path, READ_ONLY), Err(DiskError::Size { .. })));
+        assert!(matches!(Disk::check(path, READ_ONLY), Err(DiskError::Size { .. })));
     }
 
     #[test]
