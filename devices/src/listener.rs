@@ -1,14 +1,15 @@
 //! A unix socket in the host's file system that listens for as long as its owner lives.
 
 use std::fs;
-use std::io;
+use std::io::{self, ErrorKind};
 use std::mem;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
-use nix::sys::socket::{SockFlag, accept4};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, accept4, connect, socket};
 
 /// A listening socket; dropping it removes its file.
 ///
@@ -16,9 +17,10 @@ use nix::sys::socket::{SockFlag, accept4};
 /// only the owner.
 #[derive(Debug)]
 pub struct Listener {
+    /// Removed before the socket is closed: a file at which nobody listens makes room for another one.
+    _file: Option<SocketFile>,
     socket: UnixListener,
     path: PathBuf,
-    _file: Option<SocketFile>,
 }
 
 /// The file of a listening socket; dropping it removes the file.
@@ -26,12 +28,35 @@ pub struct Listener {
 pub struct SocketFile(PathBuf);
 
 impl Listener {
-    /// Listens at `path`. A file that is there already is an error: it may be another process's.
+    /// Listens at `path`. A socket that nobody listens at any more, as a process leaves behind that was
+    /// killed, makes room. Whatever else is there already is an error of the kind `AddrInUse`.
     pub fn bind(path: &Path) -> io::Result<Self> {
-        let socket = UnixListener::bind(path)?;
+        let socket = match UnixListener::bind(path) {
+            // Looked at only now, so that it costs nothing where nothing is in the way.
+            Err(error) if error.kind() == ErrorKind::AddrInUse => {
+                refuse_unless_left_behind(path)?;
+                fs::remove_file(path)?;
+                UnixListener::bind(path)?
+            }
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                return Err(folder_error(path, &error));
+            }
+            bound => bound?,
+        };
         let file = SocketFile(path.to_owned());
         socket.set_nonblocking(true)?;
         Ok(Listener { socket, path: path.to_owned(), _file: Some(file) })
+    }
+
+    /// Refuses a `path` at which [`Listener::bind`] would not listen. To learn whether somebody listens
+    /// at a socket that is there, it connects, and says nothing.
+    pub fn check(path: &Path) -> io::Result<()> {
+        SocketAddr::from_pathname(path)?;
+        match fs::symlink_metadata(path) {
+            Ok(_) => refuse_unless_left_behind(path),
+            Err(error) if error.kind() == ErrorKind::NotFound => check_folder_of(path),
+            Err(error) => Err(error),
+        }
     }
 
     /// Leaves the file to whoever keeps the second of the two. The first is for a thread that finds
@@ -72,6 +97,47 @@ impl SocketFile {
     }
 }
 
+/// Refuses whatever is at `path` unless it is a socket at which nobody listens.
+fn refuse_unless_left_behind(path: &Path) -> io::Result<()> {
+    let in_use = |what| Err(io::Error::new(ErrorKind::AddrInUse, what));
+    // Connecting to another file is refused, too.
+    if !fs::symlink_metadata(path)?.file_type().is_socket() {
+        return in_use("a file that is no socket is there already");
+    }
+    // Whoever listens may be slow to answer, and is not waited for.
+    let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
+    let probe = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+    match connect(probe.as_raw_fd(), &UnixAddr::new(path)?) {
+        Err(Errno::ECONNREFUSED) => Ok(()),
+        Ok(()) | Err(Errno::EAGAIN | Errno::EPROTOTYPE) => {
+            in_use("another process listens there already")
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// The folder that the file at `path` is made in.
+pub fn folder_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    }
+}
+
+/// Refuses a `path` whose folder is not there.
+pub fn check_folder_of(path: &Path) -> io::Result<()> {
+    match fs::metadata(folder_of(path)) {
+        Ok(found) if found.is_dir() => Ok(()),
+        Ok(_) => Err(folder_error(path, &ErrorKind::NotADirectory.into())),
+        Err(error) => Err(folder_error(path, &error)),
+    }
+}
+
+/// `error`, which is about the folder of `path`.
+fn folder_error(path: &Path, error: &io::Error) -> io::Error {
+    io::Error::new(error.kind(), format!("directory {:?}: {error}", folder_of(path)))
+}
+
 impl AsFd for Listener {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
@@ -95,6 +161,8 @@ impl Drop for SocketFile {
 
 #[cfg(test)]
 mod tests {
+    use nix::sys::socket::{Backlog, listen};
+
     use super::*;
 
     #[test]
@@ -137,7 +205,64 @@ mod tests {
 
         let error = Listener::bind(file.path()).unwrap_err();
 
-        assert_eq!(error.kind(), io::ErrorKind::AddrInUse);
+        assert_eq!(error.kind(), ErrorKind::AddrInUse);
         assert!(file.path().exists());
+    }
+
+    #[test]
+    fn a_socket_that_was_left_behind_makes_room() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("s");
+        // The standard library's does not remove its file.
+        drop(UnixListener::bind(&path).unwrap());
+        assert!(path.exists());
+
+        Listener::check(&path).unwrap();
+        let listener = Listener::bind(&path).unwrap();
+
+        UnixStream::connect(&path).unwrap();
+        assert!(listener.accept().unwrap().is_some());
+    }
+
+    #[test]
+    fn a_socket_in_use_is_refused_and_stays_even_if_nobody_accepts() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("s");
+        let listener = Listener::bind(&path).unwrap();
+        // As many as may wait, so that the next one would have to.
+        listen(&listener, Backlog::new(0).unwrap()).unwrap();
+        let _waiting = UnixStream::connect(&path).unwrap();
+
+        for error in [Listener::bind(&path).unwrap_err(), Listener::check(&path).unwrap_err()] {
+            assert_eq!(error.to_string(), "another process listens there already");
+        }
+        assert!(path.exists());
+    }
+
+    #[test]
+    fn a_link_to_a_socket_that_was_left_behind_is_left_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let (path, link) = (folder.path().join("s"), folder.path().join("link"));
+        drop(UnixListener::bind(&path).unwrap());
+        std::os::unix::fs::symlink(&path, &link).unwrap();
+
+        let error = Listener::bind(&link).unwrap_err();
+
+        assert_eq!(error.to_string(), "a file that is no socket is there already");
+        assert!(path.exists() && link.exists());
+    }
+
+    #[test]
+    fn a_folder_that_is_not_there_is_named() {
+        let path = Path::new("/nowhere/s");
+        for error in [Listener::bind(path).unwrap_err(), Listener::check(path).unwrap_err()] {
+            assert!(error.to_string().starts_with("directory \"/nowhere\": No such"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_path_that_is_too_long_for_a_socket_is_refused_by_a_look_at_it() {
+        let path = Path::new("/tmp").join("s".repeat(108));
+        assert_eq!(Listener::check(&path).unwrap_err().kind(), ErrorKind::InvalidInput);
     }
 }

@@ -163,10 +163,10 @@ impl Slots {
         config: &DiskConfig,
         kept: Option<&mut Option<Ring>>,
     ) -> Result<Option<Ring>, Error> {
-        let Some(kept) = kept else { return peripherals::open_ring(config) };
+        let Some(kept) = kept else { return peripherals::open_ring(0, config) };
         match kept.take() {
             None if config.engine == DiskEngine::IoUring => {
-                Err(peripherals::no_ring(config, io::ErrorKind::Unsupported.into()))
+                Err(peripherals::no_ring(0, &io::ErrorKind::Unsupported.into()))
             }
             ring => Ok(ring),
         }

@@ -8,15 +8,15 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use arch::machine::{BootFiles, Entry, Machine, MemoryMap, MmioDevice};
-use arch::{Arch, Host, Kvm, VcpuFd, VmFd};
-use devices::listener::SocketFile;
+use arch::{Arch, ArchError, Host, Kvm, VcpuFd, VmFd};
+use devices::listener::{SocketFile, folder_of};
 use devices::virtio::mmio::RegisterPages;
 use log::warn;
 use nix::unistd::geteuid;
 use vm_memory::GuestMemoryMmap;
 
 use crate::attachment::Slots;
-use crate::check::{check_memory, parent};
+use crate::check::check_memory;
 use crate::config::{BootConfig, MemoryBacking, VmConfig};
 use crate::confinement::{Confinement, UNHIDDEN};
 use crate::console::ConsoleLog;
@@ -85,8 +85,7 @@ impl Vmm {
         Confinement::check(config)?;
         let mut boot = open_boot_files(&config.boot)?;
         let load = |memory: &GuestMemoryMmap| {
-            Host::load(memory, &mut boot)
-                .map_err(|source| Error::LoadKernel { path: config.boot.kernel.clone(), source })
+            Host::load(memory, &mut boot).map_err(|source| cannot_load(&config.boot, source))
         };
         let store = || {
             let store = Store::create(&config.memory.backing)?;
@@ -322,7 +321,7 @@ fn open_posted(vm: &VmFd, vcpus: &[VcpuFd]) -> Result<PostedWrites, Error> {
         .map_err(|source| Error::Start { what: "the ring of posted writes", source })
 }
 
-fn step(step: &'static str) -> impl FnOnce(arch::ArchError) -> Error {
+fn step(step: &'static str) -> impl FnOnce(ArchError) -> Error {
     move |source| Error::Arch { step, source }
 }
 
@@ -333,7 +332,7 @@ fn build_jail(config: &VmConfig) -> Result<Option<Arc<Jail>>, Error> {
     }
     let shares = config.shares.iter().map(|share| share.path.as_path());
     let socket = config.vsock.as_ref().and_then(|vsock| vsock.socket.as_deref());
-    match Jail::build_around_this_thread(shares, socket.map(parent)) {
+    match Jail::build_around_this_thread(shares, socket.map(folder_of)) {
         // Some hosts let everybody have namespaces, but do nothing there.
         Err(JailError::Build { step, source })
             if source.kind() == io::ErrorKind::PermissionDenied && !geteuid().is_root() =>
@@ -345,7 +344,17 @@ fn build_jail(config: &VmConfig) -> Result<Option<Arc<Jail>>, Error> {
     }
 }
 
-fn open_boot_files(boot: &BootConfig) -> Result<BootFiles, Error> {
+/// What is wrong with the kernel or the initrd of `boot`.
+pub(crate) fn cannot_load(boot: &BootConfig, source: ArchError) -> Error {
+    match (&source, &boot.initrd) {
+        (ArchError::InitrdTooBig { .. } | ArchError::Read { what: "initrd", .. }, Some(initrd)) => {
+            Error::Load { what: "initrd", path: initrd.clone(), source }
+        }
+        _ => Error::Load { what: "kernel", path: boot.kernel.clone(), source },
+    }
+}
+
+pub(crate) fn open_boot_files(boot: &BootConfig) -> Result<BootFiles, Error> {
     Ok(BootFiles {
         kernel: open_file("kernel", &boot.kernel)?,
         initrd: boot.initrd.as_deref().map(|path| open_file("initrd", path)).transpose()?,
@@ -353,7 +362,7 @@ fn open_boot_files(boot: &BootConfig) -> Result<BootFiles, Error> {
     })
 }
 
-/// Opens a regular file for reading.
+/// Opens a regular file that is not empty for reading.
 pub(crate) fn open_file(what: &'static str, path: &Path) -> Result<File, Error> {
     let open = |source| Error::Open { what, path: path.to_owned(), source };
     let metadata = std::fs::metadata(path).map_err(open)?;
@@ -361,6 +370,9 @@ pub(crate) fn open_file(what: &'static str, path: &Path) -> Result<File, Error> 
     if !metadata.is_file() {
         let found = if metadata.is_dir() { "a directory" } else { "a special file" };
         return Err(Error::NotAFile { what, path: path.to_owned(), found });
+    }
+    if metadata.len() == 0 {
+        return Err(Error::EmptyFile { what, path: path.to_owned() });
     }
     File::open(path).map_err(open)
 }
@@ -458,6 +470,15 @@ mod tests {
         let error = error(VmConfig::new("/".into()));
 
         assert_eq!(error, "kernel \"/\" is a directory, not a file");
+    }
+
+    #[test]
+    fn an_empty_initrd_is_named() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+
+        let error = open_file("initrd", file.path()).unwrap_err().to_string();
+
+        assert_eq!(error, format!("initrd {:?} is empty", file.path()));
     }
 
     #[test]

@@ -4,11 +4,12 @@
 mod disk;
 mod memory;
 mod pmem;
+mod problems;
 mod rate_limit;
 mod share;
 
 use std::collections::BTreeSet;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use arch::machine::Protocol;
 use devices::virtio::net::MAX_PAIRS;
@@ -17,6 +18,7 @@ use serde::{Deserialize, Serialize};
 pub use disk::{DiskConfig, DiskEngine};
 pub use memory::{MemoryBacking, MemoryConfig};
 pub use pmem::PmemConfig;
+pub(crate) use problems::Problems;
 pub use rate_limit::RateLimitConfig;
 pub use share::{CachePolicy, MAX_ALL_DAX_MIB, MAX_DAX_MIB, ShareConfig};
 
@@ -121,7 +123,7 @@ pub struct UserConfig {
 pub struct BootConfig {
     /// The kernel: an ELF `vmlinux` or a `bzImage`.
     pub kernel: PathBuf,
-    /// The initial RAM disk.
+    /// The initial RAM disk, which must not be empty.
     #[serde(default)]
     pub initrd: Option<PathBuf>,
     /// Kernel parameters, appended to those the machine needs.
@@ -178,7 +180,8 @@ pub enum ConsoleOutput {
     /// To this process's standard output, whose reader the guest waits for; standard input is the
     /// input of a virtio console.
     Stdout,
-    /// To the end of this file, which is created if need be.
+    /// To the end of this file, which is created if need be. A FIFO must have a reader, for whom the guest
+    /// waits when it is full.
     File(PathBuf),
 }
 
@@ -191,7 +194,7 @@ pub struct NetConfig {
     /// Whether the tap is made if it is not there, to vanish with the VM. Else that is an error.
     #[serde(default)]
     pub create: bool,
-    /// The guest's hardware address, as `02:00:00:00:00:01`.
+    /// The guest's hardware address, as `02:00:00:00:00:01`, another one for each interface.
     pub mac: String,
     /// Number of queue pairs, 1 to [`MAX_PAIRS`]; a guest uses at most one a vCPU. A tap that
     /// is not made here must have been made with `multi_queue` if there are several.
@@ -294,29 +297,41 @@ impl VmConfig {
         self.max_vcpus.unwrap_or(self.vcpus)
     }
 
-    /// Checks every rule that needs no look at the host.
+    /// Checks every rule that needs no look at the host; the error is the first that is broken.
     pub fn validate(&self) -> Result<(), ConfigError> {
-        in_range("vcpus", self.vcpus, 1, MAX_VCPUS)?;
-        in_range("max_vcpus", self.most_vcpus(), self.vcpus, MAX_VCPUS)?;
-        self.memory.validate()?;
-        self.boot.validate()?;
-        disk::validate(&self.disks)?;
-        validate_nets(&self.nets)?;
-        pmem::validate(&self.pmem)?;
-        share::validate(&self.shares)?;
-        in_range("spare_slots", self.spare_slots, 0, MAX_SPARE_SLOTS)?;
+        self.problems().into_result()
+    }
+
+    /// The rules that are broken, of those that need no look at the host.
+    pub(crate) fn problems(&self) -> Problems {
+        let mut found = Problems::default();
+        found.in_range("vcpus", self.vcpus, 1, MAX_VCPUS);
+        if let Some(most) = self.max_vcpus {
+            found.in_range("max_vcpus", most, self.vcpus.clamp(1, MAX_VCPUS), MAX_VCPUS);
+        }
+        self.memory.validate(&mut found);
+        self.boot.validate(&mut found);
+        if let ConsoleOutput::File(path) = &self.console.output {
+            found.not_empty("console.output.file", path);
+        }
+        disk::validate(&self.disks, &mut found);
+        validate_nets(&self.nets, &mut found);
+        pmem::validate(&self.pmem, &mut found);
+        share::validate(&self.shares, &mut found);
+        found.in_range("spare_slots", self.spare_slots, 0, MAX_SPARE_SLOTS);
         if let Some(balloon) = &self.balloon {
-            in_range("balloon.target_mib", balloon.target_mib, 0, self.memory.size_mib - 1)?;
+            let most = self.memory.size_mib.saturating_sub(1);
+            found.in_range("balloon.target_mib", balloon.target_mib, 0, most);
         }
         if let Some(user) = &self.user {
             // All ones means "as it is" (setresuid(2)).
-            in_range("user.uid", user.uid, 1, u32::MAX - 1)?;
-            in_range("user.gid", user.gid, 1, u32::MAX - 1)?;
+            found.in_range("user.uid", user.uid, 1, u32::MAX - 1);
+            found.in_range("user.gid", user.gid, 1, u32::MAX - 1);
         }
-        match &self.vsock {
-            Some(vsock) => vsock.validate(),
-            None => Ok(()),
+        if let Some(vsock) = &self.vsock {
+            vsock.validate(&mut found);
         }
+        found
     }
 }
 
@@ -327,35 +342,33 @@ impl BootConfig {
         BootConfig { kernel, initrd: None, cmdline: String::new(), protocol }
     }
 
-    fn validate(&self) -> Result<(), ConfigError> {
-        not_empty("boot.kernel", &self.kernel)?;
+    fn validate(&self, found: &mut Problems) {
+        found.not_empty("boot.kernel", &self.kernel);
         if let Some(initrd) = &self.initrd {
-            not_empty("boot.initrd", initrd)?;
+            found.not_empty("boot.initrd", initrd);
         }
         if self.cmdline.bytes().any(|byte| byte < b' ' || byte == 0x7f) {
-            return refuse("boot.cmdline", "must be one line without control characters");
+            found.add("boot.cmdline", "must be one line without control characters");
         }
         if self.cmdline.len() > MAX_CMDLINE_BYTES {
             let bytes = self.cmdline.len();
             let rule = format!("must have at most {MAX_CMDLINE_BYTES} bytes, not {bytes}");
-            return refuse("boot.cmdline", &rule);
+            found.add("boot.cmdline", rule);
         }
-        Ok(())
     }
 }
 
 impl VsockConfig {
-    fn validate(&self) -> Result<(), ConfigError> {
+    fn validate(&self, found: &mut Problems) {
         // All ones means "any" (VMADDR_CID_ANY).
-        in_range("vsock.cid", self.cid, MIN_GUEST_CID, u32::MAX - 1)?;
-        let Some(socket) = &self.socket else { return Ok(()) };
-        not_empty("vsock.socket", socket)?;
+        found.in_range("vsock.cid", self.cid, MIN_GUEST_CID, u32::MAX - 1);
+        let Some(socket) = &self.socket else { return };
+        found.not_empty("vsock.socket", socket);
         let bytes = socket.as_os_str().len();
         if bytes > MAX_VSOCK_SOCKET_BYTES {
             let rule = format!("must have at most {MAX_VSOCK_SOCKET_BYTES} bytes, not {bytes}");
-            return refuse("vsock.socket", &rule);
+            found.add("vsock.socket", rule);
         }
-        Ok(())
     }
 }
 
@@ -375,7 +388,9 @@ impl NetConfig {
 
     /// Checks every rule that needs no look at the host.
     pub(crate) fn validate(&self) -> Result<(), ConfigError> {
-        validate_nets(std::slice::from_ref(self))
+        let mut found = Problems::default();
+        validate_nets(std::slice::from_ref(self), &mut found);
+        found.into_result()
     }
 
     /// Whether the guest may receive or transmit only so much.
@@ -407,74 +422,33 @@ fn yes() -> bool {
     true
 }
 
-fn validate_nets(nets: &[NetConfig]) -> Result<(), ConfigError> {
-    let mut seen = BTreeSet::new();
+fn validate_nets(nets: &[NetConfig], found: &mut Problems) {
+    let (mut seen, mut seen_macs) = (BTreeSet::new(), BTreeSet::new());
     for (index, net) in nets.iter().enumerate() {
-        name_of(&format!("nets[{index}].tap"), &net.tap, MAX_TAP_BYTES, &mut seen)?;
-        in_range(&format!("nets[{index}].queue_pairs"), net.queue_pairs, 1, MAX_PAIRS)?;
-        net.receive_limit.validate(&format!("nets[{index}].receive_limit"))?;
-        net.transmit_limit.validate(&format!("nets[{index}].transmit_limit"))?;
+        let field = |name: &str| format!("nets[{index}].{name}");
+        found.name_of(&field("tap"), &net.tap, MAX_TAP_BYTES, &mut seen);
+        found.in_range(&field("queue_pairs"), net.queue_pairs, 1, MAX_PAIRS);
+        net.receive_limit.validate(&field("receive_limit"), found);
+        net.transmit_limit.validate(&field("transmit_limit"), found);
         if net.vhost == VhostUse::On && net.is_limited() {
             let rule =
                 "must not be on for an interface with a limit, which the kernel does not keep";
-            return refuse(&format!("nets[{index}].vhost"), rule);
+            found.add(&field("vhost"), rule);
         }
-        if net.mac_bytes().is_none() {
-            return refuse(
-                &format!("nets[{index}].mac"),
-                &format!(
-                    "must be the address of one station, as 02:00:00:00:00:01, not {:?}",
-                    net.mac
-                ),
-            );
+        let mac = &net.mac;
+        match net.mac_bytes() {
+            None => {
+                let rule = format!(
+                    "must be the address of one station, as 02:00:00:00:00:01, not {mac:?}"
+                );
+                found.add(&field("mac"), rule);
+            }
+            Some(bytes) if !seen_macs.insert(bytes) => {
+                found.add(&field("mac"), format!("must be used once, but {mac:?} is there twice"));
+            }
+            Some(_) => {}
         }
     }
-    Ok(())
-}
-
-/// A name the guest or the host knows a device by: printable, short and not used twice.
-fn name_of<'a>(
-    field: &str,
-    name: &'a str,
-    max_bytes: usize,
-    seen: &mut BTreeSet<&'a str>,
-) -> Result<(), ConfigError> {
-    if name.is_empty() || name.len() > max_bytes {
-        return refuse(field, &format!("must have 1 to {max_bytes} bytes, not {}", name.len()));
-    }
-    if !name.bytes().all(|byte| byte.is_ascii_graphic() && byte != b'/') {
-        return refuse(
-            field,
-            &format!("must be printable ASCII without space or slash, not {name:?}"),
-        );
-    }
-    if !seen.insert(name) {
-        return refuse(field, &format!("must be used once, but {name:?} is there twice"));
-    }
-    Ok(())
-}
-
-fn in_range<T: Copy + PartialOrd + std::fmt::Display>(
-    field: &str,
-    value: T,
-    min: T,
-    max: T,
-) -> Result<(), ConfigError> {
-    if value < min || value > max {
-        return refuse(field, &format!("must be {min} to {max}, not {value}"));
-    }
-    Ok(())
-}
-
-fn not_empty(field: &str, path: &Path) -> Result<(), ConfigError> {
-    if path.as_os_str().is_empty() {
-        return refuse(field, "must name a file");
-    }
-    Ok(())
-}
-
-fn refuse(field: &str, rule: &str) -> Result<(), ConfigError> {
-    Err(ConfigError { field: field.to_owned(), rule: rule.to_owned() })
 }
 
 #[cfg(test)]
@@ -657,6 +631,37 @@ mod tests {
     }
 
     #[test]
+    fn two_interfaces_with_one_hardware_address_are_refused() {
+        let error = refused(
+            r#"{"boot": {"kernel": "/k"}, "nets": [
+                {"tap": "a", "mac": "02:00:00:00:00:0a"}, {"tap": "b", "mac": "02:00:00:00:00:0A"}]}"#,
+        );
+        assert_eq!(
+            error,
+            r#"nets[1].mac: must be used once, but "02:00:00:00:00:0A" is there twice"#
+        );
+    }
+
+    #[test]
+    fn every_rule_that_is_broken_is_told_of() {
+        let config = parse(
+            r#"{"vcpus": 0, "memory": {"size_mib": 0}, "boot": {"kernel": ""}, "spare_slots": 9,
+                "console": {"output": {"file": ""}},
+                "disks": [{"id": "", "path": "", "queues": 0}], "balloon": {"target_mib": 1},
+                "nets": [{"tap": "", "mac": "", "queue_pairs": 0}], "vsock": {"cid": 2, "socket": ""},
+                "user": {"uid": 0, "gid": 0}}"#,
+        );
+
+        let problems = config.problems().into_all();
+
+        let fields: Vec<&str> = problems.iter().map(|problem| problem.field.as_str()).collect();
+        let wanted = "vcpus memory.size_mib boot.kernel console.output.file disks[0].id disks[0].path \
+                      disks[0].queues nets[0].tap nets[0].queue_pairs nets[0].mac spare_slots \
+                      balloon.target_mib user.uid user.gid vsock.cid vsock.socket";
+        assert_eq!(fields.join(" "), wanted);
+    }
+
+    #[test]
     fn a_network_interface_without_a_queue_is_refused() {
         let error = refused(
             r#"{"boot": {"kernel": "/k"},
@@ -671,7 +676,7 @@ mod tests {
         net.vhost = VhostUse::On;
         net.transmit_limit.bytes_per_second = Some(1);
 
-        let error = validate_nets(&[net]).unwrap_err();
+        let error = net.validate().unwrap_err();
 
         assert!(error.to_string().starts_with("nets[0].vhost: must not be on"), "{error}");
     }

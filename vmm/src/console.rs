@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use crate::config::ConsoleOutput;
+use crate::output::open_output;
 
 /// Most bytes remembered: about a hundred lines, enough for a kernel panic with its call trace.
 const RING_BYTES: usize = 8 << 10;
@@ -33,9 +34,7 @@ impl ConsoleLog {
         let copy = match output {
             ConsoleOutput::Discard => None,
             ConsoleOutput::Stdout => Some(File::from(io::stdout().as_fd().try_clone_to_owned()?)),
-            ConsoleOutput::File(path) => {
-                Some(OpenOptions::new().append(true).create(true).open(path)?)
-            }
+            ConsoleOutput::File(path) => Some(open_output(path)?),
         };
         Ok(ConsoleLog { shared: Arc::new(Mutex::new(Shared { last: VecDeque::new(), copy })) })
     }

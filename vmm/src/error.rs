@@ -63,7 +63,7 @@ pub enum Error {
         source: io::Error,
     },
     /// A unix socket cannot be made.
-    #[error("{field}: listen on {path:?} (it must not exist yet)")]
+    #[error("{field}: listen on {path:?}")]
     Listen {
         /// The field of the configuration that names it.
         field: &'static str,
@@ -82,6 +82,14 @@ pub enum Error {
         path: PathBuf,
         /// What is there.
         found: &'static str,
+    },
+    /// A file that the guest starts with has nothing in it.
+    #[error("{what} {path:?} is empty")]
+    EmptyFile {
+        /// What the file is for.
+        what: &'static str,
+        /// Where it is.
+        path: PathBuf,
     },
     /// Guest RAM could not be made.
     #[error("set up guest memory")]
@@ -137,9 +145,11 @@ pub enum Error {
         source: ArchError,
     },
     /// The kernel or initrd cannot be booted.
-    #[error("load kernel {path:?}")]
-    LoadKernel {
-        /// The kernel.
+    #[error("load {what} {path:?}")]
+    Load {
+        /// `kernel` or `initrd`.
+        what: &'static str,
+        /// Where it is.
         path: PathBuf,
         /// Why it cannot be booted.
         #[source]

@@ -252,7 +252,7 @@ impl VmHandle {
         let name = peripherals::net_name(&config.tap);
         self.processors.carry_out_writes();
         self.slots.attach(&self.vm, &self.loops, ("tap", &name), |memory, _| {
-            let net = peripherals::build_net(config, open()?, memory)?;
+            let net = peripherals::build_net(0, config, open()?, memory)?;
             Ok(Device::Net(Arc::new(Mutex::new(net))))
         })
     }

@@ -30,6 +30,7 @@ mod json;
 mod memory;
 mod metrics;
 mod opened;
+mod output;
 mod peripherals;
 mod placement;
 mod pmem;
@@ -58,6 +59,7 @@ pub use json::from_json;
 pub use memory::{MemoryLayout, SavedMemory, Sharing};
 pub use metrics::{DeviceCounts, ExitCounts, Metrics, now_ns};
 pub use opened::Opened;
+pub use output::{check_output, open_output};
 pub use processors::GrantError;
 pub use state::{MachineState, Unsaved};
 

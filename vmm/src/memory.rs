@@ -7,6 +7,7 @@ mod store;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
+use std::path::PathBuf;
 use std::ptr;
 use std::sync::Arc;
 
@@ -56,11 +57,17 @@ pub enum MemoryError {
         source: io::Error,
     },
     /// The file for the memory cannot be made.
-    #[error("create the file for guest RAM (memory.backing); it must not exist yet")]
+    #[error("create the file for guest RAM (memory.backing)")]
     CreateFile {
         /// Why not.
         #[source]
         source: io::Error,
+    },
+    /// There is a file where the one for the memory is to be.
+    #[error("the file for guest RAM {path:?} must not exist yet: it may be another machine's")]
+    FileExists {
+        /// Where it is.
+        path: PathBuf,
     },
     /// The file with the memory of a saved machine lacks a part.
     #[error("the file with guest RAM has {found} bytes, of at least {needed}")]

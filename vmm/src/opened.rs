@@ -5,13 +5,13 @@ use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 
-use devices::virtio::block::{Access, DiskFiles};
+use devices::virtio::block::DiskFiles;
 use devices::virtio::net::{Missing, Tap, TapError, Vhost, VhostError};
 use log::debug;
 
 use crate::attachment::AttachError;
 use crate::config::{ConfigError, DiskConfig, NetConfig, VhostUse};
-use crate::error::Error;
+use crate::error::{Error, chain};
 use crate::peripherals::{device, disk_name, net_name};
 
 /// What a device works with that is to be attached.
@@ -45,28 +45,17 @@ impl Opened {
 
     /// Opens what a disk needs whose `config` is checked.
     pub(crate) fn of_disk(config: &DiskConfig) -> Result<Self, Error> {
-        let access = Access { read_only: config.read_only, direct: config.direct };
-        let DiskFiles { file, direct } =
-            DiskFiles::open(&config.path, access).map_err(device(&disk_name(&config.id)))?;
+        let DiskFiles { file, direct } = DiskFiles::open(&config.path, config.access())
+            .map_err(device(&disk_name(&config.id)))?;
         let files = [file].into_iter().chain(direct).map(OwnedFd::from).collect();
         Ok(Opened { files, mtu: None })
     }
 
     /// Opens what network interface number `index` of a configuration needs, whose `config` is checked.
     pub(crate) fn of_net(index: usize, config: &NetConfig) -> Result<Self, Error> {
-        let name = net_name(&config.tap);
-        let taps = open_taps(config).map_err(|error| match error {
-            TapError::Missing(tap) => Error::Config(ConfigError {
-                field: format!("nets[{index}].tap"),
-                rule: format!(
-                    "must name a tap of this network namespace, and {tap:?} is none (make it with \
-                     `ip tuntap`, or set nets[{index}].create)"
-                ),
-            }),
-            error => device(&name)(error),
-        })?;
+        let taps = open_taps(config).map_err(|error| cannot_open_tap(index, config, error))?;
         let (mut files, mtus): (Vec<_>, Vec<_>) = taps.into_iter().map(Tap::into_parts).unzip();
-        let vhost = open_vhost(config).map_err(device(&name))?;
+        let vhost = open_vhost(config).map_err(|error| no_vhost(index, &error))?;
         files.extend(vhost.into_iter().map(OwnedFd::from));
         Ok(Opened { files, mtu: mtus.into_iter().next().flatten() })
     }
@@ -95,13 +84,40 @@ fn incomplete() -> io::Error {
     io::Error::new(io::ErrorKind::InvalidInput, "what was opened for it is not what it needs")
 }
 
+/// Refuses a tap that cannot be opened, as far as a look can tell, for interface number `index`.
+pub fn check_tap(index: usize, config: &NetConfig) -> Result<(), Error> {
+    Tap::check(&config.tap, missing(config)).map_err(|error| cannot_open_tap(index, config, error))
+}
+
 /// The tap of `config`, once for each of its queue pairs.
 fn open_taps(config: &NetConfig) -> Result<Vec<Tap>, TapError> {
-    let missing = if config.create { Missing::Create } else { Missing::Refuse };
     match config.queue_pairs {
-        1 => Tap::open(&config.tap, missing).map(|tap| vec![tap]),
-        several => Tap::open_queues(&config.tap, several.into(), missing),
+        1 => Tap::open(&config.tap, missing(config)).map(|tap| vec![tap]),
+        several => Tap::open_queues(&config.tap, several.into(), missing(config)),
     }
+}
+
+fn missing(config: &NetConfig) -> Missing {
+    if config.create { Missing::Create } else { Missing::Refuse }
+}
+
+fn cannot_open_tap(index: usize, config: &NetConfig, error: TapError) -> Error {
+    match error {
+        TapError::Missing(tap) => Error::Config(ConfigError {
+            field: format!("nets[{index}].tap"),
+            rule: format!(
+                "must name a tap of this network namespace, and {tap:?} is none (make it with `ip \
+                 tuntap`, or set `create`)"
+            ),
+        }),
+        error => device(&net_name(&config.tap))(error),
+    }
+}
+
+/// Says that the host's kernel does not serve network interface number `index` of a configuration.
+pub fn no_vhost(index: usize, error: &VhostError) -> Error {
+    let rule = format!("must not be on, as the host's kernel does not do it: {}", chain(error));
+    Error::Config(ConfigError { field: format!("nets[{index}].vhost"), rule })
 }
 
 /// The host's kernel as who may serve the queues of the taps, if `config` asks for it or it just is there.

@@ -27,14 +27,14 @@ use log::debug;
 use vm_memory::GuestMemoryMmap;
 
 use crate::config::{
-    BalloonConfig, ConsoleConfig, ConsoleOutput, DiskConfig, DiskEngine, NetConfig, ShareConfig,
-    UserConfig, VhostUse, VmConfig, VsockConfig,
+    BalloonConfig, ConfigError, ConsoleConfig, ConsoleOutput, DiskConfig, DiskEngine, NetConfig,
+    ShareConfig, UserConfig, VhostUse, VmConfig, VsockConfig,
 };
 use crate::console::{self, ConsoleLog};
 use crate::error::Error;
 use crate::jail::Jail;
 use crate::memory::Pluggable;
-use crate::opened::Opened;
+use crate::opened::{self, Opened};
 use crate::placement::{Loop, Placement, PlacementError};
 use crate::pmem::MappedFile;
 
@@ -59,7 +59,7 @@ pub struct Ends {
 pub fn open_console(config: &ConsoleConfig) -> Result<ConsoleLog, Error> {
     ConsoleLog::open(&config.output).map_err(|source| match &config.output {
         ConsoleOutput::File(path) => {
-            Error::Open { what: "console output", path: path.clone(), source }
+            Error::Open { what: "console.output.file", path: path.clone(), source }
         }
         _ => Error::Open { what: "console output", path: "standard output".into(), source },
     })
@@ -86,8 +86,8 @@ pub fn place_all(
     if let Some(vsock) = &config.vsock {
         host = Some(place_vsock(vsock, config.user, jail, placement)?);
     }
-    for disk in &config.disks {
-        place(&disk_name(&disk.id), open_disk(disk)?, Loop::Io, placement)?;
+    for (index, disk) in config.disks.iter().enumerate() {
+        place(&disk_name(&disk.id), open_disk(index, disk)?, Loop::Io, placement)?;
     }
     if !config.shares.is_empty() {
         raise_file_limit().map_err(device("shares"))?;
@@ -148,9 +148,9 @@ pub fn net_name(tap: &str) -> String {
     format!("net {tap}")
 }
 
-/// Opens a disk.
-pub fn open_disk(config: &DiskConfig) -> Result<Block, Error> {
-    build_disk(config, Opened::of_disk(config)?, || open_ring(config))
+/// Opens disk number `index` of a configuration.
+pub fn open_disk(index: usize, config: &DiskConfig) -> Result<Block, Error> {
+    build_disk(config, Opened::of_disk(config)?, || open_ring(index, config))
 }
 
 /// The disk of `config`, of which `opened` are the files, with the ring that `ring` has for it.
@@ -167,23 +167,23 @@ pub fn build_disk(
     Ok(Block::new(disk, &config.id, config.queues, limiter, ring))
 }
 
-/// A ring for a disk that is not to do without.
-pub fn open_ring(config: &DiskConfig) -> Result<Option<Ring>, Error> {
-    let name = disk_name(&config.id);
+/// A ring for disk number `index` of a configuration, which is not to do without.
+pub fn open_ring(index: usize, config: &DiskConfig) -> Result<Option<Ring>, Error> {
     match Ring::open() {
         Ok(ring) => Ok(Some(ring)),
-        Err(source) if config.engine == DiskEngine::IoUring => Err(no_ring(config, source)),
+        Err(error) if config.engine == DiskEngine::IoUring => Err(no_ring(index, &error)),
         // Kernels without, and hosts that forbid it, are as common as those that have it.
         Err(error) => {
-            debug!("{name}: {error}");
+            debug!("{}: {error}", disk_name(&config.id));
             Ok(None)
         }
     }
 }
 
-/// Says that the disk of `config` has no ring.
-pub fn no_ring(config: &DiskConfig, source: io::Error) -> Error {
-    device(&format!("{}: io_uring", disk_name(&config.id)))(source)
+/// Says that disk number `index` of a configuration has no ring.
+pub fn no_ring(index: usize, error: &io::Error) -> Error {
+    let rule = format!("must not be io_uring, as this host does not offer it: {error}");
+    Error::Config(ConfigError { field: format!("disks[{index}].engine"), rule })
 }
 
 /// Opens the directory in the jail, if there is one, where it has the number given with it: from
@@ -252,12 +252,13 @@ pub fn open_net(
     config: &NetConfig,
     memory: &GuestMemoryMmap,
 ) -> Result<Net<Tap>, Error> {
-    build_net(config, Opened::of_net(index, config)?, memory)
+    build_net(index, config, Opened::of_net(index, config)?, memory)
 }
 
-/// The network interface of `config`, of which `opened` are the files, for a driver that works on
-/// `memory`.
+/// Network interface number `index` of a configuration, of which `opened` are the files, for a driver that
+/// works on `memory`.
 pub fn build_net(
+    index: usize,
     config: &NetConfig,
     opened: Opened,
     memory: &GuestMemoryMmap,
@@ -265,7 +266,8 @@ pub fn build_net(
     let name = net_name(&config.tap);
     let (taps, vhost) = opened.into_taps(config.queue_pairs).map_err(device(&name))?;
     let mac = config.mac_bytes().expect("validate() checked the address");
-    let vhost = start_vhost(config, vhost, &taps, memory).map_err(device(&name))?;
+    let vhost = start_vhost(config, vhost, &taps, memory)
+        .map_err(|error| opened::no_vhost(index, &error))?;
     let receive = RateLimiter::new(config.receive_limit.limits()).map_err(device(&name))?;
     let transmit = RateLimiter::new(config.transmit_limit.limits()).map_err(device(&name))?;
     let net = Net::new(taps, mac).limited(receive, transmit);

@@ -32,9 +32,6 @@ pub struct MappedFile {
 /// Why a file could not be mapped.
 #[derive(Debug, thiserror::Error)]
 pub enum PmemError {
-    /// Nothing to map.
-    #[error("the file is empty")]
-    Empty,
     /// How long the file is cannot be found out.
     #[error("read the size of the file")]
     Size(#[source] io::Error),
@@ -91,9 +88,6 @@ fn map(
     vm: &VmFd,
 ) -> Result<(GuestAddress, u64), PmemError> {
     let file_bytes = file.metadata().map_err(PmemError::Size)?.len();
-    if file_bytes == 0 {
-        return Err(PmemError::Empty);
-    }
     // A length is at most 2^63 - 1. Linux takes nothing smaller than a huge page, and KVM maps it
     // with huge pages where the page cache has them.
     let huge_page = HUGE_PAGE as u64;

@@ -233,19 +233,21 @@ fn a_guest_whose_output_nobody_reads_is_not_paused_but_stopped() {
 #[test]
 #[ignore = "needs /dev/kvm"]
 fn sockets_go_with_a_program_that_a_signal_ends() {
-    let folder = TempDir::new().unwrap();
-    let vsock = folder.path().join("vsock");
-    let flag = format!("--vsock=cid=3,socket={}", vsock.display());
-    let program = Program::start(&[HANG.to_vec()], &[&flag]);
-    program.get("/v1/vm");
-    assert!(vsock.exists());
-    let (process, socket) = (program.id(), program.socket());
+    for signal in [libc::SIGTERM, libc::SIGHUP] {
+        let folder = TempDir::new().unwrap();
+        let vsock = folder.path().join("vsock");
+        let flag = format!("--vsock=cid=3,socket={}", vsock.display());
+        let program = Program::start(&[HANG.to_vec()], &[&flag]);
+        program.get("/v1/vm");
+        assert!(vsock.exists());
+        let (process, socket) = (program.id(), program.socket());
 
-    // SAFETY: the process is a child that was not waited for, so its number is its own.
-    assert_eq!(unsafe { libc::kill(i32::try_from(process).unwrap(), libc::SIGTERM) }, 0);
+        // SAFETY: the process is a child that was not waited for, so its number is its own.
+        assert_eq!(unsafe { libc::kill(i32::try_from(process).unwrap(), signal) }, 0);
 
-    assert_eq!(program.ended().status.code(), Some(128 + libc::SIGTERM));
-    assert!(!vsock.exists() && !socket.exists());
+        assert_eq!(program.ended().status.code(), Some(128 + signal));
+        assert!(!vsock.exists() && !socket.exists());
+    }
 }
 
 #[test]
@@ -269,7 +271,10 @@ fn a_check_names_every_fault_and_needs_no_kvm() {
     let text = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(1), "{text}");
     assert!(text.contains("coracle-vmm: boot.kernel: open kernel \"/nowhere/k\""), "{text}");
-    assert!(text.contains("coracle-vmm: disks[0].path: \"/nowhere/d\": No such file"), "{text}");
+    assert!(
+        text.contains("coracle-vmm: disks[0].path: open disk /nowhere/d: No such file"),
+        "{text}"
+    );
 }
 
 #[test]
@@ -329,6 +334,8 @@ fn vcpus_are_granted_up_to_the_limit_and_stop_with_the_machine() {
     await_threads(3);
     assert_refused(&program, put(2), (400, "count", "must be 3 to 4"));
     assert_refused(&program, put(5), (400, "count", "must be 3 to 4"));
+
+    assert_eq!(program.get("/v1/vm")["config"]["vcpus"], 3);
 
     // Those that came later take part in everything.
     assert_eq!(program.become_state("paused"), 204);
@@ -452,9 +459,9 @@ fn disks_come_and_go_and_a_wrong_one_changes_nothing() {
     let queues = json!({"id": "x", "path": image.path(), "queues": 0});
     assert_refused(&program, post(queues), (400, "queues", "must be 1 to"));
     let missing = json!({"id": "x", "path": "/nowhere/disk"});
-    assert_refused(&program, post(missing), (400, "(document)", "No such file"));
+    assert_refused(&program, post(missing), (400, "path", "No such file"));
     let writer = json!({"id": "x", "path": image.path()});
-    assert_refused(&program, post(writer), (400, "(document)", "is in use by another"));
+    assert_refused(&program, post(writer), (400, "path", "is in use by another"));
 
     assert_eq!(program.ask("POST", "/v1/vm/disks", &disk("two").to_string()).0, 201);
     assert_refused(&program, post(disk("three")), (409, "spare_slots", "spare_slots = 2"));
@@ -503,6 +510,8 @@ fn interfaces_come_and_go_and_a_wrong_one_changes_nothing() {
             assert_eq!(program.ask("DELETE", "/v1/vm/nets/vmmapi0", "").0, 204);
         }
     }
+
+    assert_refused(&program, post(net("other", false)), (400, "mac", "must be another one"));
 
     assert_eq!(program.ask("DELETE", "/v1/vm/nets/vmmapi0", "").0, 204);
     assert!(!exists());

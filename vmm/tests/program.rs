@@ -5,17 +5,21 @@ mod payload;
 mod program;
 
 use std::fs::{self, OpenOptions};
-use std::io;
+use std::io::{self, Read};
 use std::mem;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use nix::sys::stat::Mode;
+use nix::unistd::mkfifo;
 use payload::{DEVICES, END, HALT, HANG, Payload, print, print_for_ever, reach_devices, store};
 use program::end_code;
+use tempfile::TempDir;
 use virtio_bindings::virtio_mmio::VIRTIO_MMIO_STATUS;
 
 /// Generous, because this machine may be busy and its KVM emulated.
@@ -162,7 +166,7 @@ fn no_file_takes_the_place_of_a_standard_stream_that_is_closed() {
 #[test]
 #[ignore = "needs /dev/kvm"]
 fn a_signal_ends_the_machine() {
-    for signal in [libc::SIGINT, libc::SIGTERM] {
+    for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
         let payload = Payload::of(&[print("up"), HANG.to_vec()]);
         let program = start(&payload);
         wait_for_output(&program, 2);
@@ -171,6 +175,124 @@ fn a_signal_ends_the_machine() {
 
         assert_eq!(ended(program), Some(128 + signal));
     }
+}
+
+#[test]
+#[ignore = "needs /dev/kvm"]
+fn a_hang_up_that_is_ignored_ends_nothing() {
+    let payload = Payload::of(&[print("up"), HANG.to_vec()]);
+    let program = Command::new("sh")
+        .args(["-c", "trap '' HUP; exec \"$0\" --memory=32 --console --serial --kernel \"$1\""])
+        .arg(env!("CARGO_BIN_EXE_coracle-vmm"))
+        .arg(payload.config().boot.kernel)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    wait_for_output(&program, 2);
+
+    // Whichever of the two it heeds ends it, and of several the lowest number is read first.
+    send(&program, libc::SIGHUP);
+    send(&program, libc::SIGTERM);
+
+    assert_eq!(ended(program), Some(128 + libc::SIGTERM));
+}
+
+/// What a program says that does not start with `arguments`.
+fn refusal(arguments: &[String]) -> String {
+    let payload = Payload::of(&[HANG.to_vec()]);
+    let mut program = Command::new(env!("CARGO_BIN_EXE_coracle-vmm"))
+        .args(["--memory=32", "--kernel"])
+        .arg(payload.config().boot.kernel)
+        .args(arguments)
+        .stdin(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut errors = program.stderr.take().unwrap();
+    assert_eq!(ended(program), Some(1));
+    let mut said = String::new();
+    errors.read_to_string(&mut said).unwrap();
+    said
+}
+
+#[test]
+#[ignore = "needs /dev/kvm"]
+fn a_fifo_that_nobody_reads_is_no_console() {
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("fifo");
+    mkfifo(&path, Mode::S_IRWXU).unwrap();
+
+    let message = refusal(&[format!("--console-file={}", path.display())]);
+
+    let reason = "no process reads this FIFO: start its reader first";
+    assert_eq!(message, format!("coracle-vmm: open console.output.file {path:?}: {reason}\n"));
+}
+
+#[test]
+#[ignore = "needs /dev/kvm"]
+fn what_a_machine_cost_is_kept_until_the_next_one_is_built() {
+    let folder = TempDir::new().unwrap();
+    let (metrics, folder) = (folder.path().join("metrics"), folder.path());
+    fs::write(&metrics, "kept").unwrap();
+    let report = format!("--metrics={}", metrics.display());
+    let console = format!("--console-file={}", folder.display());
+
+    let message = refusal(&[report.clone(), console]);
+
+    assert!(message.contains("Is a directory"), "{message}");
+    assert_eq!(fs::read_to_string(&metrics).unwrap(), "kept");
+    let payload = Payload::of(&[END.to_vec()]);
+    let mut program = Command::new(env!("CARGO_BIN_EXE_coracle-vmm"));
+    program.args(["--memory=32", "--kernel"]).arg(payload.config().boot.kernel).arg(report);
+    assert_eq!(program.status().unwrap().code(), end_code());
+    assert!(fs::read_to_string(&metrics).unwrap().starts_with('{'));
+}
+
+#[test]
+#[ignore = "needs /dev/kvm"]
+fn sockets_go_with_a_killed_machine_and_what_another_one_left_behind_makes_room() {
+    let folder = TempDir::new().unwrap();
+    let (api, vsock) = (folder.path().join("api"), folder.path().join("vsock"));
+    let arguments = [
+        format!("--api-socket={}", api.display()),
+        format!("--vsock=cid=3,socket={}", vsock.display()),
+    ];
+    let start = |payload: &Payload| {
+        let mut program = Command::new(env!("CARGO_BIN_EXE_coracle-vmm"));
+        program.args(["--memory=32", "--console", "--serial", "--kernel"]);
+        program.arg(payload.config().boot.kernel).args(&arguments);
+        program.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().unwrap()
+    };
+    let payload = Payload::of(&[print("up"), HANG.to_vec()]);
+    let mut first = start(&payload);
+    wait_for_output(&first, 2);
+
+    let message = refusal(&arguments);
+    let reason = "another process listens there already";
+    assert_eq!(message, format!("coracle-vmm: --api-socket: listen on {api:?}: {reason}\n"));
+    let message = refusal(&arguments[1..]);
+    assert_eq!(message, format!("coracle-vmm: vsock.socket: listen on {vsock:?}: {reason}\n"));
+    first.kill().unwrap();
+    first.wait().unwrap();
+    let deadline = Instant::now() + PATIENCE;
+    while api.exists() || vsock.exists() {
+        assert!(Instant::now() < deadline, "the sockets are still there");
+        thread::yield_now();
+    }
+
+    // Nobody removes the files of these.
+    [&api, &vsock].map(|path| drop(UnixListener::bind(path).unwrap()));
+    assert_eq!(ended(start(&Payload::of(&[END.to_vec()]))), end_code());
+    assert!(!api.exists() && !vsock.exists());
+}
+
+#[test]
+#[ignore = "needs /dev/kvm"]
+fn too_few_descriptors_are_an_error_with_a_remedy() {
+    let message = refusal(&["--resource-limit=no-file=7".to_owned()]);
+
+    assert!(message.contains("(raise the limit: --resource-limit no-file=N"), "{message}");
 }
 
 #[test]

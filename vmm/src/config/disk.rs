@@ -3,10 +3,10 @@
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 
-use devices::virtio::block::MAX_QUEUES;
+use devices::virtio::block::{Access, MAX_QUEUES};
 use serde::{Deserialize, Serialize};
 
-use super::{ConfigError, RateLimitConfig, in_range, name_of, not_empty, one};
+use super::{ConfigError, Problems, RateLimitConfig, one};
 
 /// Longest disk id, in bytes (virtio 1.2, section 5.2.6: the serial number of a block device).
 pub(super) const MAX_DISK_ID_BYTES: usize = 20;
@@ -67,21 +67,27 @@ impl DiskConfig {
         }
     }
 
+    /// How its file is opened.
+    pub(crate) fn access(&self) -> Access {
+        Access { read_only: self.read_only, direct: self.direct }
+    }
+
     /// Checks every rule that needs no look at the host.
     pub(crate) fn validate(&self) -> Result<(), ConfigError> {
-        validate(std::slice::from_ref(self))
+        let mut found = Problems::default();
+        validate(std::slice::from_ref(self), &mut found);
+        found.into_result()
     }
 }
 
 /// Checks every rule about `disks` that needs no look at the host.
-pub(super) fn validate(disks: &[DiskConfig]) -> Result<(), ConfigError> {
+pub(super) fn validate(disks: &[DiskConfig], found: &mut Problems) {
     let mut seen = BTreeSet::new();
     for (index, disk) in disks.iter().enumerate() {
         let field = |name: &str| format!("disks[{index}].{name}");
-        name_of(&field("id"), &disk.id, MAX_DISK_ID_BYTES, &mut seen)?;
-        not_empty(&field("path"), &disk.path)?;
-        in_range(&field("queues"), disk.queues, 1, MAX_QUEUES)?;
-        disk.rate_limit.validate(&field("rate_limit"))?;
+        found.name_of(&field("id"), &disk.id, MAX_DISK_ID_BYTES, &mut seen);
+        found.not_empty(&field("path"), &disk.path);
+        found.in_range(&field("queues"), disk.queues, 1, MAX_QUEUES);
+        disk.rate_limit.validate(&field("rate_limit"), found);
     }
-    Ok(())
 }

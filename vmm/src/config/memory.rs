@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::{BLOCK_MIB, ConfigError, MAX_MEMORY_MIB, MIN_MEMORY_MIB, in_range, not_empty, refuse};
+use super::{BLOCK_MIB, MAX_MEMORY_MIB, MIN_MEMORY_MIB, Problems};
 
 /// Guest RAM.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -41,19 +41,18 @@ pub enum MemoryBacking {
 
 impl MemoryConfig {
     /// Checks every rule that needs no look at the host.
-    pub(super) fn validate(&self) -> Result<(), ConfigError> {
-        in_range("memory.size_mib", self.size_mib, MIN_MEMORY_MIB, MAX_MEMORY_MIB)?;
-        in_range("memory.pluggable_mib", self.pluggable_mib, 0, MAX_MEMORY_MIB)?;
+    pub(super) fn validate(&self, found: &mut Problems) {
+        found.in_range("memory.size_mib", self.size_mib, MIN_MEMORY_MIB, MAX_MEMORY_MIB);
+        found.in_range("memory.pluggable_mib", self.pluggable_mib, 0, MAX_MEMORY_MIB);
         if self.pluggable_mib % BLOCK_MIB != 0 {
-            return refuse("memory.pluggable_mib", "must be a multiple of 2");
+            found.add("memory.pluggable_mib", "must be a multiple of 2");
         }
         if self.mergeable && self.backing != MemoryBacking::Anonymous {
             let rule = "must not be set for memory in a file, which the host cannot merge";
-            return refuse("memory.mergeable", rule);
+            found.add("memory.mergeable", rule);
         }
-        match &self.backing {
-            MemoryBacking::File(path) => not_empty("memory.backing.file", path),
-            MemoryBacking::Anonymous | MemoryBacking::Memfd => Ok(()),
+        if let MemoryBacking::File(path) = &self.backing {
+            found.not_empty("memory.backing.file", path);
         }
     }
 }

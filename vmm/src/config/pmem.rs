@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::disk::MAX_DISK_ID_BYTES;
-use super::{ConfigError, VmConfig, name_of, not_empty};
+use super::{Problems, VmConfig};
 
 /// What a kernel must be told to start `/init` from the first file mapped into its memory. DAX always, or not
 /// at all: a copy is what it is to do without. Nothing in Linux awaits the thread that finds such files, so
@@ -22,7 +22,7 @@ const MAPPED_ROOT: &str =
 pub struct PmemConfig {
     /// What log lines call it.
     pub id: String,
-    /// The file, which must not become shorter while the guest runs.
+    /// The file, which must not be empty, nor become shorter while the guest runs.
     pub path: PathBuf,
     /// Whether the guest may only read it. What a guest writes that may do so is the guest's alone
     /// and ends with it: the file stays as it is. One that may not, and does, is not heard, where the
@@ -45,14 +45,13 @@ impl VmConfig {
 }
 
 /// Checks every rule that needs no look at the host.
-pub(super) fn validate(files: &[PmemConfig]) -> Result<(), ConfigError> {
+pub(super) fn validate(files: &[PmemConfig], found: &mut Problems) {
     let mut seen = BTreeSet::new();
     for (index, file) in files.iter().enumerate() {
         let field = |name: &str| format!("pmem[{index}].{name}");
-        name_of(&field("id"), &file.id, MAX_DISK_ID_BYTES, &mut seen)?;
-        not_empty(&field("path"), &file.path)?;
+        found.name_of(&field("id"), &file.id, MAX_DISK_ID_BYTES, &mut seen);
+        found.not_empty(&field("path"), &file.path);
     }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@ use std::num::NonZeroU64;
 use devices::virtio::rate_limit::{Rate, RateLimits};
 use serde::{Deserialize, Serialize};
 
-use super::{ConfigError, in_range, refuse};
+use super::Problems;
 
 /// How much a device may move, as token buckets: a bucket holds up to its burst, which may be used
 /// at once, and gets its rate back each second. Without a rate there is no limit.
@@ -30,7 +30,7 @@ pub struct RateLimitConfig {
 
 impl RateLimitConfig {
     /// Checks every field; `field` is the path of this one.
-    pub(crate) fn validate(&self, field: &str) -> Result<(), ConfigError> {
+    pub(super) fn validate(&self, field: &str, found: &mut Problems) {
         let buckets = [
             ("bytes", self.bytes_per_second, self.bytes_burst),
             ("operations", self.operations_per_second, self.operations_burst),
@@ -39,12 +39,11 @@ impl RateLimitConfig {
             let rate_field = format!("{field}.{what}_per_second");
             let burst_field = format!("{field}.{what}_burst");
             if burst.is_some() && per_second.is_none() {
-                return refuse(&burst_field, &format!("must come with {rate_field}"));
+                found.add(&burst_field, format!("must come with {rate_field}"));
             }
-            in_range(&rate_field, per_second.unwrap_or(1), 1, u64::MAX)?;
-            in_range(&burst_field, burst.unwrap_or(1), 1, u64::MAX)?;
+            found.in_range(&rate_field, per_second.unwrap_or(1), 1, u64::MAX);
+            found.in_range(&burst_field, burst.unwrap_or(1), 1, u64::MAX);
         }
-        Ok(())
     }
 
     /// The same for a device. A rate of zero, which `validate` refuses, is no limit.

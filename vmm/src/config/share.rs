@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use devices::virtio::fs;
 use serde::{Deserialize, Serialize};
 
-use super::{ConfigError, in_range, name_of, not_empty, refuse};
+use super::Problems;
 
 /// Longest file system tag, in bytes (virtio 1.2, section 5.11.4).
 const MAX_TAG_BYTES: usize = 36;
@@ -97,25 +97,24 @@ impl ShareConfig {
 }
 
 /// Checks every rule about `shares` that needs no look at the host.
-pub(super) fn validate(shares: &[ShareConfig]) -> Result<(), ConfigError> {
+pub(super) fn validate(shares: &[ShareConfig], found: &mut Problems) {
     let mut seen = BTreeSet::new();
-    let mut dax_mib = 0;
+    let mut dax_mib = 0_u32;
     for (index, share) in shares.iter().enumerate() {
         let field = |name: &str| format!("shares[{index}].{name}");
-        name_of(&field("tag"), &share.tag, MAX_TAG_BYTES, &mut seen)?;
-        not_empty(&field("path"), &share.path)?;
-        in_range(&field("dax_mib"), share.dax_mib, 0, MAX_DAX_MIB)?;
+        found.name_of(&field("tag"), &share.tag, MAX_TAG_BYTES, &mut seen);
+        found.not_empty(&field("path"), &share.path);
+        found.in_range(&field("dax_mib"), share.dax_mib, 0, MAX_DAX_MIB);
         if share.dax_bytes() % fs::SLOT_BYTES != 0 {
-            return refuse(&field("dax_mib"), &format!("must be even, not {}", share.dax_mib));
+            found.add(&field("dax_mib"), format!("must be even, not {}", share.dax_mib));
         }
-        dax_mib += share.dax_mib;
+        dax_mib = dax_mib.saturating_add(share.dax_mib);
         if dax_mib > MAX_ALL_DAX_MIB {
             let rule = format!("must be at most {MAX_ALL_DAX_MIB} of all shares together");
-            return refuse(&field("dax_mib"), &rule);
+            found.add(&field("dax_mib"), rule);
         }
         if share.writeback && share.cache == CachePolicy::Never {
-            return refuse(&field("writeback"), "must not be on with cache never");
+            found.add(&field("writeback"), "must not be on with cache never");
         }
     }
-    Ok(())
 }

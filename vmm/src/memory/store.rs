@@ -1,10 +1,13 @@
 //! What guest RAM is made of: anonymous memory, or a file that outlives the machine.
 
 use std::fs::{File, OpenOptions};
-use std::io;
+use std::io::{self, ErrorKind};
 use std::ops::Range;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
+use devices::listener::check_folder_of;
 
 use super::{FLAGS, HUGE_PAGE, MemoryError, PROTECTION, map_aligned};
 use crate::config::MemoryBacking;
@@ -43,17 +46,26 @@ pub struct Store {
 impl Store {
     /// A fresh store of the kind that a configuration asks for.
     pub fn create(backing: &MemoryBacking) -> Result<Self, MemoryError> {
-        let create = |source| MemoryError::CreateFile { source };
         let file = match backing {
             MemoryBacking::Anonymous => return Ok(Store::anonymous()),
-            MemoryBacking::Memfd => memfd(),
-            // A file that is there may be the memory of another machine.
-            MemoryBacking::File(path) => {
-                OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path)
-            }
+            MemoryBacking::Memfd => memfd().map_err(|source| MemoryError::CreateFile { source })?,
+            MemoryBacking::File(path) => OpenOptions::new()
+                .read(true)
+                .write(true)
+                .create_new(true)
+                .mode(0o600)
+                .open(path)
+                .map_err(|source| cannot_create(path, source))?,
         };
-        let file = Some(file.map_err(create)?);
-        Ok(Store { file, flags: libc::MAP_SHARED, is_new: true, next: 0 })
+        Ok(Store { file: Some(file), flags: libc::MAP_SHARED, is_new: true, next: 0 })
+    }
+
+    /// Refuses a `path` at which [`Store::create`] could not make a file, as far as a look can tell.
+    pub fn check_file(path: &Path) -> Result<(), MemoryError> {
+        if path.symlink_metadata().is_ok() {
+            return Err(MemoryError::FileExists { path: path.to_owned() });
+        }
+        check_folder_of(path).map_err(|source| MemoryError::CreateFile { source })
     }
 
     /// A fresh store of memory that goes with the machine.
@@ -111,6 +123,18 @@ impl Store {
             rest.start = data.end;
         }
         Ok(start)
+    }
+}
+
+fn cannot_create(path: &Path, error: io::Error) -> MemoryError {
+    match error.kind() {
+        // It may be the memory of another machine.
+        ErrorKind::AlreadyExists => MemoryError::FileExists { path: path.to_owned() },
+        ErrorKind::NotFound => {
+            let source = check_folder_of(path).err().unwrap_or(error);
+            MemoryError::CreateFile { source }
+        }
+        _ => MemoryError::CreateFile { source: error },
     }
 }
 
@@ -288,6 +312,8 @@ mod tests {
         let error = Store::create(&MemoryBacking::File(path.clone())).unwrap_err();
 
         assert!(error.to_string().contains("must not exist yet"));
+        let look = Store::check_file(&path).unwrap_err();
+        assert_eq!(look.to_string(), error.to_string());
         let mut kept = String::new();
         File::open(path).unwrap().read_to_string(&mut kept).unwrap();
         assert_eq!(kept, "precious");

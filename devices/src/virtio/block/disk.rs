@@ -1,6 +1,6 @@
 //! The file or block device of the host behind a block device of the guest.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{self, File, FileType, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
@@ -104,23 +104,16 @@ impl DiskFiles {
     /// "Open file description locks"), which QEMU and Cloud Hypervisor heed, too. A block device may be one
     /// of a cluster's, and is not.
     pub fn open(path: &Path, access: Access) -> Result<Self, DiskError> {
-        let mut options = OpenOptions::new();
-        options.read(true).write(!access.read_only);
-        let file =
-            options.open(path).map_err(|source| DiskError::Open { path: path.into(), source })?;
-        let size = |source| DiskError::Size { path: path.into(), source };
-        let kind = file.metadata().map_err(size)?.file_type();
-        if !kind.is_file() && !kind.is_block_device() {
-            return Err(DiskError::Kind { path: path.into() });
+        let is_device = kind(path)?.is_block_device();
+        let (mut options, file) = open(path, access.read_only)?;
+        if !is_device {
+            let locked = fcntl(&file, FcntlArg::F_OFD_SETLK(&lock(access.read_only)));
+            // File systems without locks keep nobody from anything.
+            if locked == Err(Errno::EAGAIN) {
+                return Err(DiskError::InUse { path: path.into() });
+            }
         }
-        if kind.is_file() && is_locked_by_another(&file, access.read_only) {
-            return Err(DiskError::InUse { path: path.into() });
-        }
-        let mut direct = || {
-            let direct = options.custom_flags(libc::O_DIRECT).open(path);
-            direct.map_err(|source| DiskError::Direct { path: path.into(), source })
-        };
-        let direct = access.direct.then(&mut direct).transpose()?;
+        let direct = access.direct.then(|| open_direct(path, &mut options)).transpose()?;
         Ok(DiskFiles { file, direct })
     }
 }
@@ -139,10 +132,26 @@ impl Disk {
     pub fn of(files: DiskFiles, read_only: bool) -> io::Result<Self> {
         let DiskFiles { file, direct } = files;
         let is_device = file.metadata()?.file_type().is_block_device();
-        // The metadata of a block device has no size; its end has a position.
-        let bytes = (&file).seek(SeekFrom::End(0))?;
-        let (direct, sectors) = (direct.map(Direct::of), bytes / SECTOR_BYTES);
+        let (direct, sectors) = (direct.map(Direct::of), size(&file)? / SECTOR_BYTES);
         Ok(Disk { file, direct, is_device, read_only, write_through: false, sectors })
+    }
+
+    /// Refuses a `path` that [`Disk::open`] would not open, as far as a look can tell: it locks nothing,
+    /// and opens no block device.
+    pub fn check(path: &Path, access: Access) -> Result<(), DiskError> {
+        if kind(path)?.is_block_device() {
+            return Ok(());
+        }
+        let (mut options, file) = open(path, access.read_only)?;
+        let mut lock = lock(access.read_only);
+        // It says what lock is in the way, or that none is.
+        let told = fcntl(&file, FcntlArg::F_OFD_GETLK(&mut lock));
+        if told.is_ok() && i32::from(lock.l_type) != libc::F_UNLCK {
+            return Err(DiskError::InUse { path: path.into() });
+        }
+        size(&file).map_err(|source| DiskError::Size { path: path.into(), source })?;
+        access.direct.then(|| open_direct(path, &mut options)).transpose()?;
+        Ok(())
     }
 
     /// A disk of a file that need not be one.
@@ -278,19 +287,47 @@ impl Direct {
     }
 }
 
-/// Locks all of `file`, unless another program has.
-fn is_locked_by_another(file: &File, read_only: bool) -> bool {
+/// What is at `path`, before it is opened: opening a pipe would wait for its other end.
+fn kind(path: &Path) -> Result<FileType, DiskError> {
+    let found =
+        fs::metadata(path).map_err(|source| DiskError::Open { path: path.into(), source })?;
+    let kind = found.file_type();
+    if !kind.is_file() && !kind.is_block_device() {
+        return Err(DiskError::Kind { path: path.into() });
+    }
+    Ok(kind)
+}
+
+fn open(path: &Path, read_only: bool) -> Result<(OpenOptions, File), DiskError> {
+    let mut options = OpenOptions::new();
+    options.read(true).write(!read_only);
+    let file =
+        options.open(path).map_err(|source| DiskError::Open { path: path.into(), source })?;
+    Ok((options, file))
+}
+
+/// The same file as [`open`] gave with its `options`, for direct I/O.
+fn open_direct(path: &Path, options: &mut OpenOptions) -> Result<File, DiskError> {
+    let direct = options.custom_flags(libc::O_DIRECT).open(path);
+    direct.map_err(|source| DiskError::Direct { path: path.into(), source })
+}
+
+/// Size of `file`, in bytes. The metadata of a block device has none; its end has a position.
+fn size(mut file: &File) -> io::Result<u64> {
+    file.seek(SeekFrom::End(0))
+}
+
+/// A lock of a whole file.
+fn lock(read_only: bool) -> libc::flock {
     let kind = if read_only { libc::F_RDLCK } else { libc::F_WRLCK };
     let small = |constant: i32| i16::try_from(constant).expect("a small number");
-    let lock = libc::flock {
+    libc::flock {
         l_type: small(kind),
         l_whence: small(libc::SEEK_SET),
         l_start: 0,
         l_len: 0, // to the end, wherever that is
         l_pid: 0,
-    };
-    // File systems without locks keep nobody from anything.
-    fcntl(file, FcntlArg::F_OFD_SETLK(&lock)).is_err_and(|error| error == Errno::EAGAIN)
+    }
 }
 
 /// Whether a file system or a device does not know what it was asked for.
@@ -372,6 +409,37 @@ mod tests {
     fn a_missing_disk_is_named() {
         let error = Disk::open(Path::new("/nowhere/disk"), READ_ONLY).unwrap_err();
         assert_eq!(error.to_string(), "open disk /nowhere/disk");
+    }
+
+    #[test]
+    fn a_pipe_is_no_disk_and_is_not_waited_for() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("pipe");
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+
+        assert!(matches!(Disk::open(&path, READ_ONLY), Err(DiskError::Kind { .. })));
+        assert!(matches!(Disk::check(&path, READ_ONLY), Err(DiskError::Kind { .. })));
+    }
+
+    #[test]
+    fn a_look_at_a_disk_sees_its_lock_and_takes_none() {
+        let file = full();
+        let writing = Access::default();
+
+        Disk::check(file.path(), writing).unwrap();
+        let _reader = Disk::open(file.path(), READ_ONLY).unwrap();
+
+        Disk::check(file.path(), READ_ONLY).unwrap();
+        let error = Disk::check(file.path(), writing).unwrap_err();
+        assert!(matches!(error, DiskError::InUse { .. }));
+    }
+
+    #[test]
+    fn a_file_without_a_size_is_no_disk() {
+        let path = Path::new("/proc/self/mem");
+
+        assert!(matches!(Disk::open(path, READ_ONLY), Err(DiskError::Size { .. })));
+        assert!(matches!(Disk::check(path, READ_ONLY), Err(DiskError::Size { .. })));
     }
 
     #[test]

@@ -87,6 +87,11 @@ impl Tap {
         Tap::attach(name, &mut request, FLAGS).map(|tap| tap.made(is_new))
     }
 
+    /// Refuses a `name` that [`Tap::open`] would not attach to, as far as a look can tell.
+    pub fn check(name: &str, missing: Missing) -> Result<(), TapError> {
+        checked(name, missing).map(drop)
+    }
+
     /// Attaches `count` queues to the tap `name` of the current network namespace, each with frames
     /// of its own (IFF_MULTI_QUEUE).
     pub fn open_queues(name: &str, count: usize, missing: Missing) -> Result<Vec<Self>, TapError> {
@@ -250,6 +255,8 @@ mod tests {
 
     #[test]
     fn a_tap_that_must_exist_is_not_made() {
+        let error = Tap::check("coracle-none", Missing::Refuse).unwrap_err();
+        assert!(matches!(error, TapError::Missing(_)));
         let error = Tap::open("coracle-none", Missing::Refuse).unwrap_err();
         assert_eq!(error.to_string(), "there is no network interface \"coracle-none\"");
     }

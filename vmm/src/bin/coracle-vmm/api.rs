@@ -16,14 +16,14 @@ struct Vm<'a> {
     config: &'a VmConfig,
 }
 
-#[derive(Deserialize)]
+#[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct StateChange {
     state: Wanted,
 }
 
 /// The states a client can ask for.
-#[derive(Deserialize)]
+#[derive(Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 enum Wanted {
     Running,

@@ -5,17 +5,13 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 use clap::Parser;
-use serde::de::DeserializeOwned;
-use serde_json::{Map, Value};
 use vmm::{
-    BalloonConfig, ConsoleOutput, DiskConfig, NetConfig, PmemConfig, ShareConfig, UserConfig,
-    VmConfig, VsockConfig,
+    BalloonConfig, BootProtocol, ConsoleOutput, DiskConfig, MemoryBacking, NetConfig, PmemConfig,
+    ShareConfig, UserConfig, VmConfig, VsockConfig,
 };
 
+use crate::fields;
 use crate::limits::ResourceLimit;
-
-/// Fields of devices that are numbers; the others are text, even if it looks like a number.
-const NUMBERS: [&str; 5] = ["cid", "dax_mib", "queue_pairs", "queues", "target_mib"];
 
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -25,8 +21,12 @@ Exit codes:
   3    the guest asked for a reset
   4    the guest's processor gave up (triple fault)
   5    stopped through the control socket
+  129  stopped by SIGHUP, unless that was ignored when it started (nohup)
   130  stopped by SIGINT
-  143  stopped by SIGTERM";
+  143  stopped by SIGTERM
+
+A Linux kernel for x86_64 without ACPI cannot power off: it halts, and the machine goes on. There
+`reboot` ends it, with 3.";
 
 /// Runs one virtual machine.
 #[derive(Parser)]
@@ -44,6 +44,9 @@ pub struct Arguments {
     /// Kernel parameters; overrides boot.cmdline
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     cmdline: Option<String>,
+    /// How the kernel is entered: auto, linux or pvh; overrides boot.protocol
+    #[arg(long, value_name = "PROTOCOL", value_parser = fields::parse_word::<BootProtocol>)]
+    boot_protocol: Option<BootProtocol>,
     /// Number of virtual processors; overrides vcpus
     #[arg(long, value_name = "N")]
     vcpus: Option<u8>,
@@ -56,33 +59,40 @@ pub struct Arguments {
     /// How much more can be plugged in, in MiB; overrides memory.pluggable_mib
     #[arg(long, value_name = "MIB")]
     pluggable_memory: Option<u32>,
+    /// Where guest memory is kept: anonymous, memfd or file=PATH; overrides memory.backing
+    #[arg(long, value_name = "STORE", value_parser = backing)]
+    memory_backing: Option<MemoryBacking>,
     /// Let the host merge equal pages of different guests; sets memory.mergeable
     #[arg(long)]
     mergeable: bool,
     /// Show the guest's console here; overrides console.output
     #[arg(long)]
     console: bool,
+    /// Write the guest's console to the end of this file; overrides console.output
+    #[arg(long, value_name = "FILE", conflicts_with = "console")]
+    console_file: Option<PathBuf>,
     /// Use a serial port as the console, which shows early messages, too, but has no input; sets
     /// console.serial
     #[arg(long)]
     serial: bool,
-    /// Add a block device, as id=root,path=disk.img,read_only
-    #[arg(long = "disk", value_name = "FIELDS", value_parser = fields::<DiskConfig>)]
+    /// Add a block device, as id=root,path=disk.img,read_only; fields of a field follow it, as
+    /// rate_limit.bytes_per_second=1000000
+    #[arg(long = "disk", value_name = "FIELDS", value_parser = fields::parse::<DiskConfig>)]
     disks: Vec<DiskConfig>,
     /// Add a network interface, as tap=tap0,mac=02:00:00:00:00:01
-    #[arg(long = "net", value_name = "FIELDS", value_parser = fields::<NetConfig>)]
+    #[arg(long = "net", value_name = "FIELDS", value_parser = fields::parse::<NetConfig>)]
     nets: Vec<NetConfig>,
     /// Add a shared directory, as tag=data,path=/srv,read_only
-    #[arg(long = "share", value_name = "FIELDS", value_parser = fields::<ShareConfig>)]
+    #[arg(long = "share", value_name = "FIELDS", value_parser = fields::parse::<ShareConfig>)]
     shares: Vec<ShareConfig>,
     /// Give the guest a socket device, as cid=3,socket=vm.sock; overrides vsock
-    #[arg(long, value_name = "FIELDS", value_parser = fields::<VsockConfig>)]
+    #[arg(long, value_name = "FIELDS", value_parser = fields::parse::<VsockConfig>)]
     vsock: Option<VsockConfig>,
     /// Map a file into guest memory, as id=image,path=image.erofs,read_only
-    #[arg(long = "pmem", value_name = "FIELDS", value_parser = fields::<PmemConfig>)]
+    #[arg(long = "pmem", value_name = "FIELDS", value_parser = fields::parse::<PmemConfig>)]
     pmem: Vec<PmemConfig>,
     /// Give the guest a memory balloon, as target_mib=64,deflate_on_oom,statistics; overrides balloon
-    #[arg(long, value_name = "FIELDS", value_parser = fields::<BalloonConfig>)]
+    #[arg(long, value_name = "FIELDS", value_parser = fields::parse::<BalloonConfig>)]
     balloon: Option<BalloonConfig>,
     /// How many disks and network interfaces can be attached while it runs; overrides spare_slots
     #[arg(long, value_name = "N")]
@@ -156,6 +166,7 @@ impl Arguments {
         if let Some(cmdline) = &self.cmdline {
             config.boot.cmdline.clone_from(cmdline);
         }
+        config.boot.protocol = self.boot_protocol.unwrap_or(config.boot.protocol);
         if let Some(vcpus) = self.vcpus {
             config.vcpus = vcpus;
         }
@@ -166,9 +177,15 @@ impl Arguments {
         if let Some(pluggable) = self.pluggable_memory {
             config.memory.pluggable_mib = pluggable;
         }
+        if let Some(backing) = &self.memory_backing {
+            config.memory.backing.clone_from(backing);
+        }
         config.memory.mergeable |= self.mergeable;
         if self.console {
             config.console.output = ConsoleOutput::Stdout;
+        }
+        if let Some(path) = &self.console_file {
+            config.console.output = ConsoleOutput::File(path.clone());
         }
         config.console.serial |= self.serial;
     }
@@ -180,23 +197,13 @@ fn user(text: &str) -> Result<UserConfig, String> {
     user.ok_or_else(|| "must be two numbers, as 1000:1000".to_owned())
 }
 
-/// A part of the configuration from `field=value,field=value`; a field alone is true. The rules are
-/// those of the file, as the text becomes the same JSON.
-fn fields<T: DeserializeOwned>(text: &str) -> Result<T, String> {
-    let mut object = Map::new();
-    for field in text.split(',') {
-        let (name, value) = match field.split_once('=') {
-            Some((name, value)) if NUMBERS.contains(&name) => {
-                (name, value.parse::<u32>().map_or(value.into(), Value::from))
-            }
-            Some((name, value)) => (name, value.into()),
-            None => (field, Value::Bool(true)),
-        };
-        if object.insert(name.to_owned(), value).is_some() {
-            return Err(format!("{name}: must be given once"));
-        }
+fn backing(text: &str) -> Result<MemoryBacking, String> {
+    match text.split_once('=') {
+        Some(("file", path)) => Ok(MemoryBacking::File(path.into())),
+        None if text == "anonymous" => Ok(MemoryBacking::Anonymous),
+        None if text == "memfd" => Ok(MemoryBacking::Memfd),
+        _ => Err("must be anonymous, memfd or file=PATH".to_owned()),
     }
-    vmm::from_json(&Value::Object(object).to_string()).map_err(|error| error.to_string())
 }
 
 #[cfg(test)]
@@ -260,15 +267,20 @@ mod tests {
     }
 
     #[test]
-    fn an_unknown_field_of_a_device_is_refused_by_name() {
-        let error = fields::<NetConfig>("tap=t,mak=02:00:00:00:00:01").unwrap_err();
+    fn what_a_machine_boots_from_and_is_kept_in_has_flags() {
+        let config = parse(&[
+            "--boot-protocol=pvh",
+            "--memory-backing=file=/m",
+            "--console-file=/log",
+            "--disk=id=a,path=/d,rate_limit.bytes_per_second=4096",
+        ]);
 
-        assert!(error.starts_with("mak: unknown field `mak`"), "{error}");
-    }
-
-    #[test]
-    fn a_field_that_is_there_twice_is_refused() {
-        assert_eq!(fields::<NetConfig>("tap=a,tap=b").unwrap_err(), "tap: must be given once");
+        assert_eq!(config.boot.protocol, BootProtocol::Pvh);
+        assert_eq!(config.memory.backing, MemoryBacking::File("/m".into()));
+        assert_eq!(config.console.output, ConsoleOutput::File("/log".into()));
+        assert_eq!(config.disks[0].rate_limit.bytes_per_second, Some(4096));
+        assert_eq!(backing("memfd"), Ok(MemoryBacking::Memfd));
+        assert!(backing("/m").is_err());
     }
 
     #[test]

@@ -20,8 +20,10 @@ const JSON: Cow<'static, str> = Cow::Borrowed("application/json");
 /// A whole request.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Request {
-    /// `GET` and so on, as the client wrote it.
+    /// `GET` and so on, as the client wrote it; `GET` for a `HEAD`.
     pub method: String,
+    /// It is a `HEAD`: the client wants the answer's head only (RFC 9110, section 9.3.2).
+    pub is_head: bool,
     /// Where it goes, with everything behind the host.
     pub path: String,
     /// What it says.
@@ -77,8 +79,11 @@ impl Request {
             field.name.eq_ignore_ascii_case("connection")
                 && field.value.eq_ignore_ascii_case(b"close")
         };
+        let method = head.method.unwrap_or_default();
+        let is_head = method == "HEAD";
         let request = Request {
-            method: head.method.unwrap_or_default().to_owned(),
+            method: if is_head { "GET" } else { method }.to_owned(),
+            is_head,
             path: head.path.unwrap_or_default().to_owned(),
             body: body.to_vec(),
             is_last: head.version == Some(0) || head.headers.iter().any(says_close),
@@ -147,6 +152,11 @@ impl Response {
 
     /// As it goes over the socket; `is_last` tells the client that nothing follows.
     pub fn encode(&self, is_last: bool) -> String {
+        self.head(is_last) + &self.body
+    }
+
+    /// The same without its body.
+    pub fn head(&self, is_last: bool) -> String {
         let Response { status, body, .. } = self;
         let mut text = format!("HTTP/1.1 {status} {}\r\n", reason(*status));
         if *status != 204 {
@@ -159,7 +169,7 @@ impl Response {
         if is_last {
             text += "Connection: close\r\n";
         }
-        text + "\r\n" + body
+        text + "\r\n"
     }
 }
 

@@ -1,14 +1,17 @@
 //! What the process may use of its host: its cgroup and its resource limits.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::str::FromStr;
 
+use anyhow::{Context, bail};
 use log::warn;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigHandler, Signal, signal};
+use rustix::thread::{CapabilitySet, capabilities};
+use vmm::VmConfig;
 
 /// Descriptors there is room for beside those of the machine: clients of the control socket, event
 /// loops, and what is to come.
@@ -36,9 +39,51 @@ impl FromStr for ResourceLimit {
 }
 
 /// Moves the process, which has one thread yet, to the cgroup at `path`.
-pub fn join_cgroup(path: &Path) -> io::Result<()> {
-    let mut members = OpenOptions::new().write(true).open(path.join("cgroup.procs"))?;
-    members.write_all(b"0")
+pub fn join_cgroup(path: &Path) -> anyhow::Result<()> {
+    open_members(path)?.write_all(b"0").context("write to cgroup.procs")
+}
+
+/// Refuses a `path` that is no cgroup this process may move to, as far as a look can tell.
+pub fn check_cgroup(path: &Path) -> anyhow::Result<()> {
+    open_members(path).map(drop)
+}
+
+fn open_members(path: &Path) -> anyhow::Result<File> {
+    let members = path.join("cgroup.procs");
+    OpenOptions::new().write(true).open(&members).with_context(|| {
+        format!("must be a folder of the cgroup v2 hierarchy, as /sys/fs/cgroup/vms/one: open {members:?}")
+    })
+}
+
+/// Refuses `limits` that this process cannot have, or with which no machine of `config` can be.
+pub fn check(limits: &[ResourceLimit], config: &VmConfig) -> anyhow::Result<()> {
+    // The standard streams, /dev/kvm, the machine and its vCPUs, disks and taps: there are more.
+    let needed = 5 + usize::from(config.vcpus) + config.disks.len() + config.nets.len();
+    for limit in limits {
+        let (name, least) = match limit.resource {
+            Resource::RLIMIT_NOFILE => ("no-file", needed as u64),
+            _ => ("fsize", 0),
+        };
+        let range = least..=most_allowed(limit.resource)?;
+        if !range.contains(&limit.most) {
+            bail!("{name} must be {} to {}, not {}", range.start(), range.end(), limit.most);
+        }
+    }
+    Ok(())
+}
+
+/// The highest limit that this process may set (setrlimit(2)).
+fn most_allowed(resource: Resource) -> anyhow::Result<u64> {
+    let (_, most) = getrlimit(resource)?;
+    let may_raise = capabilities(None)?.effective.contains(CapabilitySet::SYS_RESOURCE);
+    match (may_raise, resource) {
+        (false, _) => Ok(most),
+        (true, Resource::RLIMIT_NOFILE) => {
+            let most = fs::read_to_string("/proc/sys/fs/nr_open").context("read fs.nr_open")?;
+            most.trim().parse().context("parse fs.nr_open")
+        }
+        (true, _) => Ok(u64::MAX),
+    }
 }
 
 /// Sets `limits`. Without one for open files, as many as the host allows: thousands of streams need
@@ -73,6 +118,8 @@ pub fn lower_descriptor_limit() -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use vmm::DiskConfig;
+
     use super::*;
 
     #[test]
@@ -87,16 +134,37 @@ mod tests {
     fn a_process_moves_to_a_cgroup_by_writing_to_its_list_of_members() {
         let folder = tempfile::tempdir().unwrap();
         let members = folder.path().join("cgroup.procs");
-        std::fs::write(&members, "").unwrap();
+        fs::write(&members, "").unwrap();
 
         join_cgroup(folder.path()).unwrap();
 
-        assert_eq!(std::fs::read_to_string(members).unwrap(), "0");
+        assert_eq!(fs::read_to_string(members).unwrap(), "0");
     }
 
     #[test]
     fn a_folder_that_is_no_cgroup_is_refused() {
         let folder = tempfile::tempdir().unwrap();
-        assert_eq!(join_cgroup(folder.path()).unwrap_err().kind(), io::ErrorKind::NotFound);
+        for error in [join_cgroup(folder.path()), check_cgroup(folder.path())] {
+            let message = format!("{:#}", error.unwrap_err());
+            assert!(
+                message.starts_with("must be a folder of the cgroup v2 hierarchy"),
+                "{message}"
+            );
+        }
+    }
+
+    #[test]
+    fn too_few_open_files_for_any_machine_are_refused_and_more_than_can_be() {
+        let mut config = VmConfig::new("/k".into());
+        config.disks = vec![DiskConfig::new("a", "/d".into())];
+        let refused = |limit: &str| {
+            let limit = limit.parse().unwrap();
+            check(&[limit], &config).map_err(|error| error.to_string())
+        };
+
+        assert!(refused("no-file=3").unwrap_err().starts_with("no-file must be 7 to "));
+        assert!(refused(&format!("no-file={}", u64::MAX - 1)).is_err());
+        assert_eq!(refused("no-file=7"), Ok(()));
+        assert_eq!(refused("fsize=0"), Ok(()));
     }
 }

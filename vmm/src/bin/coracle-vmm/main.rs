@@ -4,6 +4,7 @@
 
 mod api;
 mod arguments;
+mod fields;
 mod http;
 mod limits;
 mod logger;
@@ -54,7 +55,7 @@ extern "C" fn main() -> c_int {
             log::set_max_level(LevelFilter::Warn);
         }
         run(&Arguments::parse()).unwrap_or_else(|error| {
-            eprintln!("coracle-vmm: {error:#}");
+            eprintln!("coracle-vmm: {}", told(&error));
             1
         })
     })
@@ -63,11 +64,12 @@ extern "C" fn main() -> c_int {
 fn run(arguments: &Arguments) -> anyhow::Result<u8> {
     let config = arguments.configuration()?;
     if arguments.check {
-        return Ok(check(&config));
+        return Ok(check(arguments, &config));
     }
     if let Some(path) = &arguments.cgroup {
-        limits::join_cgroup(path).with_context(|| format!("move to cgroup {path:?}"))?;
+        limits::join_cgroup(path).with_context(|| format!("--cgroup: move to {path:?}"))?;
     }
+    limits::check(&arguments.resource_limits, &config).context("--resource-limit")?;
     limits::set(&arguments.resource_limits).context("set resource limits")?;
     vmm::forbid_core_dumps().context("forbid core dumps")?;
     vmm::leave_namespaces(&config).context("leave the host's IPC and UTS namespaces")?;
@@ -80,7 +82,7 @@ fn run(arguments: &Arguments) -> anyhow::Result<u8> {
                 let owner = config.user.map(|user| chown(path, Some(user.uid), Some(user.gid)));
                 owner.unwrap_or(Ok(())).map(|()| server)
             });
-            Some(open.with_context(|| format!("listen on {path:?} (it must not exist yet)"))?)
+            Some(open.with_context(|| format!("--api-socket: listen on {path:?}"))?)
         }
         None => None,
     };
@@ -88,9 +90,10 @@ fn run(arguments: &Arguments) -> anyhow::Result<u8> {
     let has_sockets = server.is_some() || has_socket(&config);
     let warden = has_sockets.then(|| Warden::start(server)).transpose();
     let warden = warden.context("start the process that keeps the machine's sockets")?;
-    let report = arguments.metrics.as_deref().map(Report::create).transpose()?;
+    let report = arguments.metrics.as_deref().map(Report::open).transpose()?;
     let needs_few = arguments.resource_limits.is_empty() && !opens_more(&config);
     let mut machine = Machine::build(config, interactive)?;
+    report.as_ref().map_or(Ok(()), Report::empty)?;
     if needs_few {
         limits::lower_descriptor_limit().context("lower the limit of open files")?;
     }
@@ -109,12 +112,35 @@ fn run(arguments: &Arguments) -> anyhow::Result<u8> {
 }
 
 /// Says everything that keeps the machine from starting.
-fn check(config: &VmConfig) -> u8 {
-    let found = vmm::check(config);
-    for error in &found {
-        eprintln!("coracle-vmm: {error}");
+fn check(arguments: &Arguments, config: &VmConfig) -> u8 {
+    let mut found: Vec<String> = vmm::check(config).iter().map(ToString::to_string).collect();
+    let mut look = |flag: &str, outcome: anyhow::Result<()>| {
+        found.extend(outcome.err().map(|error| format!("{flag}: {error:#}")));
+    };
+    if let Some(path) = &arguments.cgroup {
+        look("--cgroup", limits::check_cgroup(path));
+    }
+    look("--resource-limit", limits::check(&arguments.resource_limits, config));
+    if let Some(path) = &arguments.api_socket {
+        look("--api-socket", Server::check(path).with_context(|| format!("{path:?}")));
+    }
+    if let Some(path) = &arguments.metrics {
+        look("--metrics", Report::check(path).with_context(|| format!("{path:?}")));
+    }
+    for problem in &found {
+        eprintln!("coracle-vmm: {problem}");
     }
     u8::from(!found.is_empty())
+}
+
+/// `error` with its causes, and what to do about some.
+fn told(error: &anyhow::Error) -> String {
+    let text = format!("{error:#}");
+    // Each library has a type of its own for what the kernel says, and all have its words.
+    if text.contains(Errno::EMFILE.desc()) {
+        return text + " (raise the limit: --resource-limit no-file=N, or ulimit -n)";
+    }
+    text
 }
 
 /// Does what clients want until the machine ends or a signal comes.

@@ -25,19 +25,19 @@ const DOCUMENT: &str = "(document)";
 const DISKS: &str = "/v1/vm/disks";
 const NETS: &str = "/v1/vm/nets";
 
-#[derive(Deserialize)]
+#[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Processors {
     count: u8,
 }
 
-#[derive(Deserialize)]
+#[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Memory {
     pluggable_mib: u32,
 }
 
-#[derive(Deserialize)]
+#[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Balloon {
     target_mib: u32,
@@ -51,14 +51,15 @@ struct Place {
 
 /// Opens what `request` names, for who carries it out; nothing, if it names nothing.
 pub fn open_for(request: &Request) -> Result<Opened, ConfigError> {
-    let opened = match (&*request.method, &*request.path) {
-        ("POST", DISKS) => from_json(text(&request.body)?).map(|disk| Opened::disk(&disk)),
-        ("POST", NETS) => from_json(text(&request.body)?).map(|net| Opened::net(&net)),
+    let (field, opened) = match (&*request.method, &*request.path) {
+        ("POST", DISKS) => ("path", Opened::disk(&from_json(text(&request.body)?)?)),
+        ("POST", NETS) => ("tap", Opened::net(&from_json(text(&request.body)?)?)),
         _ => return Ok(Opened::default()),
     };
-    opened?.map_err(|error| match error {
+    opened.map_err(|error| match error {
         AttachError::Config(error) => error,
         // What the client named cannot be used.
+        AttachError::Open(error) => ConfigError { field: field.to_owned(), rule: chain(*error) },
         error => ConfigError { field: DOCUMENT.to_owned(), rule: chain(error) },
     })
 }
@@ -105,7 +106,7 @@ fn text(body: &[u8]) -> Result<&str, ConfigError> {
     std::str::from_utf8(body).map_err(refused)
 }
 
-fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Response> {
+fn parse<T: DeserializeOwned + Serialize>(body: &[u8]) -> Result<T, Response> {
     let parsed = text(body).and_then(from_json);
     parsed.map_err(|error| Response::failure(400, &error.field, &error.rule))
 }
@@ -131,13 +132,14 @@ fn processors(machine: &Machine) -> Outcome {
     Ok(Response::json(&json!({ "count": granted, "max_vcpus": most })))
 }
 
-fn grant(machine: &Machine, body: &[u8]) -> Outcome {
+fn grant(machine: &mut Machine, body: &[u8]) -> Outcome {
     let vm = started(machine)?;
     let Processors { count } = parse(body)?;
     vm.grant_vcpus(count).map_err(|error| {
         let status = if matches!(error, GrantError::Count { .. }) { 400 } else { 500 };
         Response::failure(status, "count", &chain(error))
     })?;
+    machine.config_mut().vcpus = count;
     processors(machine)
 }
 
@@ -223,6 +225,14 @@ fn attach_disk(machine: &mut Machine, body: &[u8], opened: Result<Opened, Config
 fn attach_net(machine: &mut Machine, body: &[u8], opened: Result<Opened, ConfigError>) -> Outcome {
     let vm = running(machine)?;
     let net: NetConfig = parse(body)?;
+    // The same tap is another matter, and an address that is none as well.
+    let has_its_mac = |other: &NetConfig| {
+        other.tap != net.tap && net.mac_bytes().is_some_and(|mac| other.mac_bytes() == Some(mac))
+    };
+    if machine.config().nets.iter().any(has_its_mac) {
+        let rule = format!("must be another one: an interface has {:?} already", net.mac);
+        return Err(Response::failure(400, "mac", &rule));
+    }
     let place = vm.attach_opened_net(&net, opened).map_err(not_attached)?;
     machine.config_mut().nets.push(net);
     Ok(attached(place))
@@ -245,6 +255,7 @@ fn attached(place: Attachment) -> Response {
     Response { status: 201, ..Response::json(&Place { number, names }) }
 }
 
+/// The answer where no device was attached; `opened` is the field that says what was to be opened.
 fn not_attached(error: AttachError) -> Response {
     match error {
         AttachError::Config(error) => Response::failure(400, &error.field, &error.rule),

@@ -9,7 +9,7 @@ use devices::listener::{Listener, SocketFile};
 
 use crate::http::{MAX_BODY_BYTES, MAX_HEAD_BYTES, Request, Response};
 
-/// Most clients at one time; the one that came first makes room for one more.
+/// Most clients at one time; one that waits for nothing makes room for one more.
 const MAX_CLIENTS: usize = 16;
 
 /// The control socket.
@@ -26,7 +26,7 @@ struct Client {
 }
 
 impl Server {
-    /// Listens at `path`, which must not exist yet.
+    /// Listens at `path`, where nobody may listen yet.
     pub fn open(path: &Path) -> io::Result<Self> {
         Ok(Server { listener: Listener::bind(path)?, clients: Vec::new(), is_deaf: false })
     }
@@ -35,6 +35,11 @@ impl Server {
     pub fn leave(self) {
         let (_closed, file) = self.listener.without_file(PathBuf::new());
         let _ = file.map(SocketFile::into_path);
+    }
+
+    /// Refuses a `path` at which it could not listen, as far as a look can tell.
+    pub fn check(path: &Path) -> io::Result<()> {
+        Listener::check(path)
     }
 
     /// What to wait for before the next [`Server::serve`].
@@ -51,17 +56,35 @@ impl Server {
 
     /// Lets clients in and answers every request that is there in full. Never waits.
     pub fn serve(&mut self, mut answer: impl FnMut(&Request) -> Response) {
+        self.clients.retain_mut(|client| client.serve(&mut answer));
         // No more than there may be, so that a client which comes again and again stops nothing.
         for _ in 0..MAX_CLIENTS {
             let accepted = self.listener.accept();
             self.is_deaf = accepted.is_err();
             let Ok(Some(stream)) = accepted else { break };
-            if self.clients.len() == MAX_CLIENTS {
-                self.clients.remove(0);
+            let mut client = Client { stream, received: Vec::new() };
+            if client.serve(&mut answer) {
+                self.make_room();
+                self.clients.push(client);
             }
-            self.clients.push(Client { stream, received: Vec::new() });
         }
-        self.clients.retain_mut(|client| client.serve(&mut answer));
+    }
+
+    /// Sends one client away if there are as many as may be: the first that has asked for nothing, or
+    /// the first of all.
+    fn make_room(&mut self) {
+        if self.clients.len() < MAX_CLIENTS {
+            return;
+        }
+        let idle = self.clients.iter().position(|client| client.received.is_empty());
+        let mut client = self.clients.remove(idle.unwrap_or(0));
+        if idle.is_none() {
+            client.refuse(&Response::failure(
+                503,
+                "(request)",
+                "must come in full, and others wait",
+            ));
+        }
     }
 }
 
@@ -73,17 +96,32 @@ impl Client {
             match Request::take(&mut self.received) {
                 Ok(Some(request)) => {
                     let response = answer(&request);
-                    if !self.write(&response, request.is_last) || request.is_last {
+                    let text = match request.is_head {
+                        true => response.head(request.is_last),
+                        false => response.encode(request.is_last),
+                    };
+                    if !self.write(&text) || request.is_last {
                         return false;
                     }
                 }
-                Ok(None) => return is_open,
+                Ok(None) if is_open => return true,
+                Ok(None) => {
+                    if !self.received.is_empty() {
+                        self.refuse(&Response::failure(400, "(request)", "must come in full"));
+                    }
+                    return false;
+                }
                 Err(response) => {
-                    self.write(&response, true);
+                    self.refuse(&response);
                     return false;
                 }
             }
         }
+    }
+
+    /// Says why there is no answer. One that cannot be told so is gone in any case.
+    fn refuse(&mut self, response: &Response) {
+        self.write(&response.encode(true));
     }
 
     /// Takes what is there, up to the largest request; what is left comes with the next turn.
@@ -102,8 +140,7 @@ impl Client {
 
     /// Answers at once or not at all: an answer fits the socket's buffer many times, so that only
     /// who never reads answers loses one, and the connection with it.
-    fn write(&mut self, response: &Response, is_last: bool) -> bool {
-        let text = response.encode(is_last);
+    fn write(&mut self, text: &str) -> bool {
         matches!(self.stream.write(text.as_bytes()), Ok(bytes) if bytes == text.len())
     }
 }
@@ -166,14 +203,59 @@ mod tests {
     }
 
     #[test]
-    fn the_seventeenth_client_takes_the_place_of_the_first() {
+    fn the_seventeenth_client_takes_the_place_of_the_first_that_asks_nothing() {
         let (folder, mut server) = server();
-        let mut clients: Vec<UnixStream> = (0..=MAX_CLIENTS).map(|_| dial(&folder)).collect();
-
+        let mut clients: Vec<UnixStream> = (0..MAX_CLIENTS).map(|_| dial(&folder)).collect();
+        clients[0].write_all(b"GET /slow").unwrap();
         server.serve(echo);
+
+        let _last = dial(&folder);
         server.serve(echo);
 
         assert_eq!(server.descriptors().count(), MAX_CLIENTS + 1);
-        assert_eq!(clients[0].read(&mut [0]).unwrap(), 0);
+        assert_eq!(clients[1].read(&mut [0]).unwrap(), 0);
+        clients[0].write_all(b" HTTP/1.1\r\n\r\n").unwrap();
+        server.serve(echo);
+        assert!(received(&mut clients[0]).ends_with("/slow"));
+    }
+
+    #[test]
+    fn a_client_who_makes_room_in_the_middle_of_a_request_is_told() {
+        let (folder, mut server) = server();
+        let mut clients: Vec<UnixStream> = (0..=MAX_CLIENTS).map(|_| dial(&folder)).collect();
+        for client in &mut clients {
+            client.write_all(b"GET /").unwrap();
+        }
+
+        server.serve(echo);
+        server.serve(echo);
+
+        assert!(received(&mut clients[0]).starts_with("HTTP/1.1 503 "));
+        assert_eq!(received(&mut clients[1]), "");
+    }
+
+    #[test]
+    fn a_request_that_is_cut_short_is_refused() {
+        let (folder, mut server) = server();
+        let mut client = dial(&folder);
+        client.write_all(b"PUT / HTTP/1.1\r\nContent-Length: 4\r\n\r\nbo").unwrap();
+        client.shutdown(std::net::Shutdown::Write).unwrap();
+
+        server.serve(echo);
+
+        assert!(received(&mut client).starts_with("HTTP/1.1 400 "));
+    }
+
+    #[test]
+    fn a_head_gets_what_a_get_would_without_the_body() {
+        let (folder, mut server) = server();
+        let mut client = dial(&folder);
+
+        client.write_all(b"HEAD /path HTTP/1.1\r\n\r\n").unwrap();
+        server.serve(echo);
+
+        let text = received(&mut client);
+        assert!(text.starts_with("HTTP/1.1 200 OK\r\n"), "{text}");
+        assert!(text.ends_with("Content-Length: 5\r\n\r\n"), "{text}");
     }
 }

@@ -5,14 +5,15 @@ use std::mem;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::ptr;
 
-/// SIGINT and SIGTERM as a descriptor; once it is dropped they end the process as usual.
+/// SIGINT, SIGTERM and SIGHUP as a descriptor; once it is dropped they end the process as usual.
 pub struct Signals {
     descriptor: OwnedFd,
     set: libc::sigset_t,
 }
 
 impl Signals {
-    /// Blocks them for this thread and those it starts: call it before the first starts.
+    /// Blocks them for this thread and those it starts: call it before the first starts. A SIGHUP that is
+    /// ignored (nohup(1)) stays so.
     pub fn open() -> io::Result<Self> {
         // SAFETY: an all-zero sigset_t is valid for sigemptyset to initialize; the other calls get
         // that initialized set.
@@ -21,6 +22,10 @@ impl Signals {
             libc::sigemptyset(&raw mut set);
             libc::sigaddset(&raw mut set, libc::SIGINT);
             libc::sigaddset(&raw mut set, libc::SIGTERM);
+            // A signal that is blocked arrives even if it is ignored.
+            if !is_ignored(libc::SIGHUP) {
+                libc::sigaddset(&raw mut set, libc::SIGHUP);
+            }
             libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, ptr::null_mut());
             (libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC), set)
         };
@@ -57,4 +62,12 @@ impl Drop for Signals {
         // SAFETY: `open` initialized the set.
         unsafe { libc::pthread_sigmask(libc::SIG_UNBLOCK, &raw const self.set, ptr::null_mut()) };
     }
+}
+
+fn is_ignored(signal: i32) -> bool {
+    // SAFETY: the structure is plain numbers, for which zero is valid.
+    let mut action: libc::sigaction = unsafe { mem::zeroed() };
+    // SAFETY: the call changes nothing, and fills in the structure it is given.
+    unsafe { libc::sigaction(signal, ptr::null(), &raw mut action) };
+    action.sa_sigaction == libc::SIG_IGN
 }

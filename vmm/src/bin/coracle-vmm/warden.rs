@@ -9,9 +9,10 @@ use std::fs;
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use log::error;
 use nix::poll::{PollFd, PollFlags, PollTimeout};
@@ -135,15 +136,24 @@ fn serve(server: Option<Server>, channel: &UnixStream) -> io::Result<()> {
     dup2_stdin(&nothing)?;
     dup2_stdout(&nothing)?;
     let Some((sockets, _)) = receive::<Vec<PathBuf>>(channel)? else { return Ok(()) };
+    let sockets: Vec<_> = sockets.into_iter().map(|socket| (identity(&socket), socket)).collect();
     let outcome = match server {
         Some(server) => serve_clients(server, channel),
         None => wait_for_end(channel),
     };
-    for socket in sockets {
-        // Somebody else may have removed it, and that is as good.
-        let _ = fs::remove_file(socket);
+    for (made, socket) in sockets {
+        // Whoever came after a machine that was killed may have made room, and another socket.
+        if made.is_some() && identity(&socket) == made {
+            let _ = fs::remove_file(socket);
+        }
     }
     outcome
+}
+
+/// Which file is at `path`, if there is one.
+fn identity(path: &Path) -> Option<(u64, u64)> {
+    let found = fs::symlink_metadata(path).ok()?;
+    Some((found.dev(), found.ino()))
 }
 
 fn serve_clients(mut server: Server, channel: &UnixStream) -> io::Result<()> {
@@ -236,8 +246,6 @@ fn receive<T: DeserializeOwned>(channel: &UnixStream) -> io::Result<Option<(T, V
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::MetadataExt;
-
     use super::*;
 
     #[test]
