@@ -1,7 +1,6 @@
 //! Opens and places every device the configuration asks for.
 
 use std::fs::File;
-use std::ops::Range;
 use std::os::unix::fs::chown;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
@@ -283,10 +282,8 @@ fn open_taps(config: &NetConfig) -> Result<Vec<Tap>, TapError> {
     }
 }
 
-fn place_mem(mut region: Pluggable, placement: &mut Placement<'_>) -> Result<MemHost, Error> {
-    let addresses = region.addresses().clone();
-    let show = Box::new(move |range: &Range<u64>| region.show(range));
-    let mem = Mem::new(placement.memory().clone(), addresses, show);
+fn place_mem(region: Pluggable, placement: &mut Placement<'_>) -> Result<MemHost, Error> {
+    let mem = Mem::new(region.addresses().clone(), Box::new(region));
     place("mem", mem, Loop::Vmm, placement).map(MemHost::of)
 }
 

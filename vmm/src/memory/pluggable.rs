@@ -7,7 +7,9 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use arch::VmFd;
+use devices::virtio::mem::Backing;
 
+use super::patchwork::Patchwork;
 use super::set_slot;
 
 /// First of the KVM memory slots for it: behind those for RAM and files, and before those for DAX windows.
@@ -28,16 +30,23 @@ pub struct Pluggable {
     part_bytes: u64,
     /// Whether KVM has a slot for each part.
     shown: Vec<bool>,
+    memory: Patchwork,
 }
 
 impl Pluggable {
-    /// Memory of which KVM knows nothing yet, at `addresses` of the guest. It has to be mapped from
-    /// `host_address` on for the rest of the process.
-    pub(super) fn new(vm: Arc<VmFd>, addresses: Range<u64>, host_address: u64) -> Self {
+    /// Memory of which KVM knows nothing yet, at `addresses` of the guest: `memory`, which starts at
+    /// `host_address`, and has to be mapped for the rest of the process.
+    pub(super) fn new(
+        vm: Arc<VmFd>,
+        addresses: Range<u64>,
+        host_address: u64,
+        memory: Patchwork,
+    ) -> Self {
         let bytes = addresses.end - addresses.start;
         let part_bytes = part_bytes(bytes);
         let parts = usize::try_from(bytes.div_ceil(part_bytes)).expect("no more than 64");
-        Pluggable { vm, addresses, host_address, part_bytes, shown: vec![false; parts] }
+        let shown = vec![false; parts];
+        Pluggable { vm, addresses, host_address, part_bytes, shown, memory }
     }
 
     /// Where the guest has it.
@@ -46,7 +55,7 @@ impl Pluggable {
     }
 
     /// Lets the guest reach `range`, which lies in there.
-    pub fn show(&mut self, range: &Range<u64>) -> io::Result<()> {
+    fn show(&mut self, range: &Range<u64>) -> io::Result<()> {
         for part in parts(&self.addresses, self.part_bytes, range) {
             let shown = usize::try_from(part).ok().and_then(|part| self.shown.get_mut(part));
             let shown = shown.ok_or(io::ErrorKind::InvalidInput)?;
@@ -62,6 +71,25 @@ impl Pluggable {
             }
         }
         Ok(())
+    }
+
+    /// Where `range` of the guest's addresses is, in bytes from the start.
+    fn offsets(&self, range: &Range<u64>) -> io::Result<Range<u64>> {
+        let offset = |address: u64| address.checked_sub(self.addresses.start);
+        let offsets = offset(range.start).zip(offset(range.end));
+        offsets.map(|(start, end)| start..end).ok_or(io::ErrorKind::InvalidInput.into())
+    }
+}
+
+impl Backing for Pluggable {
+    fn plug(&mut self, range: &Range<u64>) -> io::Result<()> {
+        self.show(range)?;
+        self.memory.fill(&self.offsets(range)?)
+    }
+
+    /// The guest may go on writing there, as it has the part; that costs the host no more than a sink.
+    fn unplug(&mut self, range: &Range<u64>) -> io::Result<()> {
+        self.memory.empty(&self.offsets(range)?)
     }
 }
 

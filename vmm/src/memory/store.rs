@@ -1,11 +1,13 @@
 //! What guest RAM is made of: anonymous memory, or a file that outlives the machine.
 
+use std::ffi::CStr;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::fs::OpenOptionsExt;
 
+use super::patchwork::Piece;
 use super::{FLAGS, HUGE_PAGE, MemoryError, PROTECTION, map_aligned};
 use crate::config::MemoryBacking;
 
@@ -46,7 +48,7 @@ impl Store {
         let create = |source| MemoryError::CreateFile { source };
         let file = match backing {
             MemoryBacking::Anonymous => return Ok(Store::anonymous()),
-            MemoryBacking::Memfd => memfd(),
+            MemoryBacking::Memfd => memfd(c"guest memory"),
             // A file that is there may be the memory of another machine.
             MemoryBacking::File(path) => {
                 OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path)
@@ -85,6 +87,12 @@ impl Store {
         self.file.is_none()
     }
 
+    /// What the next region that is mapped is made of.
+    pub(super) fn source(&self) -> io::Result<Source> {
+        let file = self.file.as_ref().map(File::try_clone).transpose()?;
+        Ok(Source { file, flags: self.flags, start: self.next })
+    }
+
     /// Maps the next `bytes` bytes at a multiple of [`HUGE_PAGE`].
     pub fn map(&mut self, bytes: usize) -> Result<*mut u8, MemoryError> {
         let map = |source| MemoryError::Map { bytes, source };
@@ -111,6 +119,46 @@ impl Store {
             rest.start = data.end;
         }
         Ok(start)
+    }
+}
+
+/// What one region of RAM is made of, to be mapped in parts.
+#[derive(Debug)]
+pub(super) struct Source {
+    file: Option<File>,
+    flags: i32,
+    /// Where the region starts in the file, in bytes.
+    start: u64,
+}
+
+impl Source {
+    /// Maps `part` of the region, in bytes from its start.
+    pub fn pieces(&self, part: &Range<u64>) -> io::Result<Vec<Piece>> {
+        let anonymous = |from, to| Piece::map(from..to, FLAGS, None);
+        let Some(file) = &self.file else { return Ok(vec![anonymous(part.start, part.end)?]) };
+        let of_file = |from, to| Piece::map(from..to, self.flags, Some((file, self.start + from)));
+        if self.is_shared() {
+            return Ok(vec![of_file(part.start, part.end)?]);
+        }
+        // As a store does for a whole region.
+        let (mut pieces, mut next) = (Vec::new(), part.start);
+        while let Some(data) = next_data(file, &(self.start + next..self.start + part.end))? {
+            let data = data.start - self.start..data.end - self.start;
+            if next < data.start {
+                pieces.push(anonymous(next, data.start)?);
+            }
+            pieces.push(of_file(data.start, data.end)?);
+            next = data.end;
+        }
+        if next < part.end {
+            pieces.push(anonymous(next, part.end)?);
+        }
+        Ok(pieces)
+    }
+
+    /// Whether a file keeps what is written to a mapping after that is gone.
+    pub fn is_shared(&self) -> bool {
+        self.flags & libc::MAP_SHARED != 0
     }
 }
 
@@ -164,9 +212,10 @@ fn map_file(
     if mapped == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-fn memfd() -> io::Result<File> {
+/// A new file in memory.
+pub(super) fn memfd(name: &CStr) -> io::Result<File> {
     // SAFETY: the name is a string that the call only reads.
-    let fd = unsafe { libc::memfd_create(c"guest memory".as_ptr(), libc::MFD_CLOEXEC) };
+    let fd = unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC) };
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
