@@ -15,7 +15,7 @@ use std::ptr;
 use devices::virtio::mem::BLOCK_BYTES;
 
 use super::PROTECTION;
-use super::store::{Source, memfd};
+use super::store::{Source, map_file, memfd};
 
 /// Most mappings, of the 65,530 that Linux lets a process have (vm.max_map_count): a guest chooses its blocks,
 /// and whatever else this process maps must find room.
@@ -23,6 +23,8 @@ const MAX_MAPPINGS: usize = 1 << 14;
 
 /// Most mappings where there is no memory at all.
 const SINKS: u64 = 64;
+
+const SINK_FLAGS: i32 = libc::MAP_SHARED | libc::MAP_NORESERVE;
 
 /// A range of addresses of this process that has memory in some places.
 pub(super) struct Patchwork {
@@ -60,10 +62,19 @@ impl Patchwork {
     ) -> io::Result<Self> {
         let (sink, sink_bytes) = (memfd(c"unplugged guest memory")?, sink_bytes(bytes));
         sink.set_len(sink_bytes)?;
-        let seams = BTreeSet::new();
-        let mut all = Patchwork { start, bytes, source, is_mergeable, sink, sink_bytes, seams };
-        let pieces = all.sinks(&(0..bytes))?;
-        all.put(pieces);
+        let seams = (0..bytes).step_by(to_usize(sink_bytes)).chain([bytes]).collect();
+        let all = Patchwork { start, bytes, source, is_mergeable, sink, sink_bytes, seams };
+        // In its place at once, as a machine that is not built needs it no more.
+        for place in all.sinks(&(0..bytes)) {
+            let whole = 0..place.end - place.start;
+            let address = ptr::without_provenance_mut(start + to_usize(place.start));
+            map_file(&all.sink, SINK_FLAGS, address, &whole, &whole)?;
+        }
+        // As for every piece of memory.
+        let all_of_it = ptr::without_provenance_mut(start);
+        // SAFETY: the range is the one of which the caller says that it is guest memory, and the advice
+        // changes nothing of it.
+        unsafe { libc::madvise(all_of_it, to_usize(bytes), libc::MADV_DONTDUMP) };
         Ok(all)
     }
 
@@ -82,7 +93,11 @@ impl Patchwork {
     /// Takes the memory out of `place`, in bytes from the start, and gives it back to the host.
     pub fn empty(&mut self, place: &Range<u64>) -> io::Result<()> {
         self.check(place)?;
-        let pieces = self.sinks(place)?;
+        let sink = |place: Range<u64>| {
+            let offset = place.start % self.sink_bytes;
+            Piece::map(place, SINK_FLAGS, Some((&self.sink, offset)))
+        };
+        let pieces = self.sinks(place).map(sink).collect::<io::Result<Vec<_>>>()?;
         self.check_count(place, &pieces)?;
         if self.source.is_shared() {
             self.punch(place)?;
@@ -103,16 +118,14 @@ impl Patchwork {
         }
     }
 
-    /// What goes to `place` when there is no memory there.
-    fn sinks(&self, place: &Range<u64>) -> io::Result<Vec<Piece>> {
-        let sink = |number: u64| {
-            let whole = number * self.sink_bytes..(number + 1) * self.sink_bytes;
-            let place = whole.start.max(place.start)..whole.end.min(place.end);
-            let offset = place.start - whole.start;
-            Piece::map(place, libc::MAP_SHARED | libc::MAP_NORESERVE, Some((&self.sink, offset)))
-        };
-        let numbers = place.start / self.sink_bytes..place.end.div_ceil(self.sink_bytes);
-        numbers.map(sink).collect()
+    /// `place` by where the sink starts again.
+    fn sinks(&self, place: &Range<u64>) -> impl Iterator<Item = Range<u64>> + use<> {
+        let (place, sink_bytes) = (place.clone(), self.sink_bytes);
+        let numbers = place.start / sink_bytes..place.end.div_ceil(sink_bytes);
+        numbers.map(move |number| {
+            let whole = number * sink_bytes..(number + 1) * sink_bytes;
+            whole.start.max(place.start)..whole.end.min(place.end)
+        })
     }
 
     fn check(&self, place: &Range<u64>) -> io::Result<()> {

@@ -191,8 +191,9 @@ fn seek(file: &File, from: u64, whence: i32) -> io::Result<u64> {
     u64::try_from(found).map_err(|_| io::Error::last_os_error())
 }
 
-/// Maps `part` of `file` in its place in the mapping from `start` on, which has room for `whole`.
-fn map_file(
+/// Maps `part` of `file` in its place in the mapping from `start` on, which has room for `whole`. That must
+/// be a mapping which was just made, and is known to nobody else.
+pub(super) fn map_file(
     file: &File,
     flags: i32,
     start: *mut u8,
