@@ -106,9 +106,62 @@ fn parts(addresses: &Range<u64>, part_bytes: u64, range: &Range<u64>) -> Range<u
 
 #[cfg(test)]
 mod tests {
+    use arch::Kvm;
+    use arch::machine::MemoryMap;
+    use vm_memory::{Bytes, GuestAddress};
+
     use super::*;
+    use crate::config::MemoryConfig;
+    use crate::memory::{GuestRam, Store};
 
     const GIB: u64 = 1 << 30;
+
+    /// Whether KVM has a slot at this address, which it would not let another one overlap.
+    fn is_shown(vm: &VmFd, memory: &Pluggable, address: u64) -> bool {
+        // SAFETY: memory of the guest in another place; it is mapped for the rest of the process.
+        match unsafe { set_slot(vm, 99, 0, address, 4096, memory.host_address) } {
+            // SAFETY: without a size, it takes the slot away.
+            Ok(()) => unsafe { set_slot(vm, 99, 0, address, 0, 0) }.is_err(),
+            Err(_) => true,
+        }
+    }
+
+    #[test]
+    #[ignore = "needs KVM"]
+    fn devices_keep_what_they_write_to_plugged_memory_and_a_guest_has_whole_parts_of_it() {
+        let vm = Arc::new(Kvm::new().unwrap().create_vm().unwrap());
+        let regions = vec![(GuestAddress(0), 2 << 20)];
+        let map = MemoryMap { regions, device_window: 0..0, extension_window: 0..0 };
+        let config = MemoryConfig { pluggable_mib: 512, ..MemoryConfig::default() };
+        let mut ram = GuestRam::allocate(&map, &config, Store::anonymous()).unwrap();
+        let mut memory = ram.add_pluggable(&vm, &mut (4 * GIB..8 * GIB), &config).unwrap().unwrap();
+        let block = |number: u64| 4 * GIB + number * (2 << 20)..4 * GIB + (number + 1) * (2 << 20);
+        let write_all = || {
+            for number in 0..256 {
+                let address = GuestAddress(block(number).start);
+                ram.device_memory().write_obj(number, address).unwrap();
+            }
+        };
+        let read = |number| -> u64 {
+            ram.device_memory().read_obj(GuestAddress(block(number).start)).unwrap()
+        };
+
+        memory.plug(&block(1)).unwrap();
+        memory.plug(&block(130)).unwrap();
+        write_all();
+
+        assert_eq!([read(1), read(130)], [1, 130]);
+        assert_ne!([read(0), read(2)], [0, 2]);
+        let shown = [0, 64, 128, 192].map(|first| is_shown(&vm, &memory, block(first).start));
+        assert_eq!(shown, [true, false, true, false]);
+
+        memory.unplug(&block(130)).unwrap();
+        write_all();
+
+        assert_eq!(read(1), 1);
+        assert_ne!(read(130), 130);
+        assert!(memory.plug(&(block(255).start..block(256).end)).is_err());
+    }
 
     #[test]
     fn there_are_no_more_parts_than_slots() {
