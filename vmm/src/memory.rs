@@ -162,7 +162,7 @@ impl GuestRam {
         if window.start > window.end {
             return Err(MemoryError::NoAddresses { bytes });
         }
-        let source = self.store.source().map_err(MemoryError::Pluggable)?;
+        let source = self.store.source(bytes).map_err(MemoryError::Pluggable)?;
         let region = allocate_region(GuestAddress(start), bytes, config, &mut self.store)?;
         let address = region.as_ptr().addr();
         // SAFETY: the region is mapped, `GuestRam` never unmaps it, and it is nothing but the guest's.

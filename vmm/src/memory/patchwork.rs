@@ -237,7 +237,7 @@ mod tests {
 
     impl Memory {
         fn of(mut store: Store) -> Self {
-            let source = store.source().unwrap();
+            let source = store.source(BYTES).unwrap();
             let start = store.map(to_usize(BYTES)).unwrap();
             // SAFETY: the range was just mapped and is never unmapped; only copies are made of what is there.
             let patchwork = unsafe { Patchwork::new(start.addr(), BYTES, source, true) }.unwrap();
@@ -354,7 +354,8 @@ mod tests {
         for sharing in [Sharing::Private, Sharing::Shared] {
             let saved = SavedMemory { file: file.try_clone().unwrap(), sharing };
             let mut new = Memory::of(Store::of_saved(saved));
-            new.fill(2..6).unwrap();
+            new.fill(2..3).unwrap();
+            new.fill(3..6).unwrap();
             assert_eq!([new.read(2), new.read(3), new.read(4)], [0, 7, 0], "{sharing:?}");
             new.write(3, 8);
         }

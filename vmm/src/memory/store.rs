@@ -87,10 +87,16 @@ impl Store {
         self.file.is_none()
     }
 
-    /// What the next region that is mapped is made of.
-    pub(super) fn source(&self) -> io::Result<Source> {
+    /// What the next region that is mapped, of `bytes` bytes, is made of.
+    pub(super) fn source(&self, bytes: u64) -> io::Result<Source> {
         let file = self.file.as_ref().map(File::try_clone).transpose()?;
-        Ok(Source { file, flags: self.flags, start: self.next })
+        let data = match &file {
+            Some(file) if self.flags & libc::MAP_SHARED == 0 => {
+                data_in(file, &(self.next..self.next + bytes))?
+            }
+            _ => Vec::new(),
+        };
+        Ok(Source { file, flags: self.flags, start: self.next, data })
     }
 
     /// Maps the next `bytes` bytes at a multiple of [`HUGE_PAGE`].
@@ -113,10 +119,8 @@ impl Store {
         }
         // Where the file has nothing, the fresh memory that is there is as good, and better than pages
         // of the file: it comes in huge ones, and is not copied when it is written to.
-        let mut rest = range.clone();
-        while let Some(data) = next_data(file, &rest).map_err(map)? {
+        for data in data_in(file, &range).map_err(map)? {
             map_file(file, self.flags, start, &range, &data).map_err(map)?;
-            rest.start = data.end;
         }
         Ok(start)
     }
@@ -129,6 +133,8 @@ pub(super) struct Source {
     flags: i32,
     /// Where the region starts in the file, in bytes.
     start: u64,
+    /// Where the file, if others go on from there as well, had something at first; in bytes of the file.
+    data: Vec<Range<u64>>,
 }
 
 impl Source {
@@ -142,8 +148,11 @@ impl Source {
         }
         // As a store does for a whole region.
         let (mut pieces, mut next) = (Vec::new(), part.start);
-        while let Some(data) = next_data(file, &(self.start + next..self.start + part.end))? {
-            let data = data.start - self.start..data.end - self.start;
+        for data in &self.data {
+            let data = (data.start - self.start).max(next)..(data.end - self.start).min(part.end);
+            if data.is_empty() {
+                continue;
+            }
             if next < data.start {
                 pieces.push(anonymous(next, data.start)?);
             }
@@ -165,6 +174,16 @@ impl Source {
 /// Where the region behind the one in `range` starts in a file.
 pub fn after(range: &Range<u64>) -> u64 {
     range.end.next_multiple_of(HUGE_PAGE as u64)
+}
+
+/// The huge pages with data among those of `file` in `range`, which starts at one.
+fn data_in(file: &File, range: &Range<u64>) -> io::Result<Vec<Range<u64>>> {
+    let (mut all, mut rest) = (Vec::new(), range.clone());
+    while let Some(data) = next_data(file, &rest)? {
+        rest.start = data.end;
+        all.push(data);
+    }
+    Ok(all)
 }
 
 /// The next huge pages with data among those of `file` in `range`, which starts at one.
