@@ -1,6 +1,7 @@
 //! Guest RAM: host memory that suits the guest's page tables, and the KVM slots that show it.
 
 mod copy;
+mod patchwork;
 mod pluggable;
 mod store;
 
@@ -26,6 +27,7 @@ use crate::config::MemoryConfig;
 
 pub use self::copy::MemoryLayout;
 use self::copy::Part;
+use self::patchwork::Patchwork;
 pub use self::pluggable::Pluggable;
 pub use self::store::{SavedMemory, Sharing, Store};
 
@@ -83,6 +85,9 @@ pub enum MemoryError {
         /// Size of what finds no place.
         bytes: u64,
     },
+    /// The host has no memory for the mappings of what can be plugged in, or no file.
+    #[error("prepare the memory that can be plugged in")]
+    Pluggable(#[source] io::Error),
     /// The architecture's memory map is not one vm-memory accepts.
     #[error("lay out guest RAM")]
     Layout(#[source] vm_memory::GuestRegionCollectionError),
@@ -148,8 +153,7 @@ impl GuestRam {
     }
 
     /// Maps the memory that can be plugged in later at the start of `window`, and takes its addresses
-    /// out of there, in whole GiB. Nothing of it becomes resident before it is touched. Returns it, if there
-    /// is any.
+    /// out of there, in whole GiB. There is none before it is plugged in. Returns it, if there is any.
     pub fn add_pluggable(
         &mut self,
         vm: &Arc<VmFd>,
@@ -165,11 +169,15 @@ impl GuestRam {
         if window.start > window.end {
             return Err(MemoryError::NoAddresses { bytes });
         }
+        let source = self.store.source(bytes).map_err(MemoryError::Pluggable)?;
         let region = allocate_region(GuestAddress(start), bytes, config, &mut self.store)?;
-        let host_address = region.as_ptr().addr() as u64;
+        let address = region.as_ptr().addr();
+        // SAFETY: the region is mapped, `GuestRam` never unmaps it, and it is nothing but the guest's.
+        let memory = unsafe { Patchwork::new(address, bytes, source, config.mergeable) }
+            .map_err(MemoryError::Pluggable)?;
         self.insert(region)?;
         self.pluggable = Some(start..start + bytes);
-        Ok(Some(Pluggable::new(vm.clone(), start..start + bytes, host_address)))
+        Ok(Some(Pluggable::new(vm.clone(), start..start + bytes, address as u64, memory)))
     }
 
     /// Where the memory is, for who copies it to the file of a [`SavedMemory`]. What can be plugged in
@@ -271,8 +279,10 @@ impl Drop for GuestRam {
     /// Frees the pages and keeps the addresses: a device may hold a clone of the memory for longer,
     /// and then reads zeros instead of somebody else's mapping.
     fn drop(&mut self) {
+        let start = self.pluggable.as_ref().map(|addresses| GuestAddress(addresses.start));
         for region in self.with_extensions.iter() {
-            if region.flags() & libc::MAP_ANONYMOUS == 0 {
+            let is_pluggable = start == Some(region.start_addr());
+            if is_pluggable || region.flags() & libc::MAP_ANONYMOUS == 0 {
                 replace(region);
             }
         }

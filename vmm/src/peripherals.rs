@@ -2,7 +2,6 @@
 
 use std::fs::File;
 use std::io;
-use std::ops::Range;
 use std::os::unix::fs::chown;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
@@ -296,10 +295,8 @@ fn start_vhost(
     }
 }
 
-fn place_mem(mut region: Pluggable, placement: &mut Placement<'_>) -> Result<MemHost, Error> {
-    let addresses = region.addresses().clone();
-    let show = Box::new(move |range: &Range<u64>| region.show(range));
-    let mem = Mem::new(placement.memory().clone(), addresses, show);
+fn place_mem(region: Pluggable, placement: &mut Placement<'_>) -> Result<MemHost, Error> {
+    let mem = Mem::new(region.addresses().clone(), Box::new(region));
     place("mem", mem, Loop::Vmm, placement).map(MemHost::of)
 }
 

@@ -199,6 +199,16 @@ fn the_arguments_of_a_listed_system_call_count() {
 }
 
 #[test]
+fn only_the_thread_of_balloon_and_memory_advises_on_guest_memory() {
+    for advice in [libc::MADV_REMOVE, libc::MADV_DONTDUMP, libc::MADV_MERGEABLE] {
+        for kind in KINDS {
+            let is_killed = is_killed(fate(kind, libc::SYS_madvise, [0, 4096, advice.into()]));
+            assert_eq!(is_killed, !matches!(kind, Kind::Vmm), "{kind:?} {advice}");
+        }
+    }
+}
+
+#[test]
 fn system_calls_of_another_abi_kill() {
     for kind in KINDS {
         assert!(is_killed(fate(kind, X32 | libc::SYS_gettid, [0; 3])), "{kind:?}");

@@ -282,7 +282,9 @@ fn sockets_go_with_a_killed_machine_and_what_another_one_left_behind_makes_room(
     }
 
     // Nobody removes the files of these.
-    [&api, &vsock].map(|path| drop(UnixListener::bind(path).unwrap()));
+    for path in [&api, &vsock] {
+        drop(UnixListener::bind(path).unwrap());
+    }
     assert_eq!(ended(start(&Payload::of(&[END.to_vec()]))), end_code());
     assert!(!api.exists() && !vsock.exists());
 }

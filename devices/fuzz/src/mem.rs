@@ -1,8 +1,10 @@
 //! Memory that is plugged in and out: requests about blocks.
 
+use std::io;
+use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
-use devices::virtio::mem::{BLOCK_BYTES, Host, Mem};
+use devices::virtio::mem::{BLOCK_BYTES, Backing, Host, Mem};
 
 use crate::Seed;
 use crate::guest::{Guest, REGIONS, memory};
@@ -17,15 +19,25 @@ const STATE: u32 = 3;
 /// Bytes of an answer.
 const ANSWER_BYTES: u32 = 10;
 
+/// Has memory for every block.
+struct Always;
+
+impl Backing for Always {
+    fn plug(&mut self, _range: &Range<u64>) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn unplug(&mut self, _range: &Range<u64>) -> io::Result<()> {
+        Ok(())
+    }
+}
+
 /// A guest with two blocks. The script's host says how much of it may be plugged.
 fn guest() -> Guest {
     let memory = memory();
     let [.., (start, bytes)] = REGIONS;
-    let device = Arc::new(Mutex::new(Mem::new(
-        memory.clone(),
-        start..start + bytes as u64,
-        Box::new(|_| Ok(())),
-    )));
+    let mem = Mem::new(start..start + bytes as u64, Box::new(Always));
+    let device = Arc::new(Mutex::new(mem));
     let host = Host::of(device.clone());
     let act = move |what: u8, _: &[u8]| {
         // More than there is is refused.

@@ -21,9 +21,9 @@ const RECEIVE: usize = 0;
 /// Feature bit: the configuration space has columns and rows (virtio 1.2, section 5.3.3).
 const VIRTIO_CONSOLE_F_SIZE: u64 = 0;
 
-/// Most bytes taken from one chain. A chain may name the same page many times over, so its length
-/// is no bound on what a guest can print with one kick.
-const MAX_OUTPUT_BYTES: u64 = 64 << 10;
+/// Most bytes moved with one chain. A chain may name the same page many times over, so its length
+/// is no bound on what a guest can print, or take of what is typed, with one kick.
+const MAX_CHAIN_BYTES: usize = 64 << 10;
 
 const TRAITS: DeviceTraits = DeviceTraits {
     device_type: VIRTIO_ID_CONSOLE,
@@ -83,6 +83,7 @@ impl Console {
             if buffers.bytes() == 0 {
                 return Verdict::Used(0);
             }
+            buffers.truncate(MAX_CHAIN_BYTES);
             match buffers.read_from(fd.as_fd()) {
                 Ok(0) => ended = true,
                 Ok(bytes) => return Verdict::Used(u32::try_from(bytes).unwrap_or(u32::MAX)),
@@ -108,7 +109,7 @@ impl Console {
             let shown = chain
                 .reader(memory)
                 .map_err(io::Error::other)
-                .and_then(|bytes| io::copy(&mut bytes.take(MAX_OUTPUT_BYTES), output));
+                .and_then(|bytes| io::copy(&mut bytes.take(MAX_CHAIN_BYTES as u64), output));
             if let Err(error) = shown {
                 complaints.add(&format_args!("output lost: {error}"));
             }
@@ -225,6 +226,23 @@ mod tests {
 
         assert_eq!(driver.written(0, 0), b"ty");
         assert_eq!(driver.written(0, 1), b"ped");
+    }
+
+    #[test]
+    fn a_chain_without_end_takes_a_bounded_part_of_the_input() {
+        let memory = memory();
+        let driver = Driver::with_queues(&memory, 2);
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(1 << 30).unwrap();
+        let mut console = Console::new(Some(file.into()), Box::new(io::sink()));
+        console.activate(driver.activation()).unwrap();
+
+        // Written many times over.
+        let page = Descriptor::new(0x10_0000, 1 << 20, 2, 0);
+        driver.offer_descriptors(0, &[page; 16]);
+        console.queue_ready(0).unwrap();
+
+        assert_eq!(driver.used(), [(0, 64 << 10)]);
     }
 
     #[test]

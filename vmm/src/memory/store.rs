@@ -1,5 +1,6 @@
 //! What guest RAM is made of: anonymous memory, or a file that outlives the machine.
 
+use std::ffi::CStr;
 use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind};
 use std::ops::Range;
@@ -9,6 +10,7 @@ use std::path::Path;
 
 use devices::listener::check_folder_of;
 
+use super::patchwork::Piece;
 use super::{FLAGS, HUGE_PAGE, MemoryError, PROTECTION, map_aligned};
 use crate::config::MemoryBacking;
 
@@ -48,7 +50,9 @@ impl Store {
     pub fn create(backing: &MemoryBacking) -> Result<Self, MemoryError> {
         let file = match backing {
             MemoryBacking::Anonymous => return Ok(Store::anonymous()),
-            MemoryBacking::Memfd => memfd().map_err(|source| MemoryError::CreateFile { source })?,
+            MemoryBacking::Memfd => {
+                memfd(c"guest memory").map_err(|source| MemoryError::CreateFile { source })?
+            }
             MemoryBacking::File(path) => OpenOptions::new()
                 .read(true)
                 .write(true)
@@ -97,6 +101,18 @@ impl Store {
         self.file.is_none()
     }
 
+    /// What the next region that is mapped, of `bytes` bytes, is made of.
+    pub(super) fn source(&self, bytes: u64) -> io::Result<Source> {
+        let file = self.file.as_ref().map(File::try_clone).transpose()?;
+        let data = match &file {
+            Some(file) if self.flags & libc::MAP_SHARED == 0 => {
+                data_in(file, &(self.next..self.next + bytes))?
+            }
+            _ => Vec::new(),
+        };
+        Ok(Source { file, flags: self.flags, start: self.next, data })
+    }
+
     /// Maps the next `bytes` bytes at a multiple of [`HUGE_PAGE`].
     pub fn map(&mut self, bytes: usize) -> Result<*mut u8, MemoryError> {
         let map = |source| MemoryError::Map { bytes, source };
@@ -117,10 +133,8 @@ impl Store {
         }
         // Where the file has nothing, the fresh memory that is there is as good, and better than pages
         // of the file: it comes in huge ones, and is not copied when it is written to.
-        let mut rest = range.clone();
-        while let Some(data) = next_data(file, &rest).map_err(map)? {
+        for data in data_in(file, &range).map_err(map)? {
             map_file(file, self.flags, start, &range, &data).map_err(map)?;
-            rest.start = data.end;
         }
         Ok(start)
     }
@@ -138,9 +152,64 @@ fn cannot_create(path: &Path, error: io::Error) -> MemoryError {
     }
 }
 
+/// What one region of RAM is made of, to be mapped in parts.
+#[derive(Debug)]
+pub(super) struct Source {
+    file: Option<File>,
+    flags: i32,
+    /// Where the region starts in the file, in bytes.
+    start: u64,
+    /// Where the file, if others go on from there as well, had something at first; in bytes of the file.
+    data: Vec<Range<u64>>,
+}
+
+impl Source {
+    /// Maps `part` of the region, in bytes from its start.
+    pub fn pieces(&self, part: &Range<u64>) -> io::Result<Vec<Piece>> {
+        let anonymous = |from, to| Piece::map(from..to, FLAGS, None);
+        let Some(file) = &self.file else { return Ok(vec![anonymous(part.start, part.end)?]) };
+        let of_file = |from, to| Piece::map(from..to, self.flags, Some((file, self.start + from)));
+        if self.is_shared() {
+            return Ok(vec![of_file(part.start, part.end)?]);
+        }
+        // As a store does for a whole region.
+        let (mut pieces, mut next) = (Vec::new(), part.start);
+        for data in &self.data {
+            let data = (data.start - self.start).max(next)..(data.end - self.start).min(part.end);
+            if data.is_empty() {
+                continue;
+            }
+            if next < data.start {
+                pieces.push(anonymous(next, data.start)?);
+            }
+            pieces.push(of_file(data.start, data.end)?);
+            next = data.end;
+        }
+        if next < part.end {
+            pieces.push(anonymous(next, part.end)?);
+        }
+        Ok(pieces)
+    }
+
+    /// Whether a file keeps what is written to a mapping after that is gone.
+    pub fn is_shared(&self) -> bool {
+        self.flags & libc::MAP_SHARED != 0
+    }
+}
+
 /// Where the region behind the one in `range` starts in a file.
 pub fn after(range: &Range<u64>) -> u64 {
     range.end.next_multiple_of(HUGE_PAGE as u64)
+}
+
+/// The huge pages with data among those of `file` in `range`, which starts at one.
+fn data_in(file: &File, range: &Range<u64>) -> io::Result<Vec<Range<u64>>> {
+    let (mut all, mut rest) = (Vec::new(), range.clone());
+    while let Some(data) = next_data(file, &rest)? {
+        rest.start = data.end;
+        all.push(data);
+    }
+    Ok(all)
 }
 
 /// The next huge pages with data among those of `file` in `range`, which starts at one.
@@ -167,8 +236,9 @@ fn seek(file: &File, from: u64, whence: i32) -> io::Result<u64> {
     u64::try_from(found).map_err(|_| io::Error::last_os_error())
 }
 
-/// Maps `part` of `file` in its place in the mapping from `start` on, which has room for `whole`.
-fn map_file(
+/// Maps `part` of `file` in its place in the mapping from `start` on, which has room for `whole`. That must
+/// be a mapping which was just made, and is known to nobody else.
+pub(super) fn map_file(
     file: &File,
     flags: i32,
     start: *mut u8,
@@ -188,9 +258,10 @@ fn map_file(
     if mapped == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-fn memfd() -> io::Result<File> {
+/// A new file in memory.
+pub(super) fn memfd(name: &CStr) -> io::Result<File> {
     // SAFETY: the name is a string that the call only reads.
-    let fd = unsafe { libc::memfd_create(c"guest memory".as_ptr(), libc::MFD_CLOEXEC) };
+    let fd = unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC) };
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }

@@ -68,11 +68,14 @@ impl Blocks {
             if plugged { self.plugged_count + count } else { self.plugged_count - count };
     }
 
-    /// Where each of the plugged blocks is.
+    /// Where the plugged blocks are, neighbours together.
     pub fn plugged(&self) -> impl Iterator<Item = Range<u64>> {
-        let start = |block: usize| self.start + block as u64 * BLOCK_BYTES;
-        let plugged = (0..self.count).filter(|&block| self.is_plugged(block));
-        plugged.map(move |block| start(block)..start(block + 1))
+        let is_edge = |block: &usize| {
+            self.is_plugged_at(Some(*block)) != self.is_plugged_at(block.checked_sub(1))
+        };
+        let mut edges = (0..=self.count).filter(is_edge);
+        let address = |block: usize| self.start + block as u64 * BLOCK_BYTES;
+        std::iter::from_fn(move || Some(address(edges.next()?)..address(edges.next()?)))
     }
 
     /// A bit for each block, from the lowest one on.
@@ -99,6 +102,11 @@ impl Blocks {
     pub fn clear(&mut self) {
         self.plugged.fill(0);
         self.plugged_count = 0;
+    }
+
+    /// Whether there is such a block, and it is plugged.
+    fn is_plugged_at(&self, block: Option<usize>) -> bool {
+        block.is_some_and(|block| block < self.count && self.is_plugged(block))
     }
 
     fn is_plugged(&self, block: usize) -> bool {
@@ -141,6 +149,19 @@ mod tests {
         assert_eq!(blocks.state(&(60..64)), State::Plugged);
         assert_eq!(blocks.state(&(64..65)), State::Unplugged);
         assert_eq!(blocks.state(&(60..70)), State::Mixed);
+    }
+
+    #[test]
+    fn plugged_neighbours_come_together() {
+        let mut blocks = blocks();
+        for plugged in [0..1, 3..5, 63..66, 98..100] {
+            blocks.set(&plugged, true);
+        }
+
+        let plugged: Vec<_> = blocks.plugged().collect();
+
+        let range = |from: u64, to: u64| START + from * BLOCK_BYTES..START + to * BLOCK_BYTES;
+        assert_eq!(plugged, [range(0, 1), range(3, 5), range(63, 66), range(98, 100)]);
     }
 
     #[test]

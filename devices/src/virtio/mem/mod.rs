@@ -1,8 +1,8 @@
 //! Memory device (virtio 1.2, section 5.15): memory that is plugged into a running guest, and out of
 //! it again, in blocks of 2 MiB.
 //!
-//! The host says how much it wants plugged; the driver chooses the blocks. All blocks are mapped from
-//! the start; the guest is shown those that it plugs, and unplugging one gives its pages back.
+//! The host says how much it wants plugged; the driver chooses the blocks. Only those that it plugs are
+//! memory, and only until it unplugs them.
 
 mod blocks;
 mod host;
@@ -14,12 +14,10 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_MEM;
-use vm_memory::GuestMemoryMmap;
 
 pub use self::blocks::BLOCK_BYTES;
 use self::blocks::Blocks;
 pub use self::host::{Host, RequestError};
-use super::balloon::discard::Discarder;
 use super::buffers::Buffers;
 use super::complaints::Complaints;
 use super::config_space::ConfigSpace;
@@ -44,8 +42,14 @@ const STATE: u16 = 3;
 const ANSWER_BYTES: usize = 10;
 const ANSWER_STATE: usize = 8;
 
-const TRAITS: DeviceTraits =
-    DeviceTraits { device_type: VIRTIO_ID_MEM, features: 0, queue_sizes: &[16] };
+/// The driver must leave unplugged memory alone, which it may read otherwise (virtio 1.2, section 5.15.3).
+const UNPLUGGED_INACCESSIBLE: u32 = 1;
+
+const TRAITS: DeviceTraits = DeviceTraits {
+    device_type: VIRTIO_ID_MEM,
+    features: 1 << UNPLUGGED_INACCESSIBLE,
+    queue_sizes: &[16],
+};
 
 /// What the device says to a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -68,17 +72,23 @@ enum State {
     Mixed,
 }
 
-/// Lets the guest reach the blocks at these addresses, which are to be plugged; those next to them, too, for
-/// all it matters, and they may have been shown before.
-pub type Show = Box<dyn FnMut(&Range<u64>) -> io::Result<()> + Send>;
+/// What the memory of a guest is plugged into. Ranges are guest addresses of whole blocks; what fails has
+/// changed nothing.
+pub trait Backing: Send {
+    /// Makes blocks that are not plugged memory, which the guest and its devices can reach.
+    fn plug(&mut self, range: &Range<u64>) -> io::Result<()>;
+
+    /// Gives blocks back to the host, of which some may not be plugged. Whoever reads or writes there
+    /// afterwards must not cost the host the memory again.
+    fn unplug(&mut self, range: &Range<u64>) -> io::Result<()>;
+}
 
 /// Memory that can be plugged and unplugged.
 pub struct Mem {
     blocks: Blocks,
-    show: Show,
+    backing: Box<dyn Backing>,
     requested_bytes: u64,
     shown: ConfigSpace,
-    discarder: Discarder,
     complaints: Complaints,
     active: Option<Active>,
 }
@@ -107,15 +117,14 @@ impl Answer {
 }
 
 impl Mem {
-    /// An idle device for the part of `memory` at `addresses`, both multiples of [`BLOCK_BYTES`], of which
+    /// An idle device for the guest memory at `addresses`, both multiples of [`BLOCK_BYTES`], of which
     /// nothing is plugged.
-    pub fn new(memory: GuestMemoryMmap, addresses: Range<u64>, show: Show) -> Self {
+    pub fn new(addresses: Range<u64>, backing: Box<dyn Backing>) -> Self {
         Mem {
             blocks: Blocks::new(addresses.start, addresses.end - addresses.start),
-            show,
+            backing,
             requested_bytes: 0,
             shown: ConfigSpace::default(),
-            discarder: Discarder::new(memory),
             complaints: Complaints::of("mem"),
             active: None,
         }
@@ -166,36 +175,35 @@ impl Mem {
                 if self.blocks.plugged_bytes() + bytes > self.requested_bytes {
                     return Answer::Denied;
                 }
-                if let Err(error) = (self.show)(&(address..address + bytes)) {
-                    self.complaints.add(&error);
-                    return Answer::Busy;
-                }
-                self.blocks.set(&blocks, true);
-                self.show_config();
-                Answer::Done(State::Plugged)
+                let plugged = self.backing.plug(&(address..address + bytes));
+                self.change(plugged, |all| all.set(&blocks, true))
             }
             (UNPLUG, State::Plugged) => {
-                self.blocks.set(&blocks, false);
-                self.show_config();
-                self.give_back(address, bytes);
-                Answer::Done(State::Plugged)
+                let unplugged = self.backing.unplug(&(address..address + bytes));
+                self.change(unplugged, |all| all.set(&blocks, false))
             }
             _ => Answer::Wrong,
         }
     }
 
     fn unplug_all(&mut self) -> Answer {
+        if self.blocks.plugged_bytes() == 0 {
+            return Answer::Done(State::Plugged);
+        }
         let (start, bytes) = (self.blocks.start(), self.blocks.bytes());
-        self.blocks.clear();
-        self.show_config();
-        self.give_back(start, bytes);
-        Answer::Done(State::Plugged)
+        let unplugged = self.backing.unplug(&(start..start + bytes));
+        self.change(unplugged, Blocks::clear)
     }
 
-    fn give_back(&mut self, start: u64, bytes: u64) {
-        if let Err(error) = self.discarder.range(start, bytes) {
+    /// Notes what became of blocks if the backing did it.
+    fn change(&mut self, done: io::Result<()>, note: impl FnOnce(&mut Blocks)) -> Answer {
+        if let Err(error) = done {
             self.complaints.add(&error);
+            return Answer::Busy;
         }
+        note(&mut self.blocks);
+        self.show_config();
+        Answer::Done(State::Plugged)
     }
 }
 
@@ -273,7 +281,7 @@ impl VirtioDevice for Mem {
             self.show_config();
             let mut plugged = self.blocks.plugged();
             return plugged
-                .try_for_each(|range| (self.show)(&range))
+                .try_for_each(|range| self.backing.plug(&range))
                 .map_err(RestoreError::Backend);
         }
         let (saved, found) = (plugged.len() as u64 * 64, self.blocks.bytes() / BLOCK_BYTES);

@@ -1,14 +1,15 @@
 //! A memory device between a driver that plugs and a host that says how much.
 
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
 
 use virtio_queue::desc::split::Descriptor;
-use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
 use crate::virtio::testing::{Driver, assert_shown, config_page, memory};
 
-/// The second half of the tests' memory, which is otherwise unused: one block.
+/// Where the blocks are.
 const START: u64 = 2 << 20;
 
 const DONE: u16 = 0;
@@ -16,14 +17,56 @@ const DENIED: u16 = 1;
 const BUSY: u16 = 2;
 const WRONG: u16 = 3;
 
-/// Shows whatever it is asked for.
-fn shown() -> Show {
-    Box::new(|_| Ok(()))
+/// Says what it was asked for, or refuses it.
+struct Ledger {
+    tell: Sender<Change>,
+    refuses: Arc<AtomicBool>,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum Change {
+    Plug(Range<u64>),
+    Unplug(Range<u64>),
+}
+
+impl Ledger {
+    /// One that refuses what is asked for once it is told to, and what it says.
+    fn new() -> (Box<Self>, Receiver<Change>, Arc<AtomicBool>) {
+        let ((tell, told), refuses) = (channel(), Arc::new(AtomicBool::new(false)));
+        (Box::new(Ledger { tell, refuses: refuses.clone() }), told, refuses)
+    }
+
+    fn take(&self, change: Change) -> io::Result<()> {
+        if self.refuses.load(Ordering::Relaxed) {
+            return Err(io::ErrorKind::OutOfMemory.into());
+        }
+        // Most tests do not listen.
+        let _ = self.tell.send(change);
+        Ok(())
+    }
+}
+
+impl Backing for Ledger {
+    fn plug(&mut self, range: &Range<u64>) -> io::Result<()> {
+        self.take(Change::Plug(range.clone()))
+    }
+
+    fn unplug(&mut self, range: &Range<u64>) -> io::Result<()> {
+        self.take(Change::Unplug(range.clone()))
+    }
+}
+
+/// An idle device of `blocks` blocks.
+fn idle(blocks: u64) -> Mem {
+    Mem::new(START..START + blocks * BLOCK_BYTES, Ledger::new().0)
 }
 
 /// A device of one block, of which `requested_mib` MiB shall be plugged.
-fn active(driver: &Driver<'_>, memory: &GuestMemoryMmap, requested_mib: u32) -> Host {
-    let device = Mem::new(memory.clone(), START..START + BLOCK_BYTES, shown());
+fn active(driver: &Driver<'_>, requested_mib: u32) -> Host {
+    activated(driver, requested_mib, idle(1))
+}
+
+fn activated(driver: &Driver<'_>, requested_mib: u32, device: Mem) -> Host {
     let host = Host::of(Arc::new(Mutex::new(device)));
     host.request_mib(requested_mib).unwrap();
     host.lock().activate(driver.activation()).unwrap();
@@ -50,39 +93,43 @@ fn ask(driver: &Driver<'_>, host: &Host, kind: u16, address: u64, count: u16) ->
 }
 
 #[test]
-fn a_block_that_cannot_be_shown_is_not_plugged() {
+fn a_block_that_the_host_cannot_change_stays_as_it_is() {
     let memory = memory();
     let driver = Driver::new(&memory);
-    let refuse = Box::new(|_: &Range<u64>| Err(io::ErrorKind::OutOfMemory.into()));
-    let device = Mem::new(memory.clone(), START..START + BLOCK_BYTES, refuse);
-    let host = Host::of(Arc::new(Mutex::new(device)));
-    host.request_mib(2).unwrap();
-    host.lock().activate(driver.activation()).unwrap();
+    let (backing, _, refuses) = Ledger::new();
+    let host = activated(&driver, 2, Mem::new(START..START + BLOCK_BYTES, backing));
 
+    refuses.store(true, Ordering::Relaxed);
     assert_eq!(ask(&driver, &host, PLUG, START, 1), (BUSY, 0));
     assert_eq!(host.plugged_mib(), 0);
+
+    refuses.store(false, Ordering::Relaxed);
+    assert_eq!(ask(&driver, &host, PLUG, START, 1), (DONE, 0));
+    refuses.store(true, Ordering::Relaxed);
+    for kind in [UNPLUG, UNPLUG_ALL] {
+        assert_eq!(ask(&driver, &host, kind, START, 1), (BUSY, 0));
+        assert_eq!(host.plugged_mib(), 2);
+    }
 }
 
 #[test]
-fn what_was_plugged_is_shown_when_a_machine_goes_on() {
-    let mut old = Mem::new(memory(), START..START + 4 * BLOCK_BYTES, shown());
+fn what_was_plugged_is_memory_when_a_machine_goes_on() {
+    let mut old = idle(4);
     old.blocks.set(&(1..3), true);
-    let (tell, told) = std::sync::mpsc::channel();
-    let show =
-        Box::new(move |range: &Range<u64>| tell.send(range.clone()).map_err(io::Error::other));
-    let mut new = Mem::new(memory(), START..START + 4 * BLOCK_BYTES, show);
+    let (backing, told, _) = Ledger::new();
+    let mut new = Mem::new(START..START + 4 * BLOCK_BYTES, backing);
 
     new.restore(&old.save()).unwrap();
 
-    let block = |number: u64| START + number * BLOCK_BYTES..START + (number + 1) * BLOCK_BYTES;
-    assert_eq!(told.try_iter().collect::<Vec<_>>(), [block(1), block(2)]);
+    let plugged = START + BLOCK_BYTES..START + 3 * BLOCK_BYTES;
+    assert_eq!(told.try_iter().collect::<Vec<_>>(), [Change::Plug(plugged)]);
 }
 
 #[test]
 fn a_block_is_plugged_and_unplugged() {
     let memory = memory();
     let driver = Driver::new(&memory);
-    let host = active(&driver, &memory, 2);
+    let host = active(&driver, 2);
 
     assert_eq!(ask(&driver, &host, STATE, START, 1), (DONE, 1));
     assert_eq!(ask(&driver, &host, PLUG, START, 1), (DONE, 0));
@@ -96,7 +143,7 @@ fn a_block_is_plugged_and_unplugged() {
 fn more_than_the_host_wants_is_denied() {
     let memory = memory();
     let driver = Driver::new(&memory);
-    let host = active(&driver, &memory, 0);
+    let host = active(&driver, 0);
 
     assert_eq!(ask(&driver, &host, PLUG, START, 1), (DENIED, 0));
     assert_eq!(host.plugged_mib(), 0);
@@ -106,7 +153,7 @@ fn more_than_the_host_wants_is_denied() {
 fn requests_that_make_no_sense_are_refused() {
     let memory = memory();
     let driver = Driver::new(&memory);
-    let host = active(&driver, &memory, 2);
+    let host = active(&driver, 2);
 
     for (kind, address, count) in [
         (PLUG, START, 2),
@@ -129,13 +176,16 @@ fn unplugged_memory_goes_back_to_the_host() {
     for kind in [UNPLUG, UNPLUG_ALL] {
         let memory = memory();
         let driver = Driver::new(&memory);
-        let host = active(&driver, &memory, 2);
-        ask(&driver, &host, PLUG, START, 1);
-        memory.write_obj(7_u8, GuestAddress(START)).unwrap();
+        let (backing, told, _) = Ledger::new();
+        let block = START..START + BLOCK_BYTES;
+        let host = activated(&driver, 2, Mem::new(block.clone(), backing));
 
-        assert_eq!(ask(&driver, &host, kind, START, 1), (DONE, 0));
+        for request in [UNPLUG_ALL, PLUG, kind, UNPLUG_ALL] {
+            assert_eq!(ask(&driver, &host, request, START, 1), (DONE, 0));
+        }
 
-        assert_eq!(memory.read_obj::<u8>(GuestAddress(START)).unwrap(), 0);
+        let changes = [Change::Plug(block.clone()), Change::Unplug(block)];
+        assert_eq!(told.try_iter().collect::<Vec<_>>(), changes);
         assert_eq!(host.plugged_mib(), 0);
     }
 }
@@ -144,7 +194,7 @@ fn unplugged_memory_goes_back_to_the_host() {
 fn nothing_happens_without_room_for_the_answer() {
     let memory = memory();
     let driver = Driver::new(&memory);
-    let host = active(&driver, &memory, 2);
+    let host = active(&driver, 2);
 
     driver.offer(0, &[&request(PLUG, START, 1)], &[9]);
     driver.offer(0, &[&request(PLUG, START, 1)], &[]);
@@ -160,7 +210,7 @@ fn nothing_happens_without_room_for_the_answer() {
 fn half_a_request_is_refused() {
     let memory = memory();
     let driver = Driver::new(&memory);
-    let host = active(&driver, &memory, 2);
+    let host = active(&driver, 2);
 
     driver.offer(0, &[&[0; 23]], &[10]);
     host.lock().queue_ready(0).unwrap();
@@ -172,7 +222,7 @@ fn half_a_request_is_refused() {
 fn a_new_request_of_the_host_is_announced() {
     let memory = memory();
     let driver = Driver::new(&memory);
-    let host = active(&driver, &memory, 0);
+    let host = active(&driver, 0);
 
     host.request_mib(2).unwrap();
 
@@ -188,7 +238,7 @@ fn a_new_request_of_the_host_is_announced() {
 fn what_is_plugged_and_what_is_asked_for_is_shown_at_once() {
     let memory = memory();
     let driver = Driver::new(&memory);
-    let host = active(&driver, &memory, 2);
+    let host = active(&driver, 2);
     let page = config_page(&mut *host.lock());
 
     for kind in [PLUG, UNPLUG, PLUG, UNPLUG_ALL] {
@@ -203,7 +253,7 @@ fn what_is_plugged_and_what_is_asked_for_is_shown_at_once() {
 #[test]
 fn the_host_can_ask_for_whole_blocks_it_has() {
     let memory = memory();
-    let host = active(&Driver::new(&memory), &memory, 0);
+    let host = active(&Driver::new(&memory), 0);
 
     assert_eq!(
         host.request_mib(4).unwrap_err().to_string(),
@@ -217,7 +267,7 @@ fn the_host_can_ask_for_whole_blocks_it_has() {
 fn what_is_plugged_outlives_its_driver() {
     let memory = memory();
     let driver = Driver::new(&memory);
-    let host = active(&driver, &memory, 2);
+    let host = active(&driver, 2);
     ask(&driver, &host, PLUG, START, 1);
 
     host.lock().reset();
@@ -231,14 +281,10 @@ fn what_is_plugged_outlives_its_driver() {
 fn a_device_built_anew_knows_what_is_plugged() {
     let memory = memory();
     let driver = Driver::new(&memory);
-    let old = active(&driver, &memory, 2);
+    let old = active(&driver, 2);
     assert_eq!(ask(&driver, &old, PLUG, START, 1), (DONE, 0));
 
-    let new = Host::of(Arc::new(Mutex::new(Mem::new(
-        memory.clone(),
-        START..START + BLOCK_BYTES,
-        shown(),
-    ))));
+    let new = Host::of(Arc::new(Mutex::new(idle(1))));
     driver.hand_over(0, &mut *old.lock(), &mut *new.lock());
 
     assert_eq!(new.plugged_mib(), 2);
@@ -248,9 +294,7 @@ fn a_device_built_anew_knows_what_is_plugged() {
 
 #[test]
 fn the_state_of_a_larger_device_is_refused() {
-    let memory = memory();
-    let state = Mem::new(memory.clone(), 0..65 * BLOCK_BYTES, shown()).save();
-    let mut smaller = Mem::new(memory, START..START + BLOCK_BYTES, shown());
+    let state = idle(65).save();
 
-    assert!(matches!(smaller.restore(&state), Err(RestoreError::Other { .. })));
+    assert!(matches!(idle(1).restore(&state), Err(RestoreError::Other { .. })));
 }

@@ -13,7 +13,7 @@ use vm_memory::GuestMemoryMmap;
 
 use super::*;
 use crate::virtio::rate_limit::{Rate, RateLimits};
-use crate::virtio::testing::{Driver, memory};
+use crate::virtio::testing::{Driver, QUEUE_SIZE, memory};
 
 const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 const MERGEABLE: u64 = 1 << VIRTIO_NET_F_MRG_RXBUF;
@@ -181,19 +181,76 @@ fn buffers_a_frame_did_not_need_serve_the_next() {
 }
 
 #[test]
-fn a_frame_waits_until_there_is_room_for_the_largest() {
+fn a_frame_that_fits_needs_no_room_for_the_largest() {
     let memory = memory();
     let driver = Driver::with_queues(&memory, 2);
     let (mut net, cable) = active(&driver, MERGEABLE);
 
     (0..3).for_each(|_| _ = driver.offer(0, &[], &[500]));
+    cable.send(&frame(600)).unwrap();
     cable.send(&frame(60)).unwrap();
     net.backend_ready(0, EventSet::IN).unwrap();
-    assert_eq!(driver.used(), []);
+
+    let seen: Vec<u8> = (0..2).flat_map(|nth| driver.written(0, nth)).collect();
+    assert_eq!(seen, with_num_buffers(frame(600), 2));
+    assert_eq!(driver.written(0, 2), with_num_buffers(frame(60), 1));
+    assert_eq!(driver.interrupts(), 1);
+}
+
+#[test]
+fn a_frame_that_does_not_fit_waits_for_more_buffers_and_the_next_behind_it() {
+    let memory = memory();
+    let driver = Driver::with_queues(&memory, 2);
+    let (mut net, cable) = active(&driver, MERGEABLE);
+
+    driver.offer(0, &[], &[500]);
+    cable.send(&frame(1000)).unwrap();
+    cable.send(&frame(60)).unwrap();
+    net.backend_ready(0, EventSet::IN).unwrap();
     driver.offer(0, &[], &[500]);
     net.queue_ready(0).unwrap();
+    assert_eq!(driver.used(), []);
+    (0..6).for_each(|_| _ = driver.offer(0, &[], &[500]));
+    net.queue_ready(0).unwrap();
 
-    assert_eq!(driver.written(0, 0), with_num_buffers(frame(60), 1));
+    let seen: Vec<u8> = (0..3).flat_map(|nth| driver.written(0, nth)).collect();
+    assert_eq!(seen, with_num_buffers(frame(1000), 3));
+    assert_eq!(driver.written(0, 3), with_num_buffers(frame(60), 1));
+}
+
+#[test]
+fn a_frame_longer_than_the_whole_queue_is_dropped_for_the_next() {
+    let memory = memory();
+    let driver = Driver::with_queues(&memory, 2);
+    let (mut net, cable) = active(&driver, MERGEABLE);
+
+    (0..QUEUE_SIZE / 2).for_each(|_| _ = driver.offer(0, &[], &[12, 8]));
+    cable.send(&frame(1400)).unwrap();
+    cable.send(&frame(60)).unwrap();
+    net.backend_ready(0, EventSet::IN).unwrap();
+
+    let seen: Vec<u8> = (0..4).flat_map(|nth| driver.written(0, nth)).collect();
+    assert_eq!(seen, with_num_buffers(frame(60), 4));
+    assert_eq!(driver.used().len(), 4);
+}
+
+#[test]
+fn a_frame_that_waits_is_charged_for_once() {
+    let memory = memory();
+    let driver = Driver::with_queues(&memory, 2);
+    let (net, cable) = idle();
+    let rate = Rate { per_second: NonZeroU64::MIN, burst: NonZeroU64::MIN };
+    let one = RateLimiter::new(RateLimits { bytes: None, operations: Some(rate) }).unwrap();
+    let mut net = net.limited(one, RateLimiter::unlimited());
+    net.activate(driver.activation_with(MERGEABLE)).unwrap();
+
+    driver.offer(0, &[], &[500]);
+    cable.send(&frame(1000)).unwrap();
+    net.backend_ready(0, EventSet::IN).unwrap();
+    (0..3).for_each(|_| _ = driver.offer(0, &[], &[500]));
+    net.queue_ready(0).unwrap();
+
+    assert_eq!(driver.used().len(), 3);
 }
 
 #[test]

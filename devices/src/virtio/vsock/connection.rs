@@ -4,7 +4,7 @@ use std::os::fd::OwnedFd;
 
 use vm_memory::VolatileSlice;
 
-use super::credit::Credit;
+use super::credit::{Budget, Credit};
 use super::host::End;
 use super::output::Output;
 use super::packet::{Buffers, Header, Op, SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
@@ -67,8 +67,13 @@ enum Moved {
 }
 
 impl Connection {
-    /// A stream the host opens.
-    pub fn outgoing(input: Option<End>, output: Option<End>, on_close: Option<OwnedFd>) -> Self {
+    /// A stream the host opens, which promises out of `budget`.
+    pub fn outgoing(
+        input: Option<End>,
+        output: Option<End>,
+        on_close: Option<OwnedFd>,
+        budget: &Budget,
+    ) -> Self {
         Connection {
             state: State::Requesting,
             greeting: Vec::new(),
@@ -77,7 +82,7 @@ impl Connection {
             input,
             output: Output::new(output),
             on_close,
-            credit: Credit::default(),
+            credit: Credit::new(budget),
             guest_sends: true,
             guest_receives: true,
             asked_for_credit: false,
@@ -99,9 +104,10 @@ impl Connection {
         input: Option<End>,
         output: Option<End>,
         on_close: Option<OwnedFd>,
+        budget: &Budget,
         request: &Header,
     ) -> Self {
-        let mut connection = Connection::outgoing(input, output, on_close);
+        let mut connection = Connection::outgoing(input, output, on_close, budget);
         connection.state = State::Open;
         connection.owed.response = true;
         connection.credit.learn(request);
@@ -161,6 +167,7 @@ impl Connection {
             self.state = State::Draining;
             self.guest_sends = false;
             self.input = None;
+            self.credit.forget_guest();
             self.settle();
         } else if self.state != State::Draining {
             self.end(State::Over);

@@ -1,4 +1,8 @@
-//! Flow control of one stream, in both directions (virtio 1.2, section 5.10.6.3).
+//! Flow control of one stream, in both directions (virtio 1.2, section 5.10.6.3), and what all streams of
+//! a guest together may make the host keep.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::packet::Header;
 
@@ -6,9 +10,51 @@ use super::packet::Header;
 /// host keep in memory when its output does not move.
 pub const WINDOW_BYTES: u32 = 256 << 10;
 
-/// The guest is told about room once this much of it is new. Small enough that it never runs dry
+/// What a stream may have in flight before any of its bytes was forwarded, unless promises are scarce. It
+/// grows by what is forwarded: most streams carry little, and promise as much.
+pub const FIRST_WINDOW_BYTES: u32 = 32 << 10;
+
+/// What a stream may have in flight however much was promised to others, so that each goes on.
+pub const LEAST_WINDOW_BYTES: u32 = 4 << 10;
+
+/// What may be promised to all streams of a guest together, beside [`LEAST_WINDOW_BYTES`] for each.
+pub const BUDGET_BYTES: u32 = 16 << 20;
+
+/// What one stream may have of that which is not promised yet, as a fraction: enough to leave the next ones
+/// some when the first do not move.
+const SHARE: u32 = 8;
+
+/// The guest is told about room once this part of its window is new. Small enough that it never runs dry
 /// while the output moves, large enough that updates are rare.
-const UPDATE_STEP_BYTES: u32 = WINDOW_BYTES / 4;
+const UPDATE_STEP: u32 = 4;
+
+/// What the host has promised to take from one guest and has not passed on yet, in bytes: promised is
+/// promised, whether the guest uses it or not.
+#[derive(Debug, Clone, Default)]
+pub struct Budget {
+    promised: Arc<AtomicU32>,
+}
+
+impl Budget {
+    /// How much may be promised to a stream that has `own` bytes of promises.
+    fn window(&self, own: u32) -> u32 {
+        let others = self.promised().saturating_sub(own);
+        (BUDGET_BYTES.saturating_sub(others) / SHARE).max(LEAST_WINDOW_BYTES)
+    }
+
+    /// What is promised to all streams, in bytes.
+    pub fn promised(&self) -> u32 {
+        self.promised.load(Ordering::Relaxed)
+    }
+
+    fn add(&self, bytes: u32) {
+        self.promised.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    fn give_back(&self, bytes: u32) {
+        self.promised.fetch_sub(bytes, Ordering::Relaxed);
+    }
+}
 
 /// Byte counters of one stream; all of them wrap, as those on the wire do.
 #[derive(Debug, Default)]
@@ -18,10 +64,20 @@ pub struct Credit {
     guest_forwarded: u32,
     received: u32,
     forwarded: u32,
-    announced: u32,
+    /// What the guest was told that may be `received` in the end. A promise is never taken back: a guest
+    /// may have used it already.
+    promised: u32,
+    /// By how much the window has grown.
+    grown: u32,
+    budget: Budget,
 }
 
 impl Credit {
+    /// Nothing sent, received or promised yet; promises will be out of `budget`.
+    pub fn new(budget: &Budget) -> Self {
+        Credit { budget: budget.clone(), ..Credit::default() }
+    }
+
     /// Notes what a packet from the guest says about its buffer.
     pub fn learn(&mut self, header: &Header) {
         self.guest_window = header.buffer_bytes;
@@ -40,8 +96,7 @@ impl Credit {
 
     /// Takes `bytes` from the guest; `false` if it had no room for that many.
     pub fn receive(&mut self, bytes: u32) -> bool {
-        let in_flight = self.received.wrapping_sub(self.forwarded);
-        if bytes > WINDOW_BYTES.saturating_sub(in_flight) {
+        if bytes > self.promised.wrapping_sub(self.received) {
             return false;
         }
         self.received = self.received.wrapping_add(bytes);
@@ -51,18 +106,45 @@ impl Credit {
     /// Notes that `bytes` left the host's buffer.
     pub fn forward(&mut self, bytes: u32) {
         self.forwarded = self.forwarded.wrapping_add(bytes);
+        self.grown = self.grown.saturating_add(bytes).min(WINDOW_BYTES - FIRST_WINDOW_BYTES);
+        self.budget.give_back(bytes);
     }
 
     /// Whether the guest should hear about new room.
     pub fn is_update_due(&self) -> bool {
-        self.forwarded.wrapping_sub(self.announced) >= UPDATE_STEP_BYTES
+        let window = self.window();
+        window.saturating_sub(self.owed()) >= window / UPDATE_STEP
     }
 
     /// Tells the guest in `header` how much room there is.
     pub fn announce(&mut self, header: &mut Header) {
-        header.buffer_bytes = WINDOW_BYTES;
+        let more = self.window().saturating_sub(self.owed());
+        self.promised = self.promised.wrapping_add(more);
+        self.budget.add(more);
+        header.buffer_bytes = self.owed();
         header.forwarded = self.forwarded;
-        self.announced = self.forwarded;
+    }
+
+    /// Takes back what the guest, which has forgotten the stream, will not use any more.
+    pub fn forget_guest(&mut self) {
+        self.budget.give_back(self.promised.wrapping_sub(self.received));
+        self.promised = self.received;
+    }
+
+    /// What is promised and has not been passed on, in bytes.
+    fn owed(&self) -> u32 {
+        self.promised.wrapping_sub(self.forwarded)
+    }
+
+    /// How much should be promised.
+    fn window(&self) -> u32 {
+        (FIRST_WINDOW_BYTES + self.grown).min(self.budget.window(self.owed()))
+    }
+}
+
+impl Drop for Credit {
+    fn drop(&mut self) {
+        self.budget.give_back(self.owed());
     }
 }
 
@@ -72,6 +154,26 @@ mod tests {
 
     fn says(buffer_bytes: u32, forwarded: u32) -> Header {
         Header { buffer_bytes, forwarded, ..Header::default() }
+    }
+
+    /// What the guest is told about room.
+    fn announced(credit: &mut Credit) -> u32 {
+        let mut header = Header::default();
+        credit.announce(&mut header);
+        header.buffer_bytes
+    }
+
+    /// A stream that moved, and now has all that it was promised in flight.
+    fn stuck(budget: &Budget) -> Credit {
+        let mut credit = Credit::new(budget);
+        for _ in 0..8 {
+            let window = announced(&mut credit);
+            assert!(credit.receive(window));
+            credit.forward(window);
+        }
+        let window = announced(&mut credit);
+        assert!(credit.receive(window));
+        credit
     }
 
     #[test]
@@ -94,17 +196,20 @@ mod tests {
     #[test]
     fn counters_wrap() {
         let start = u32::MAX - 9;
-        let mut credit =
-            Credit { sent: start, received: start, forwarded: start, ..Credit::default() };
+        let mut credit = Credit::default();
+        (credit.sent, credit.received) = (start, start);
+        (credit.forwarded, credit.promised) = (start, start);
 
         credit.learn(&says(100, start));
         credit.spend(20);
         assert_eq!(credit.available(), 80);
 
-        assert!(credit.receive(WINDOW_BYTES));
+        assert_eq!(announced(&mut credit), FIRST_WINDOW_BYTES);
+        assert!(credit.receive(FIRST_WINDOW_BYTES));
         assert!(!credit.receive(1));
         credit.forward(20);
-        assert!(credit.receive(20));
+        assert_eq!(announced(&mut credit), FIRST_WINDOW_BYTES + 20);
+        assert!(credit.receive(40));
     }
 
     #[test]
@@ -127,16 +232,92 @@ mod tests {
     }
 
     #[test]
+    fn nothing_may_be_received_before_it_was_promised() {
+        let mut credit = Credit::default();
+
+        assert!(!credit.receive(1));
+    }
+
+    #[test]
     fn an_update_is_due_once_enough_was_forwarded() {
         let mut credit = Credit::default();
-        assert!(credit.receive(WINDOW_BYTES));
+        announced(&mut credit);
+        assert!(credit.receive(FIRST_WINDOW_BYTES));
 
-        credit.forward(UPDATE_STEP_BYTES - 1);
+        // What is forwarded makes room, and the window grow by as much.
+        credit.forward(FIRST_WINDOW_BYTES / 8);
         assert!(!credit.is_update_due());
-        credit.forward(1);
+        credit.forward(FIRST_WINDOW_BYTES / 8);
         assert!(credit.is_update_due());
 
-        credit.announce(&mut Header::default());
+        announced(&mut credit);
         assert!(!credit.is_update_due());
+    }
+
+    #[test]
+    fn the_window_of_a_stream_that_moves_grows_to_the_largest() {
+        let mut credit = Credit::default();
+        let mut windows = Vec::new();
+
+        for _ in 0..100 {
+            let window = announced(&mut credit);
+            windows.push(window);
+            assert!(credit.receive(window));
+            credit.forward(window);
+            assert!(credit.is_update_due());
+        }
+
+        assert!(windows.is_sorted());
+        assert_eq!(windows[..4], [32 << 10, 64 << 10, 128 << 10, WINDOW_BYTES]);
+        assert_eq!(windows.last(), Some(&WINDOW_BYTES));
+    }
+
+    #[test]
+    fn streams_that_do_not_move_leave_a_little_for_each_of_the_others() {
+        let budget = Budget::default();
+        let stuck: Vec<_> = (0..1000).map(|_| stuck(&budget)).collect();
+
+        assert!(budget.promised() <= BUDGET_BYTES + 1000 * LEAST_WINDOW_BYTES);
+        let mut late = Credit::new(&budget);
+        for _ in 0..100 {
+            assert_eq!(announced(&mut late), LEAST_WINDOW_BYTES);
+            assert!(late.receive(LEAST_WINDOW_BYTES));
+            assert!(!late.receive(1));
+            late.forward(LEAST_WINDOW_BYTES);
+            assert!(late.is_update_due());
+        }
+
+        drop(stuck);
+        assert_eq!(announced(&mut late), WINDOW_BYTES);
+        drop(late);
+        assert_eq!(budget.promised(), 0);
+    }
+
+    #[test]
+    fn a_promise_is_kept_when_promises_become_scarce() {
+        let budget = Budget::default();
+        let mut early = Credit::new(&budget);
+        let promised = announced(&mut early);
+        let _stuck: Vec<_> = (0..1000).map(|_| stuck(&budget)).collect();
+
+        assert_eq!(announced(&mut early), promised);
+        assert!(early.receive(promised));
+        early.forward(promised);
+
+        assert_eq!(announced(&mut early), LEAST_WINDOW_BYTES);
+    }
+
+    #[test]
+    fn what_a_guest_that_is_gone_was_promised_is_for_others() {
+        let budget = Budget::default();
+        let mut credit = Credit::new(&budget);
+        announced(&mut credit);
+        assert!(credit.receive(100));
+
+        credit.forget_guest();
+        assert_eq!(budget.promised(), 100);
+
+        credit.forward(100);
+        assert_eq!(budget.promised(), 0);
     }
 }

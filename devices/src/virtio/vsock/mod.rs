@@ -127,7 +127,12 @@ impl Vsock {
         }
         let (mut told, mut heard) = (None, false);
         let held = &mut self.held_events;
+        let most_held = queues.event.rings().map_or(0, |rings| rings.size.into());
         queues.event.drain(|chain, memory| {
+            // A driver that offers a buffer twice could do so for ever.
+            if *held >= most_held {
+                return Verdict::Keep;
+            }
             if std::mem::take(owed) {
                 let head = chain.head_index();
                 told = Some((head, write_reset(Buffers::writable(chain, memory))));

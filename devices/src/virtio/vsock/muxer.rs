@@ -12,6 +12,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::connection::Connection;
+use super::credit::Budget;
 use super::door::{CallerNumber, Door};
 use super::host::{Command, End, Host, HostStream};
 use super::packet::{Buffers, HEADER_LENGTH, HOST_CID, Header, HeaderRoom, Op, TYPE_STREAM};
@@ -75,6 +76,8 @@ pub(super) struct Muxer {
     wake: Arc<EventFd>,
     commands: Receiver<Command>,
     connections: HashMap<Ports, Entry>,
+    /// What the guest may have in flight on all of them.
+    budget: Budget,
     listeners: HashMap<u32, HostStream>,
     door: Option<Door>,
     /// Clients may wait at the door whom no event will report again.
@@ -103,6 +106,7 @@ impl Muxer {
             wake,
             commands,
             connections: HashMap::new(),
+            budget: Budget::default(),
             listeners: HashMap::new(),
             door,
             is_door_due: false,
@@ -183,7 +187,7 @@ impl Muxer {
         let Some(call) = self.door.as_mut().and_then(|door| door.hear(number)) else { return };
         let ports = Ports { host: self.free_source_port(call.port), guest: call.port };
         if let Some((input, output)) = self.watch(ports, call.stream.input, call.stream.output) {
-            let connection = Connection::outgoing(input, output, None);
+            let connection = Connection::outgoing(input, output, None, &self.budget);
             self.insert(ports, connection.with_greeting(call.rest).announced(ports.host));
         }
     }
@@ -202,7 +206,7 @@ impl Muxer {
     fn connect(&mut self, guest: u32, greeting: Vec<u8>, stream: HostStream) {
         let ports = Ports { host: self.free_source_port(guest), guest };
         if let Some((input, output)) = self.watch(ports, stream.input, stream.output) {
-            let connection = Connection::outgoing(input, output, stream.on_close);
+            let connection = Connection::outgoing(input, output, stream.on_close, &self.budget);
             self.insert(ports, connection.with_greeting(greeting));
         }
     }
@@ -269,6 +273,12 @@ impl Muxer {
         self.runnable.len()
     }
 
+    /// What the guest was promised on all streams together, in bytes.
+    #[cfg(test)]
+    pub fn promised(&self) -> u32 {
+        self.budget.promised()
+    }
+
     /// Whether one more packet of the guest can be answered.
     pub fn can_receive(&self) -> bool {
         self.refusals.len() < MAX_REFUSALS
@@ -308,7 +318,8 @@ impl Muxer {
         let Some(stream) = waiting.or_else(dial) else { return self.refuse(request) };
         match self.watch(ports, stream.input, stream.output) {
             Some((input, output)) => {
-                let connection = Connection::incoming(input, output, stream.on_close, request);
+                let connection =
+                    Connection::incoming(input, output, stream.on_close, &self.budget, request);
                 self.insert(ports, connection);
             }
             None => self.refuse(request),

@@ -10,7 +10,7 @@ use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent};
 
-use super::credit::WINDOW_BYTES;
+use super::credit::{BUDGET_BYTES, FIRST_WINDOW_BYTES, LEAST_WINDOW_BYTES, WINDOW_BYTES};
 use super::packet::{
     HEADER_LENGTH, HOST_CID, Header, Op, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, TYPE_STREAM,
 };
@@ -185,7 +185,7 @@ fn a_host_stream_reaches_the_guest_and_data_flows_both_ways() {
     assert_eq!(request.op, Op::Request as u16);
     assert_eq!((request.source_cid, request.destination_cid), (HOST_CID, CID.into()));
     assert_eq!((request.destination_port, request.socket_type), (GUEST_PORT, TYPE_STREAM));
-    assert_eq!(request.buffer_bytes, WINDOW_BYTES);
+    assert_eq!(request.buffer_bytes, FIRST_WINDOW_BYTES);
 
     guest.send(Op::Response, request.source_port);
     let (header, data) = guest.only_packet();
@@ -412,7 +412,7 @@ fn a_stream_without_output_discards_and_returns_the_credit() {
 
     let packets = guest.packets();
     assert!(packets.iter().all(|(header, _)| header.op == Op::CreditUpdate as u16));
-    assert_eq!(packets.last().unwrap().0.forwarded, WINDOW_BYTES);
+    assert!(packets.last().unwrap().0.forwarded >= WINDOW_BYTES / 4 * 3);
 }
 
 #[test]
@@ -1072,6 +1072,84 @@ fn a_client_that_does_not_read_slows_only_its_own_stream() {
     assert_eq!(late, vec![1; WINDOW_BYTES as usize]);
 }
 
+/// The guest's end of a stream to `PORT` of the host.
+struct Sender {
+    port: u32,
+    sent: u32,
+    /// The last packet of the stream.
+    heard: Header,
+}
+
+impl Sender {
+    /// Connects from `port`; whatever comes out at the host can be read from the file.
+    fn connect(guest: &mut Guest<'_>, port: u32) -> (Self, File) {
+        let (_writer, _input, output, reader) = pipe();
+        let stream = HostStream { output: Some(output), ..HostStream::default() };
+        guest.host.listen(PORT, stream).unwrap();
+        guest.packets();
+        let request = guest.header(Op::Request, PORT);
+        guest.send_raw(&Header { source_port: port, ..request }, &[]);
+        let heard = settled(guest).pop().unwrap().0;
+        (Sender { port, sent: 0, heard }, reader)
+    }
+
+    /// Sends as long as there is credit, but not many bytes more than `most`.
+    fn send(&mut self, guest: &mut Guest<'_>, most: u32) {
+        let before = self.sent;
+        while self.sent - before < most {
+            let end = self.heard.forwarded.wrapping_add(self.heard.buffer_bytes);
+            let length = (end - self.sent).min(0x4000);
+            if length == 0 {
+                return;
+            }
+            let header = guest.header(Op::Data, PORT);
+            let header = Header { source_port: self.port, length, ..header };
+            guest.send_raw(&header, &vec![7; length as usize]);
+            self.sent += length;
+            self.hear(guest);
+        }
+    }
+
+    fn hear(&mut self, guest: &mut Guest<'_>) {
+        for (header, _) in settled(guest) {
+            assert_eq!((header.op, header.destination_port), (Op::CreditUpdate as u16, self.port));
+            self.heard = header;
+        }
+    }
+}
+
+#[test]
+fn a_stream_goes_on_when_all_the_others_are_stuck() {
+    const STUCK: u32 = 80;
+    const STREAMED: usize = 1 << 20;
+    let memory = memory();
+    let mut guest = Guest::boot(&memory);
+    raise_descriptor_limit();
+
+    let mut readers = Vec::new();
+    for port in 1..=STUCK {
+        let (mut sender, mut reader) = Sender::connect(&mut guest, port);
+        for _ in 0..4 {
+            sender.send(&mut guest, WINDOW_BYTES / 4);
+            available(&mut reader);
+            sender.hear(&mut guest);
+        }
+        sender.send(&mut guest, u32::MAX);
+        readers.push(reader);
+    }
+    let promised = guest.device.muxer.promised();
+    let (mut sender, mut reader) = Sender::connect(&mut guest, STUCK + 1);
+    let mut received = 0;
+    while received < STREAMED {
+        sender.send(&mut guest, WINDOW_BYTES);
+        received += available(&mut reader).len();
+        sender.hear(&mut guest);
+    }
+
+    assert!(promised > BUDGET_BYTES / 2, "{promised}");
+    assert!(promised <= BUDGET_BYTES + STUCK * LEAST_WINDOW_BYTES, "{promised}");
+}
+
 /// A stream of the host's that the guest has accepted: its other end, and the packet that asked for it.
 fn streaming(guest: &mut Guest<'_>) -> (UnixStream, Header) {
     let (ours, theirs) = socket();
@@ -1144,4 +1222,21 @@ fn a_guest_without_streams_hears_nothing() {
     device.queue_ready(EVENT_QUEUE).unwrap();
 
     assert_eq!(guest.driver.used_of(EVENT_QUEUE), []);
+}
+
+#[test]
+fn no_more_event_buffers_are_held_than_the_queue_has() {
+    let memory = memory();
+    let mut guest = Guest::boot(&memory);
+    let _streaming = streaming(&mut guest);
+    let (mut device, _host) = Vsock::new(CID).unwrap();
+    guest.driver.hand_over(0, &mut guest.device, &mut device);
+
+    for _ in 0..2 {
+        (0..QUEUE_SIZE).for_each(|_| _ = guest.driver.offer(EVENT_QUEUE, &[], &[4]));
+        device.queue_ready(EVENT_QUEUE).unwrap();
+    }
+
+    assert_eq!(guest.driver.used_of(EVENT_QUEUE).len(), 1);
+    assert_eq!(device.held_events, usize::from(QUEUE_SIZE));
 }
