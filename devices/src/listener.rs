@@ -4,7 +4,7 @@ use std::fs;
 use std::io::{self, ErrorKind};
 use std::mem;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
@@ -23,9 +23,13 @@ pub struct Listener {
     path: PathBuf,
 }
 
-/// The file of a listening socket; dropping it removes the file.
+/// The file of a listening socket; dropping it removes the file, unless another one is in its place.
 #[derive(Debug)]
-pub struct SocketFile(PathBuf);
+pub struct SocketFile {
+    path: PathBuf,
+    /// Device and inode. None if there is nothing to remove.
+    made: Option<(u64, u64)>,
+}
 
 impl Listener {
     /// Listens at `path`. A socket that nobody listens at any more, as a process leaves behind that was
@@ -43,7 +47,7 @@ impl Listener {
             }
             bound => bound?,
         };
-        let file = SocketFile(path.to_owned());
+        let file = SocketFile::at(path.to_owned());
         socket.set_nonblocking(true)?;
         Ok(Listener { socket, path: path.to_owned(), _file: Some(file) })
     }
@@ -91,10 +95,22 @@ impl Listener {
 }
 
 impl SocketFile {
+    /// The one that is at `path`.
+    pub fn at(path: PathBuf) -> Self {
+        SocketFile { made: identity(&path), path }
+    }
+
     /// Leaves the file to whoever gets to know where it is.
     pub fn into_path(mut self) -> PathBuf {
-        mem::take(&mut self.0)
+        self.made = None;
+        mem::take(&mut self.path)
     }
+}
+
+/// Device and inode of what is at `path`.
+fn identity(path: &Path) -> Option<(u64, u64)> {
+    let found = fs::symlink_metadata(path).ok()?;
+    Some((found.dev(), found.ino()))
 }
 
 /// Refuses whatever is at `path` unless it is a socket at which nobody listens.
@@ -152,9 +168,9 @@ impl AsRawFd for Listener {
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        if !self.0.as_os_str().is_empty() {
+        if self.made.is_some() && identity(&self.path) == self.made {
             // Somebody else may have removed it, and that is as good.
-            let _ = fs::remove_file(&self.0);
+            let _ = fs::remove_file(&self.path);
         }
     }
 }
@@ -183,6 +199,21 @@ mod tests {
         drop(listener);
 
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_file_in_the_place_of_the_listeners_stays() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("s");
+        let listener = Listener::bind(&path).unwrap();
+        // The one that is put there has another inode for sure, as both are there.
+        let other = folder.path().join("other");
+        let _other = Listener::bind(&other).unwrap();
+        fs::rename(&other, &path).unwrap();
+
+        drop(listener);
+
+        assert!(path.exists());
     }
 
     #[test]

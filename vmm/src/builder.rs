@@ -1,7 +1,7 @@
 //! From a configuration to a machine whose guest can run: the boot, top to bottom.
 
+use std::fmt::Display;
 use std::fs::File;
-use std::io;
 use std::mem;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -18,7 +18,7 @@ use vm_memory::GuestMemoryMmap;
 use crate::attachment::Slots;
 use crate::check::check_memory;
 use crate::config::{BootConfig, MemoryBacking, VmConfig};
-use crate::confinement::{Confinement, UNHIDDEN};
+use crate::confinement::Confinement;
 use crate::console::ConsoleLog;
 use crate::control::Control;
 use crate::dax;
@@ -231,6 +231,12 @@ impl Vmm {
         self.record.metrics()
     }
 
+    /// Starts the machine's threads. The guest does not run before [`VmHandle::resume`].
+    pub fn start_paused(self) -> Result<VmHandle, Error> {
+        self.control.hold();
+        self.start()
+    }
+
     /// Starts the machine's threads, and with them the guest.
     pub fn start(self) -> Result<VmHandle, Error> {
         let Placed { buses, kept, vmm_loop, io_loop, spares, socket_files, dax, .. } = self.placed;
@@ -325,20 +331,21 @@ fn step(step: &'static str) -> impl FnOnce(ArchError) -> Error {
     move |source| Error::Arch { step, source }
 }
 
-/// An unprivileged user may be unable to build one, and has little that it could keep from a thread.
+/// Whoever has not all that it takes goes without, and is told.
 fn build_jail(config: &VmConfig) -> Result<Option<Arc<Jail>>, Error> {
+    let refused = |reason: &dyn Display| {
+        warn!("the machine's threads go on seeing the host's files, as this user cannot {reason}");
+        Ok(None)
+    };
     if !Jail::is_allowed() {
-        return Ok(None);
+        return refused(&"have a mount namespace (CAP_SYS_ADMIN, CAP_SYS_CHROOT)");
     }
     let shares = config.shares.iter().map(|share| share.path.as_path());
     let socket = config.vsock.as_ref().and_then(|vsock| vsock.socket.as_deref());
     match Jail::build_around_this_thread(shares, socket.map(folder_of)) {
-        // Some hosts let everybody have namespaces, but do nothing there.
-        Err(JailError::Build { step, source })
-            if source.kind() == io::ErrorKind::PermissionDenied && !geteuid().is_root() =>
-        {
-            warn!("{UNHIDDEN} {step}: {source}");
-            Ok(None)
+        // In a user namespace, where some hosts let nobody do anything.
+        Err(JailError::Build { step, source }) if !geteuid().is_root() => {
+            refused(&format!("{step}: {source}"))
         }
         built => Ok(Some(Arc::new(built?))),
     }

@@ -7,16 +7,17 @@
 
 use std::cell::Cell;
 use std::fs;
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io;
-use std::process;
 use std::sync::Arc;
 use std::sync::mpsc::sync_channel;
 use std::thread::{Builder, JoinHandle};
 
-use log::warn;
+use log::debug;
 use nix::errno::Errno;
 use nix::sched::{CloneFlags, unshare};
-use nix::unistd::{getegid, geteuid};
+use nix::sys::prctl::{get_pdeathsig, set_pdeathsig};
+use nix::unistd::{getegid, geteuid, getppid};
 use rustix::thread::{CapabilitySet, CapabilitySets, capabilities, set_capabilities};
 
 use crate::config::{ConfigError, UserConfig, VmConfig};
@@ -55,9 +56,8 @@ const CHANGE_OF_USER: CapabilitySet = CapabilitySet::SETUID.union(CapabilitySet:
 /// GIDs on systemd Systems", 1879048192 to 2147483647).
 const FIRST_OWN_ID: u32 = 0x7000_0000;
 
-/// What a host does not give to everybody.
-pub const UNHIDDEN: &str =
-    "the machine's threads go on seeing the host's files, as this user cannot";
+/// How many there are.
+const OWN_IDS: u64 = 1 << 28;
 
 /// What the threads of one machine are left with.
 #[derive(Debug, Clone)]
@@ -69,26 +69,14 @@ pub struct Confinement {
     /// Whether one of them serves files to the guest.
     pub serves_files: bool,
     /// Who they are; the one that serves files stays who it is.
-    pub identity: Identity,
-}
-
-/// Who the threads of a machine are.
-#[derive(Debug, Clone, Copy)]
-pub enum Identity {
-    /// Who starts them.
-    Caller,
-    /// The user that the configuration names.
-    Named(UserConfig),
-    /// A user that nobody else is, if this user namespace has it.
-    Own(UserConfig),
+    pub user: Option<UserConfig>,
 }
 
 impl Confinement {
     /// What a machine of `config` in `jail` can do with.
     pub fn of(config: &VmConfig, jail: Option<Arc<Jail>>) -> Self {
         let serves_files = !config.shares.is_empty();
-        let identity = Identity::of(config);
-        Confinement { jail, seccomp: config.seccomp, serves_files, identity }
+        Confinement { jail, seccomp: config.seccomp, serves_files, user: config.user }
     }
 
     /// Refuses a user that this process cannot become.
@@ -127,28 +115,42 @@ impl Confinement {
     /// Confines the calling thread, which controls the machine and serves no files, to what `kind` needs,
     /// and with it those that it starts: they can do no more than it.
     pub fn enter_to_control(&self, kind: Kind) -> io::Result<()> {
-        Confinement { serves_files: false, ..self.clone() }.enter(kind)?;
+        // A change of user ends what the parent has asked for (prctl(2), PR_SET_PDEATHSIG).
+        let (parent, wish) = (getppid(), get_pdeathsig()?);
+        let confinement = Confinement { serves_files: false, ..self.clone() };
+        confinement.enter_with(kind, || {
+            if wish.is_some() {
+                set_pdeathsig(wish)?;
+            }
+            let is_orphan = wish.is_some() && getppid() != parent;
+            if is_orphan { Err(io::Error::other("the parent has died")) } else { Ok(()) }
+        })?;
         IS_CONFINED.set(true);
         Ok(())
     }
 
     /// What is left to do for a thread that a confined one has started.
     fn of_confined(&self) -> Self {
-        let identity = Identity::Caller;
-        Confinement { jail: None, seccomp: self.seccomp, serves_files: false, identity }
+        Confinement { jail: None, seccomp: self.seccomp, serves_files: false, user: None }
     }
 
     /// Confines the calling thread.
     fn enter(self, kind: Kind) -> io::Result<()> {
+        self.enter_with(kind, || Ok(()))
+    }
+
+    /// The same, with `last` as the last thing that it does without a filter.
+    fn enter_with(self, kind: Kind, last: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
         if let Some(jail) = self.jail {
             jail.enter()?;
         }
         if self.serves_files && kind == Kind::Io {
             keep_capabilities(FILE_SERVING)?;
         } else {
-            self.identity.assume()?;
+            self.user.map_or(Ok(()), become_user)?;
             keep_capabilities(CapabilitySet::empty())?;
         }
+        last()?;
         if self.seccomp {
             // Gives up new privileges by the way.
             return seccomp::install(kind).map_err(io::Error::other);
@@ -157,59 +159,55 @@ impl Confinement {
     }
 }
 
-impl Identity {
-    /// Root's threads need not be root. But a guest that may connect to sockets of the host does so as who
-    /// the machine was told to be, and nobody else, as it is up to their modes who may.
-    fn of(config: &VmConfig) -> Self {
-        let connects = config.vsock.as_ref().is_some_and(|vsock| vsock.socket.is_some());
-        match config.user {
-            Some(user) => Identity::Named(user),
-            None if connects || !has(CHANGE_OF_USER) => Identity::Caller,
-            None => {
-                // Those of no two machines are the same, as no pid is.
-                let id = FIRST_OWN_ID + process::id();
-                Identity::Own(UserConfig { uid: id, gid: id })
-            }
-        }
+/// A user that nobody else is, by chance out of 2²⁸, for a machine that need not be root's; none if the
+/// caller cannot become it: it lacks a capability, or its user namespace has not so many users.
+pub fn user_of_its_own() -> Option<UserConfig> {
+    if !has(CHANGE_OF_USER) {
+        return None;
     }
+    let chance = RandomState::new().build_hasher().finish();
+    let id = FIRST_OWN_ID + u32::try_from(chance % OWN_IDS).expect("fewer than 2³²");
+    let is_known = |map| is_mapped(&fs::read_to_string(map).unwrap_or_default(), id);
+    let is_known = is_known("/proc/self/uid_map") && is_known("/proc/self/gid_map");
+    is_known.then_some(UserConfig { uid: id, gid: id })
+}
 
-    /// Makes the calling thread who it shall be.
-    fn assume(self) -> io::Result<()> {
-        match self {
-            Identity::Caller => Ok(()),
-            Identity::Named(user) => become_user(user),
-            Identity::Own(user) => become_user(user).or_else(|error| {
-                // A user namespace with few ids has no such user, or must keep its groups.
-                let is_unknown = [libc::EINVAL, libc::EPERM].map(Some);
-                if is_unknown.contains(&error.raw_os_error()) { Ok(()) } else { Err(error) }
-            }),
-        }
-    }
+/// Whether a user namespace with `map` has `id` (user_namespaces(7), "User and group ID mappings").
+fn is_mapped(map: &str, id: u32) -> bool {
+    map.lines().any(|line| {
+        let numbers: Vec<u32> = line.split_whitespace().flat_map(str::parse).collect();
+        matches!(numbers[..], [first, _, count] if id >= first && id - first < count)
+    })
 }
 
 /// Leaves the host's System V IPC and its host name to other processes: for the start of a program that is
 /// to run a machine of `config`, while it has one thread.
 ///
-/// Who may not gets a user namespace of its own, if the host lets everybody have one: there the machine's
-/// threads can be kept from the host's files, too ([`Jail`]). It has one user and one group, so that a machine
-/// that serves files does without it.
+/// An ordinary user's program gets a user namespace of its own, if the host lets everybody have one: there the
+/// machine's threads can be kept from the host's files, too ([`Jail`]). It has one user and one group, so
+/// that a machine that serves files does without; and it would take from who has some capability what that is
+/// good for.
 pub fn leave_namespaces(config: &VmConfig) -> io::Result<()> {
     let namespaces = CloneFlags::CLONE_NEWIPC | CloneFlags::CLONE_NEWUTS;
     match unshare(namespaces) {
-        Err(Errno::EPERM) if config.shares.is_empty() && config.user.is_none() => {}
-        Ok(()) | Err(Errno::EPERM) => return Ok(()),
-        Err(error) => return Err(error.into()),
+        Err(Errno::EPERM) => {}
+        outcome => return Ok(outcome?),
     }
     let (user, group) = (geteuid(), getegid());
-    let left =
-        unshare(namespaces | CloneFlags::CLONE_NEWUSER).map_err(io::Error::from).and_then(|()| {
-            // user_namespaces(7), "Defining user and group ID mappings".
-            fs::write("/proc/self/setgroups", "deny")?;
-            fs::write("/proc/self/uid_map", format!("{user} {user} 1"))?;
-            fs::write("/proc/self/gid_map", format!("{group} {group} 1"))
-        });
+    let is_ordinary = !user.is_root() && capabilities(None)?.permitted.is_empty();
+    if !is_ordinary || !config.shares.is_empty() {
+        return Ok(());
+    }
+    let left = unshare(namespaces | CloneFlags::CLONE_NEWUSER);
+    let left = left.map_err(io::Error::from).and_then(|()| {
+        // user_namespaces(7), "Defining user and group ID mappings".
+        fs::write("/proc/self/setgroups", "deny")?;
+        fs::write("/proc/self/uid_map", format!("{user} {user} 1"))?;
+        fs::write("/proc/self/gid_map", format!("{group} {group} 1"))
+    });
     if let Err(error) = left {
-        warn!("{UNHIDDEN} have a user namespace: {error}");
+        // Some hosts let everybody have one, but do nothing there: then there is no jail, which is told of.
+        debug!("have a user namespace: {error}");
     }
     Ok(())
 }
@@ -257,4 +255,17 @@ fn keep_capabilities(needed: CapabilitySet) -> io::Result<()> {
     // No program will be executed that could inherit one; without these there are no ambient ones.
     let inheritable = CapabilitySet::empty();
     Ok(set_capabilities(None, CapabilitySets { effective: kept, permitted: kept, inheritable })?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_user_namespace_has_the_ids_of_its_map() {
+        assert!(is_mapped("         0          0 4294967295\n", FIRST_OWN_ID));
+        let few = "0 1000 1\n1 100000 65536\n";
+        assert!(is_mapped(few, 65_536) && !is_mapped(few, 65_537));
+        assert!(!is_mapped("", 0));
+    }
 }

@@ -115,6 +115,14 @@ impl Control {
         group.wish == Wish::Run
     }
 
+    /// Keeps the vCPUs that are to be started out of the guest, until [`Control::resume`].
+    pub fn hold(&self) {
+        let mut group = self.lock();
+        if group.wish == Wish::Run {
+            group.wish = Wish::Pause;
+        }
+    }
+
     /// Returns once every vCPU is out of the guest.
     pub fn pause(&self) {
         let mut group = self.lock();

@@ -158,10 +158,9 @@ mod tests {
     use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
     use super::*;
-    use crate::confinement::Identity;
 
     const CONFINEMENT: Confinement =
-        Confinement { jail: None, seccomp: true, serves_files: false, identity: Identity::Caller };
+        Confinement { jail: None, seccomp: true, serves_files: false, user: None };
 
     struct Echo {
         event: EventFd,

@@ -114,20 +114,6 @@ impl Running {
             .collect()
     }
 
-    /// All threads, once the one that started the machine has nothing left to do.
-    fn settled_threads(&self) -> BTreeMap<String, Status> {
-        let deadline = Instant::now() + PATIENCE;
-        loop {
-            let threads = self.threads();
-            // SECCOMP_MODE_FILTER, which comes last.
-            if threads["coracle-vmm"].field("Seccomp") == "2" {
-                return threads;
-            }
-            assert!(Instant::now() < deadline, "{}", threads["coracle-vmm"].0);
-            std::thread::yield_now();
-        }
-    }
-
     /// The soft and the hard limit called `name`.
     fn limit(&self, name: &str) -> [String; 2] {
         let limits = fs::read_to_string(format!("/proc/{}/limits", self.program.id())).unwrap();
@@ -167,7 +153,7 @@ impl Status {
 fn every_thread_of_a_machine_has_its_filter() {
     let machine = Running::start(&Machine::of(&[print("up"), HANG.to_vec()]).with_a_disk());
 
-    let threads = machine.settled_threads();
+    let threads = machine.threads();
 
     assert_eq!(threads.keys().collect::<Vec<_>>(), ["coracle-vmm", "io", "vcpu 0", "vmm"]);
     for (name, status) in threads {
@@ -185,7 +171,7 @@ fn a_machine_that_can_grow_is_confined_like_any_other() {
     machine.config.max_vcpus = Some(2);
     let machine = Running::start(&machine);
 
-    for (name, status) in machine.settled_threads() {
+    for (name, status) in machine.threads() {
         assert_eq!(status.capabilities("CapPrm"), 0, "{name}");
         assert!(!status.words("Uid").contains(&"0"), "{name}");
         let root = fs::read_dir(format!("/proc/{}/root", status.field("Pid"))).unwrap();
@@ -200,7 +186,7 @@ fn every_machine_of_root_has_a_user_of_its_own() {
     let machines = [(); 2].map(|()| Running::start(&machine));
 
     let users = machines.map(|machine| {
-        let threads = machine.settled_threads().into_values();
+        let threads = machine.threads().into_values();
         let ids = threads.flat_map(|status| {
             [status.words("Uid"), status.words("Gid")]
                 .concat()
@@ -224,7 +210,7 @@ fn a_guest_that_may_connect_to_the_host_does_so_as_who_started_it() {
     machine.config.vsock = Some(VsockConfig { cid: 3, socket: Some(socket.clone()) });
     let mut machine = Running::start(&machine);
 
-    assert_eq!(machine.settled_threads()["vmm"].words("Uid"), ["0"; 4]);
+    assert_eq!(machine.threads()["vmm"].words("Uid"), ["0"; 4]);
 
     // Whoever kills it has nothing to clean up.
     machine.program.kill().unwrap();
@@ -239,7 +225,7 @@ fn a_guest_that_may_connect_to_the_host_does_so_as_who_started_it() {
 fn no_thread_keeps_a_capability_it_does_not_need() {
     let machine = Running::start(&Machine::of(&[print("up"), HANG.to_vec()]).with_a_disk());
 
-    for (name, status) in machine.settled_threads() {
+    for (name, status) in machine.threads() {
         for set in ["CapInh", "CapPrm", "CapEff", "CapAmb"] {
             assert_eq!(status.capabilities(set), 0, "{name} {set}");
         }
@@ -254,7 +240,7 @@ fn no_thread_of_a_machine_sees_the_hosts_files() {
     machine.config.shares = vec![ShareConfig::new("share", folder.path().into())];
     let machine = Running::start(&machine);
 
-    for thread in machine.settled_threads().into_values() {
+    for thread in machine.threads().into_values() {
         let root = format!("/proc/{}/root", thread.field("Pid"));
         let mut names: Vec<_> =
             fs::read_dir(root).unwrap().map(|entry| entry.unwrap().file_name()).collect();
@@ -271,7 +257,7 @@ fn the_thread_that_serves_files_keeps_what_that_takes() {
     machine.config.shares = vec![ShareConfig::new("share", folder.path().into())];
     let machine = Running::start(&machine);
 
-    let threads = machine.settled_threads();
+    let threads = machine.threads();
 
     // chown, dac_override, dac_read_search, fowner, fsetid, setgid, setuid, mknod, setfcap
     assert_eq!(threads["io"].capabilities("CapEff"), 0x8800_00df);
@@ -287,7 +273,7 @@ fn threads_become_the_user_they_are_told_to_be() {
     machine.config.user = Some(UserConfig { uid: 4711, gid: 4712 });
     let machine = Running::start(&machine);
 
-    let threads = machine.settled_threads();
+    let threads = machine.threads();
 
     assert_eq!(threads.len(), 4);
     for (name, status) in threads {
@@ -307,7 +293,7 @@ fn the_thread_that_serves_files_stays_root() {
     machine.config.shares = vec![ShareConfig::new("share", folder.path().into())];
     let machine = Running::start(&machine);
 
-    let threads = machine.settled_threads();
+    let threads = machine.threads();
 
     assert_eq!(threads["io"].words("Uid"), ["0"; 4]);
     assert_eq!(threads["io"].capabilities("CapEff"), 0x8800_00df);
@@ -324,7 +310,6 @@ fn a_machine_of_another_user_is_controlled_through_its_socket() {
     let machine = Machine::of(&[print("up"), HANG.to_vec()]);
     let arguments = ["--user=4711:4712", "--api-socket", socket.to_str().unwrap()];
     let mut machine = Running::start_with(&machine, &arguments);
-    machine.settled_threads();
 
     for state in ["paused", "running", "stopped"] {
         let mut client = UnixStream::connect(&socket).unwrap();
@@ -346,7 +331,7 @@ fn a_machine_of_another_user_is_controlled_through_its_socket() {
 fn a_machine_shares_neither_ipc_nor_host_name_with_the_host() {
     let machine = Running::start(&Machine::of(&[print("up"), HANG.to_vec()]).with_a_disk());
 
-    for thread in machine.settled_threads().into_values() {
+    for thread in machine.threads().into_values() {
         for namespace in ["ipc", "uts", "mnt"] {
             let of = |process: &str| fs::read_link(format!("/proc/{process}/ns/{namespace}"));
             assert_ne!(of(thread.field("Pid")).unwrap(), of("self").unwrap(), "{}", thread.0);
@@ -418,7 +403,7 @@ fn a_machine_of_such_a_user_sees_nothing_of_the_host_either() {
     fs::set_permissions(machine.disk.path(), nobody).unwrap();
     let machine = Running::start_by(as_nobody(), &machine, &[]);
 
-    for (name, status) in machine.settled_threads() {
+    for (name, status) in machine.threads() {
         assert_eq!(status.words("Uid"), ["65534"; 4], "{name}");
         assert_eq!(status.capabilities("CapPrm"), 0, "{name}");
         let root = fs::read_dir(format!("/proc/{}/root", status.field("Pid"))).unwrap();

@@ -6,6 +6,7 @@ use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use anyhow::Context;
 use log::error;
 use serde::{Deserialize, Serialize};
 use vmm::{Exit, Metrics, VmConfig, VmHandle, Vmm};
@@ -171,18 +172,22 @@ impl Machine {
         let Stage::Built(vmm) = mem::replace(&mut self.stage, Stage::Gone(Exit::Stopped)) else {
             return Ok(());
         };
-        let vm = vmm.start().map_err(|error| {
-            let reason = format!("{:#}", anyhow::Error::from(error));
-            self.stage = Stage::Gone(Exit::Failed(reason.clone()));
-            Error::Start(reason)
-        })?;
         // A guest whose keys do not arrive is better than none.
         let open = || RawTerminal::open().map_err(|error| error!("use the terminal: {error}")).ok();
         let terminal = self.is_interactive.then(open).flatten();
+        let started = vmm.start_paused().map_err(anyhow::Error::from).and_then(|vm| {
+            // From here on nothing is opened, and nothing else needs a privilege either.
+            vm.confine_this_thread().context("give up privileges")?;
+            Ok(vm)
+        });
+        let vm = started.map_err(|error| {
+            let reason = format!("{error:#}");
+            self.stage = Stage::Gone(Exit::Failed(reason.clone()));
+            Error::Start(reason)
+        })?;
+        vm.resume();
         self.stage = Stage::Started { vm: Box::new(vm), is_paused: false, _terminal: terminal };
-        // From here on nothing is opened, and nothing else needs a privilege either.
-        let confined = self.handle().map_or(Ok(()), VmHandle::confine_this_thread);
-        confined.map_err(|error| Error::Start(format!("give up privileges: {error}")))
+        Ok(())
     }
 
     fn pause(&mut self) -> Result<(), Error> {

@@ -62,7 +62,7 @@ extern "C" fn main() -> c_int {
 }
 
 fn run(arguments: &Arguments) -> anyhow::Result<u8> {
-    let config = arguments.configuration()?;
+    let mut config = arguments.configuration()?;
     if arguments.check {
         return Ok(check(arguments, &config));
     }
@@ -88,8 +88,13 @@ fn run(arguments: &Arguments) -> anyhow::Result<u8> {
     };
     // Before there is anything of the guest's that it could inherit.
     let has_sockets = server.is_some() || has_socket(&config);
-    let warden = has_sockets.then(|| Warden::start(server)).transpose();
-    let warden = warden.context("start the process that keeps the machine's sockets")?;
+    let may_attach = config.spare_slots != 0;
+    let warden = has_sockets.then(|| Warden::start(server, may_attach)).transpose();
+    let mut warden = warden.context("start the process that keeps the machine's sockets")?;
+    if config.user.is_none() && !has_socket(&config) {
+        // The guest connects to sockets of the host as who started it, as it is up to their modes who may.
+        config.user = vmm::user_of_its_own();
+    }
     let report = arguments.metrics.as_deref().map(Report::open).transpose()?;
     let needs_few = arguments.resource_limits.is_empty() && !opens_more(&config);
     let mut machine = Machine::build(config, interactive)?;
@@ -103,7 +108,7 @@ fn run(arguments: &Arguments) -> anyhow::Result<u8> {
     if !arguments.paused {
         machine.become_state(State::Running)?;
     }
-    let ending = serve(&mut machine, warden.as_ref(), &signals).context("wait for the machine")?;
+    let ending = serve(&mut machine, &mut warden, &signals).context("wait for the machine")?;
     machine.become_state(State::Stopped)?;
     if let Some(report) = report {
         report.write(&machine.metrics())?;
@@ -146,21 +151,21 @@ fn told(error: &anyhow::Error) -> String {
 /// Does what clients want until the machine ends or a signal comes.
 fn serve(
     machine: &mut Machine,
-    mut warden: Option<&Warden>,
+    warden: &mut Option<Warden>,
     signals: &Signals,
 ) -> io::Result<Ending> {
     loop {
-        let [is_signal, is_order] = wait(machine, warden, signals)?;
+        let [is_signal, is_order] = wait(machine, warden.as_ref(), signals)?;
         if is_signal {
             return signals.read().map(Ending::Signal);
         }
         if machine.state() == State::Stopped {
             return Ok(Ending::Itself);
         }
-        let Some(keeper) = warden.filter(|_| is_order) else { continue };
+        let Some(keeper) = warden.as_ref().filter(|_| is_order) else { continue };
         if let Err(error) = obey(machine, keeper) {
             error!("nobody serves the control socket any more, and the guest runs on: {error}");
-            warden = None;
+            *warden = None;
         }
         if machine.state() == State::Stopped {
             return Ok(Ending::Client);

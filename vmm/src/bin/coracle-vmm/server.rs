@@ -2,15 +2,25 @@
 
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use devices::listener::{Listener, SocketFile};
+use nix::sys::socket::getsockopt;
+use nix::sys::socket::sockopt::PeerCredentials;
+use nix::unistd::Pid;
 
 use crate::http::{MAX_BODY_BYTES, MAX_HEAD_BYTES, Request, Response};
 
 /// Most clients at one time; one that waits for nothing makes room for one more.
 const MAX_CLIENTS: usize = 16;
+
+/// How long whoever listens at a socket may take to be gone, and how often that is looked at.
+const HANDOVER: Duration = Duration::from_secs(1);
+const HANDOVER_STEP: Duration = Duration::from_millis(10);
 
 /// The control socket.
 pub struct Server {
@@ -18,6 +28,8 @@ pub struct Server {
     clients: Vec<Client>,
     /// The last attempt to let a client in failed.
     is_deaf: bool,
+    /// Whom it does not let in.
+    kept_out: Option<Pid>,
 }
 
 struct Client {
@@ -26,9 +38,29 @@ struct Client {
 }
 
 impl Server {
-    /// Listens at `path`, where nobody may listen yet.
+    /// Listens at `path`. Waits a moment for whoever listens there already: the process that served the
+    /// clients of a machine which was killed ends after it.
     pub fn open(path: &Path) -> io::Result<Self> {
-        Ok(Server { listener: Listener::bind(path)?, clients: Vec::new(), is_deaf: false })
+        let deadline = Instant::now() + HANDOVER;
+        let is_socket = || path.metadata().is_ok_and(|found| found.file_type().is_socket());
+        let listener = loop {
+            match Listener::bind(path) {
+                Err(error)
+                    if error.kind() == io::ErrorKind::AddrInUse
+                        && is_socket()
+                        && Instant::now() < deadline =>
+                {
+                    thread::sleep(HANDOVER_STEP);
+                }
+                outcome => break outcome?,
+            }
+        };
+        Ok(Server { listener, clients: Vec::new(), is_deaf: false, kept_out: None })
+    }
+
+    /// Lets no thread of `process` in: it is the machine's, and a guest may have made it anything.
+    pub fn keep_out(&mut self, process: Pid) {
+        self.kept_out = Some(process);
     }
 
     /// Closes it in this process, and leaves its file to another one that has it, too.
@@ -62,6 +94,9 @@ impl Server {
             let accepted = self.listener.accept();
             self.is_deaf = accepted.is_err();
             let Ok(Some(stream)) = accepted else { break };
+            if self.kept_out.is_some() && self.kept_out == peer(&stream) {
+                continue;
+            }
             let mut client = Client { stream, received: Vec::new() };
             if client.serve(&mut answer) {
                 self.make_room();
@@ -86,6 +121,11 @@ impl Server {
             ));
         }
     }
+}
+
+/// The process at the other end, if this namespace knows it.
+fn peer(stream: &UnixStream) -> Option<Pid> {
+    getsockopt(stream, PeerCredentials).ok().map(|peer| Pid::from_raw(peer.pid()))
 }
 
 impl Client {
@@ -170,6 +210,19 @@ mod tests {
 
     fn echo(request: &Request) -> Response {
         Response::text("text/plain", request.path.clone())
+    }
+
+    #[test]
+    fn a_process_that_is_kept_out_gets_no_answer() {
+        let (folder, mut server) = server();
+        server.keep_out(Pid::this());
+        let mut client = dial(&folder);
+        client.write_all(b"GET /one HTTP/1.1\r\n\r\n").unwrap();
+
+        server.serve(|_| panic!("it asked for something"));
+
+        let error = client.read(&mut [0]).err().map(|error| error.kind());
+        assert_eq!(error.unwrap_or(io::ErrorKind::ConnectionReset), io::ErrorKind::ConnectionReset);
     }
 
     #[test]

@@ -5,21 +5,21 @@
 //! The two have a socket between them. The first message tells which sockets to remove; from then on each
 //! is a request of a client with the files that it needs, or the answer. The one ends when the other does.
 
-use std::fs;
+use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
+use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
-use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
+use devices::listener::SocketFile;
 use log::error;
 use nix::poll::{PollFd, PollFlags, PollTimeout};
 use nix::sys::wait::waitpid;
 use nix::unistd::{ForkResult, Pid, dup2_stdin, dup2_stdout, fork};
 use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
 use serde::de::DeserializeOwned;
@@ -33,6 +33,9 @@ use crate::{poll, resources};
 /// How long a control socket rests that cannot let a client in.
 const RETRY_MS: u16 = 1000;
 
+/// How long the machine's process waits for the end of this one.
+const END_PATIENCE_MS: u16 = 2000;
+
 /// Most bytes of a message: metrics of many devices are some ten thousand.
 const MAX_MESSAGE_BYTES: usize = 16 << 20;
 
@@ -42,8 +45,7 @@ const MAX_FILES: usize = 64;
 /// The process; dropping it ends it, and waits until it has.
 pub struct Warden {
     process: Pid,
-    /// None once it is being ended.
-    channel: Option<UnixStream>,
+    channel: UnixStream,
 }
 
 /// What a client wants of the machine.
@@ -68,95 +70,91 @@ impl Order {
 impl Warden {
     /// Starts it, with `server` if there is a control socket: before this process has a second thread, or
     /// anything that the other one should not have.
-    pub fn start(server: Option<Server>) -> io::Result<Self> {
+    ///
+    /// It opens nothing for clients unless the machine `may_attach` something: what they ask for is not
+    /// always for the machine to have.
+    pub fn start(server: Option<Server>, may_attach: bool) -> io::Result<Self> {
         let (ours, theirs) = UnixStream::pair()?;
+        let maker = Pid::this();
         // SAFETY: this process has one thread, so that the child may do whatever it could.
         match unsafe { fork() }? {
             ForkResult::Parent { child } => {
                 if let Some(server) = server {
                     server.leave();
                 }
-                Ok(Warden { process: child, channel: Some(ours) })
+                Ok(Warden { process: child, channel: ours })
             }
             ForkResult::Child => {
                 drop(ours);
-                // Nothing of what this process would have done next may happen here.
-                let outcome = catch_unwind(AssertUnwindSafe(|| serve(server, &theirs)));
-                if let Ok(Err(error)) = &outcome {
+                let server = server.map(|mut server| {
+                    server.keep_out(maker);
+                    server
+                });
+                let outcome = serve(server, &theirs, may_attach);
+                if let Err(error) = &outcome {
                     error!("serve the control socket: {error}");
                 }
                 // SAFETY: it ends the process, which owes nothing to anybody.
-                unsafe { libc::_exit(i32::from(!matches!(outcome, Ok(Ok(()))))) }
+                unsafe { libc::_exit(outcome.is_err().into()) }
             }
         }
     }
 
     /// Has it serve clients, and leaves `sockets` to it, which it removes in the end.
     pub fn set_out(&self, sockets: &[PathBuf]) -> io::Result<()> {
-        send(self.channel()?, &sockets, &[])
+        send(&self.channel, &sockets, &[])
     }
 
     /// Takes the next order, and waits for it if there is none. An error says that there will be none any
     /// more.
     pub fn receive(&self) -> io::Result<Order> {
         let (order, files) =
-            receive::<Order>(self.channel()?)?.ok_or(io::ErrorKind::UnexpectedEof)?;
+            receive::<Order>(&self.channel)?.ok_or(io::ErrorKind::UnexpectedEof)?;
         Ok(Order { files, ..order })
     }
 
     /// Answers the order that was taken.
     pub fn answer(&self, response: &Response) -> io::Result<()> {
-        send(self.channel()?, response, &[])
-    }
-
-    fn channel(&self) -> io::Result<&UnixStream> {
-        self.channel.as_ref().ok_or_else(|| io::ErrorKind::NotConnected.into())
+        send(&self.channel, response, &[])
     }
 }
 
 impl AsFd for Warden {
     /// Readable when there is an order.
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.channel.as_ref().expect("it is not being dropped").as_fd()
+        self.channel.as_fd()
     }
 }
 
 impl Drop for Warden {
     fn drop(&mut self) {
-        self.channel = None;
-        // The kernel gives out no child's pid before it was waited for.
-        let _ = waitpid(self.process, None);
+        let mut ended = [PollFd::new(self.channel.as_fd(), PollFlags::empty())];
+        // It may be stopped, or open what does not answer: then it ends later, and nobody waits for that.
+        let is_over = self.channel.shutdown(Shutdown::Write).is_ok()
+            && poll(&mut ended, END_PATIENCE_MS.into()).is_ok()
+            && ended[0].any().unwrap_or(false);
+        if is_over {
+            // The kernel gives out no child's pid before it was waited for.
+            let _ = waitpid(self.process, None);
+        }
     }
 }
 
 /// Does all that the process is there for, until the machine's process closes `channel`.
-fn serve(server: Option<Server>, channel: &UnixStream) -> io::Result<()> {
+fn serve(server: Option<Server>, channel: &UnixStream, may_attach: bool) -> io::Result<()> {
     // Whoever waits for the end of the machine's output does not wait for this process.
-    let nothing = fs::File::options().read(true).write(true).open("/dev/null")?;
+    let nothing = File::options().read(true).write(true).open("/dev/null")?;
     dup2_stdin(&nothing)?;
     dup2_stdout(&nothing)?;
     let Some((sockets, _)) = receive::<Vec<PathBuf>>(channel)? else { return Ok(()) };
-    let sockets: Vec<_> = sockets.into_iter().map(|socket| (identity(&socket), socket)).collect();
-    let outcome = match server {
-        Some(server) => serve_clients(server, channel),
+    let _sockets: Vec<_> = sockets.into_iter().map(SocketFile::at).collect();
+    match server {
+        Some(server) => serve_clients(server, channel, may_attach),
         None => wait_for_end(channel),
-    };
-    for (made, socket) in sockets {
-        // Whoever came after a machine that was killed may have made room, and another socket.
-        if made.is_some() && identity(&socket) == made {
-            let _ = fs::remove_file(socket);
-        }
     }
-    outcome
 }
 
-/// Which file is at `path`, if there is one.
-fn identity(path: &Path) -> Option<(u64, u64)> {
-    let found = fs::symlink_metadata(path).ok()?;
-    Some((found.dev(), found.ino()))
-}
-
-fn serve_clients(mut server: Server, channel: &UnixStream) -> io::Result<()> {
+fn serve_clients(mut server: Server, channel: &UnixStream, may_attach: bool) -> io::Result<()> {
     loop {
         let descriptors = [channel.as_fd()].into_iter().chain(server.descriptors());
         let mut descriptors: Vec<_> =
@@ -168,7 +166,7 @@ fn serve_clients(mut server: Server, channel: &UnixStream) -> io::Result<()> {
             return Ok(());
         }
         server.serve(|request| {
-            forward(request, channel).unwrap_or_else(|error| {
+            forward(request, channel, may_attach).unwrap_or_else(|error| {
                 let rule = format!("must be there, and the machine's process is not: {error}");
                 Response::failure(503, "machine", &rule)
             })
@@ -182,8 +180,9 @@ fn wait_for_end(channel: &UnixStream) -> io::Result<()> {
 
 /// The machine's answer to `request`, for which what it names is opened here. It is up to the machine
 /// which of several reasons it refuses a request for.
-fn forward(request: &Request, channel: &UnixStream) -> io::Result<Response> {
-    let (opened, files) = match resources::open_for(request) {
+fn forward(request: &Request, channel: &UnixStream, may_attach: bool) -> io::Result<Response> {
+    let opened = if may_attach { resources::open_for(request) } else { Ok(Opened::default()) };
+    let (opened, files) = match opened {
         Ok(Opened { files, mtu }) => (Ok(mtu), files),
         Err(refusal) => (Err(refusal), Vec::new()),
     };
@@ -235,7 +234,8 @@ fn receive<T: DeserializeOwned>(channel: &UnixStream) -> io::Result<Option<(T, V
         }
     }
     let length = usize::try_from(u32::from_ne_bytes(length)).map_err(io::Error::other)?;
-    if received.bytes != 4 || length > MAX_MESSAGE_BYTES {
+    let lacks_files = received.flags.contains(ReturnFlags::CTRUNC);
+    if received.bytes != 4 || length > MAX_MESSAGE_BYTES || lacks_files {
         return Err(io::ErrorKind::InvalidData.into());
     }
     let mut text = vec![0; length];
@@ -246,6 +246,8 @@ fn receive<T: DeserializeOwned>(channel: &UnixStream) -> io::Result<Option<(T, V
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::MetadataExt;
+
     use super::*;
 
     #[test]
@@ -258,7 +260,7 @@ mod tests {
             let sender = scope.spawn(|| send(&one, &text, &[file.as_fd()]));
             let (received, files) = receive::<String>(&other).unwrap().unwrap();
             let [sent, received_file] =
-                [file.metadata(), fs::File::from(files.into_iter().next().unwrap()).metadata()];
+                [file.metadata(), File::from(files.into_iter().next().unwrap()).metadata()];
             assert_eq!(received, text);
             assert_eq!(sent.unwrap().ino(), received_file.unwrap().ino());
             sender.join().unwrap()
