@@ -48,6 +48,13 @@ impl Program {
         self.child.as_ref().unwrap().id()
     }
 
+    /// The process that serves clients.
+    fn server(&self) -> u32 {
+        let process = self.id();
+        let children = std::fs::read_to_string(format!("/proc/{process}/task/{process}/children"));
+        children.unwrap().trim().parse().unwrap()
+    }
+
     fn socket(&self) -> PathBuf {
         self.folder.path().join("api")
     }
@@ -242,8 +249,7 @@ fn sockets_go_with_a_program_that_a_signal_ends() {
         assert!(vsock.exists());
         let (process, socket) = (program.id(), program.socket());
 
-        // SAFETY: the process is a child that was not waited for, so its number is its own.
-        assert_eq!(unsafe { libc::kill(i32::try_from(process).unwrap(), signal) }, 0);
+        kill(process, signal);
 
         assert_eq!(program.ended().status.code(), Some(128 + signal));
         assert!(!vsock.exists() && !socket.exists());
@@ -306,6 +312,11 @@ fn assert_refused(program: &Program, request: (&str, &str, Value), expected: (u1
     assert!(rule.contains(expected.2), "{path} {body}: {rule}");
 }
 
+fn kill(process: u32, signal: i32) {
+    // SAFETY: the process is our child's, or our child, and nobody has waited for it.
+    assert_eq!(unsafe { libc::kill(i32::try_from(process).unwrap(), signal) }, 0);
+}
+
 /// How many vCPU threads a process has.
 fn threads(process: u32) -> usize {
     let tasks = std::fs::read_dir(format!("/proc/{process}/task")).unwrap();
@@ -353,15 +364,9 @@ fn a_guest_runs_on_when_the_process_that_serves_clients_is_killed() {
     let pipe = program.child.as_mut().unwrap().stdout.take().unwrap();
     let size = fcntl(&pipe, FcntlArg::F_SETPIPE_SZ(0x1000)).unwrap();
     assert_eq!(program.get("/v1/vm")["state"], "running");
-    let process = program.id();
-    let children = std::fs::read_to_string(format!("/proc/{process}/task/{process}/children"));
-    let server: i32 = children.unwrap().trim().parse().unwrap();
+    let server = program.server();
     let mut stream = program.connect();
 
-    let kill = |process, signal| {
-        // SAFETY: the process is our child's, or our child, and nobody has waited for it.
-        assert_eq!(unsafe { libc::kill(process, signal) }, 0);
-    };
     kill(server, libc::SIGKILL);
     // Its end is that of its clients.
     assert_eq!(stream.read(&mut [0]).unwrap_or(0), 0);
@@ -369,9 +374,28 @@ fn a_guest_runs_on_when_the_process_that_serves_clients_is_killed() {
     let mut pipe = pipe.take(u64::try_from(size).unwrap() + 1);
     let read = pipe.read_to_end(&mut Vec::new()).unwrap();
     assert_eq!(u64::try_from(read).unwrap(), u64::try_from(size).unwrap() + 1);
-    kill(i32::try_from(process).unwrap(), libc::SIGTERM);
+    kill(program.id(), libc::SIGTERM);
 
     assert_eq!(program.ended().status.code(), Some(128 + libc::SIGTERM));
+}
+
+#[test]
+#[ignore = "needs /dev/kvm"]
+fn a_process_that_serves_clients_and_does_not_answer_keeps_no_machine_from_its_end() {
+    let mut program = Program::start(&[HANG.to_vec()], &[]);
+    program.get("/v1/vm");
+    let server = program.server();
+    kill(server, libc::SIGSTOP);
+
+    kill(program.id(), libc::SIGTERM);
+
+    assert_eq!(program.child.as_mut().unwrap().wait().unwrap().code(), Some(128 + libc::SIGTERM));
+    kill(server, libc::SIGCONT);
+    let deadline = Instant::now() + PATIENCE;
+    while program.socket().exists() {
+        assert!(Instant::now() < deadline, "the socket is still there");
+        std::thread::yield_now();
+    }
 }
 
 #[test]

@@ -106,6 +106,31 @@ fn a_driver_that_misbehaves_is_complained_about() {
 
 #[test]
 #[ignore = "needs /dev/kvm"]
+fn a_machine_that_is_to_die_with_its_parent_does() {
+    let payload = Payload::of(&[print("up"), HANG.to_vec()]);
+    // Whoever is root becomes another user on the way, which ends such wishes.
+    let script = "setpriv --pdeathsig TERM \"$@\" & wait";
+    let mut parent = Command::new("sh")
+        .args(["-c", script, "sh", env!("CARGO_BIN_EXE_coracle-vmm")])
+        .args(["--memory=32", "--console", "--serial", "--kernel"])
+        .arg(payload.config().boot.kernel)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    wait_for_output(&parent, 2);
+
+    parent.kill().unwrap();
+
+    // It ends when the machine has, too.
+    let mut output = String::new();
+    parent.stdout.take().unwrap().read_to_string(&mut output).unwrap();
+    assert_eq!(output, "up");
+    parent.wait().unwrap();
+}
+
+#[test]
+#[ignore = "needs /dev/kvm"]
 fn too_few_descriptors_are_an_error_that_says_so() {
     let payload = Payload::of(&[END.to_vec()]);
     let kernel = payload.config().boot.kernel;
