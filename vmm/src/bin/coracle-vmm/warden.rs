@@ -42,7 +42,7 @@ const MAX_MESSAGE_BYTES: usize = 16 << 20;
 /// Most descriptors that come with a message: an interface has two for each pair of queues.
 const MAX_FILES: usize = 64;
 
-/// The process; dropping it ends it, and waits until it has.
+/// The process; dropping it ends it, and waits a moment for that.
 pub struct Warden {
     process: Pid,
     channel: UnixStream,
@@ -71,8 +71,8 @@ impl Warden {
     /// Starts it, with `server` if there is a control socket: before this process has a second thread, or
     /// anything that the other one should not have.
     ///
-    /// It opens nothing for clients unless the machine `may_attach` something: what they ask for is not
-    /// always for the machine to have.
+    /// It opens nothing for clients unless the machine `may_attach` something: what it opens comes to the
+    /// machine's process, also where that refuses it.
     pub fn start(server: Option<Server>, may_attach: bool) -> io::Result<Self> {
         let (ours, theirs) = UnixStream::pair()?;
         let maker = Pid::this();
