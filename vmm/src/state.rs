@@ -14,7 +14,7 @@ use crate::error::Error;
 use crate::event_loop::EventLoop;
 
 /// The only layout of [`MachineState`] that this VMM writes and reads.
-const VERSION: u32 = 3;
+const VERSION: u32 = 4;
 
 /// Where a machine stands, apart from its memory: all that [`crate::Vmm::restore`] needs beside the
 /// configuration to build another one that goes on.
@@ -65,7 +65,7 @@ pub enum Unsaved {
     Running,
     /// It has ended.
     Ended,
-    /// A device came to it while it ran.
+    /// A device came to it while it ran, or a driver has not let go of one that was detached.
     Attached,
     /// Memory came to it while it ran.
     Grown,
@@ -78,7 +78,10 @@ impl fmt::Display for Unsaved {
         formatter.write_str(match self {
             Unsaved::Running => "it is running: pause it first",
             Unsaved::Ended => "it has ended",
-            Unsaved::Attached => "a device is attached to it: detach it first",
+            Unsaved::Attached => {
+                "a device is attached to it (detach it first), or a driver has not let go of one that \
+                 was detached"
+            }
             Unsaved::Grown => "memory is plugged into it: request its removal first",
             Unsaved::InFile => "its memory is in a file: save it with that",
         })

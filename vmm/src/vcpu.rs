@@ -1,7 +1,6 @@
 //! A virtual processor: one thread that enters the guest and serves its exits.
 
 use std::io;
-use std::mem;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::{self, JoinHandle};
 
@@ -73,11 +72,11 @@ impl Vcpu {
     /// Runs the guest until there is a reason to look at the wish again.
     fn run_guest(&self) {
         let mut fd = lock(&self.fd);
-        let mut has_tried_again = false;
+        let mut tried_after = None;
         loop {
             let exit = match fd.run() {
                 Ok(exit) => {
-                    has_tried_again = false;
+                    tried_after = None;
                     exit
                 }
                 Err(error) => match error.errno() {
@@ -87,9 +86,13 @@ impl Vcpu {
                         return;
                     }
                     // The guest accessed memory that cannot be had. If there is nothing to do about it,
-                    // another thread may just have done it.
+                    // another thread may have done it, or the file has grown: it is tried again, and as
+                    // long as others have found something to do since.
                     libc::EFAULT
-                        if self.patch_windows() || !mem::replace(&mut has_tried_again, true) =>
+                        if self.patch_windows() || {
+                            let patches = self.patches();
+                            tried_after.replace(patches) != Some(patches)
+                        } =>
                     {
                         continue;
                     }
@@ -126,6 +129,11 @@ impl Vcpu {
     /// anything to do, so that what failed may work now.
     fn patch_windows(&self) -> bool {
         self.windows.iter().filter(|window| window.patch()).count() != 0
+    }
+
+    /// How often anybody had something to do about them.
+    fn patches(&self) -> u64 {
+        self.windows.iter().map(|window| window.patches()).sum()
     }
 
     fn fail(&self, message: &str) {

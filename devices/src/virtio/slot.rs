@@ -52,7 +52,7 @@ impl Slot {
 
     /// Takes the device away from a driver that waits for it: until the driver has let go of it, its
     /// requests fail. Returns what has to be served in the place of the device, and called `name` in log
-    /// lines; none if nobody waits, and then the device is still there.
+    /// lines; none if nobody waits or could be answered, and then the device is still there.
     pub fn withdraw(&mut self, name: &str) -> Option<Subscriber> {
         let transport = self.transport.as_mut()?;
         let stand_in = transport.withdraw()?;
@@ -155,6 +155,12 @@ mod tests {
 
     /// A slot with a disk for a driver whose memory this is, and its interrupts.
     fn slot_with_disk(memory: &GuestMemoryMmap) -> (Slot, Arc<IrqLine>) {
+        let (slot, line, _) = slot_with_disk_and_service(memory);
+        (slot, line)
+    }
+
+    /// The same, and what serves the disk.
+    fn slot_with_disk_and_service(memory: &GuestMemoryMmap) -> (Slot, Arc<IrqLine>, Subscriber) {
         let image = NamedTempFile::new().unwrap();
         image.as_file().set_len(4096).unwrap();
         let disk = Disk::open(image.path(), Access::default()).unwrap();
@@ -162,8 +168,11 @@ mod tests {
         let line = Arc::new(IrqLine::new().unwrap());
         let mut slot = Slot::new(RegisterPage::alone().unwrap());
         let (block, page) = (Arc::new(Mutex::new(block)), slot.page().clone());
-        slot.insert(MmioTransport::new(memory.clone(), block, line.clone(), page).unwrap());
-        (slot, line)
+        let transport =
+            MmioTransport::new(memory.clone(), block.clone(), line.clone(), page).unwrap();
+        let (kicks, activity) = (transport.kicks().clone(), transport.activity().clone());
+        slot.insert(transport);
+        (slot, line, Subscriber::new("disk".to_owned(), kicks, block, activity))
     }
 
     /// Offers a read.
@@ -280,6 +289,26 @@ mod tests {
 
         assert!(slot.has_parted());
         assert_eq!(driver.used_of(QUEUE as usize), []);
+    }
+
+    #[test]
+    fn a_driver_whose_requests_nobody_can_answer_does_not_keep_the_slot() {
+        let memory = memory();
+        let driver = Driver::with_queues(&memory, 2);
+        let (mut slot, _line, disk) = slot_with_disk_and_service(&memory);
+        let mut manager = EventManager::new().unwrap();
+        manager.add_subscriber(disk);
+        start().into_iter().for_each(|step| write(&mut slot, step));
+        write(&mut slot, (VIRTIO_MMIO_STATUS, 1 | 2 | 4 | 8));
+
+        // More requests than the queue has room for.
+        driver.claim_available(QUEUE as usize, QUEUE_SIZE + 1);
+        write(&mut slot, (VIRTIO_MMIO_QUEUE_NOTIFY, QUEUE));
+        manager.run_with_timeout(1000).unwrap();
+        assert_eq!(read(&mut slot, VIRTIO_MMIO_STATUS), 1 | 2 | 4 | 8 | 64);
+
+        assert!(slot.withdraw("disk").is_none() && !slot.has_parted());
+        assert!(slot.remove().is_some() && !slot.is_taken());
     }
 
     #[test]

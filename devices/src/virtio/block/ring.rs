@@ -138,7 +138,9 @@ fn entry(disk: &Disk, transfer: &Transfer) -> Option<squeue::Entry> {
         Request::Write { offset } => {
             let list = readable.iovecs();
             let entry = opcode::Writev::new(fd(offset, readable), list.as_ptr(), count(list)?);
-            Some(entry.offset(offset).build())
+            // A worker of the kernel waits for it, and no thread of ours.
+            let flags = if disk.is_write_through() { libc::RWF_DSYNC } else { 0 };
+            Some(entry.offset(offset).rw_flags(flags).build())
         }
         Request::Flush => {
             let entry = opcode::Fsync::new(types::Fd(disk.fd().as_raw_fd()));
@@ -150,7 +152,34 @@ fn entry(disk: &Disk, transfer: &Transfer) -> Option<squeue::Entry> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
+    use std::mem;
+
+    use super::super::transfer::Transfers;
     use super::*;
+    use crate::virtio::testing::memory;
+
+    /// Where an entry has the flags of a read or write (`struct io_uring_sqe`).
+    const FLAGS_OFFSET: usize = 28;
+
+    #[test]
+    fn writes_and_nothing_else_last_before_they_complete_if_the_disk_is_write_through() {
+        let mut disk = Disk::endless(File::open("/dev/null").unwrap());
+        let mut transfers = Transfers::default();
+        let number = transfers.take(&memory()).unwrap();
+        let transfer = transfers.get(number);
+        let mut flags = |disk: &Disk, request| {
+            transfer.request = request;
+            // SAFETY: an entry is 64 bytes, all of them plain numbers.
+            let bytes: [u8; 64] = unsafe { mem::transmute(entry(disk, transfer).unwrap()) };
+            i32::from_le_bytes(*bytes[FLAGS_OFFSET..].first_chunk().unwrap())
+        };
+        let (read, write) = (Request::Read { offset: 512 }, Request::Write { offset: 512 });
+
+        assert_eq!([read, write].map(|request| flags(&disk, request)), [0, 0]);
+        disk.set_write_through(true);
+        assert_eq!([read, write].map(|request| flags(&disk, request)), [0, libc::RWF_DSYNC]);
+    }
 
     #[test]
     #[ignore = "needs io_uring"]

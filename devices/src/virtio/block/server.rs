@@ -239,8 +239,8 @@ impl Task {
     }
 }
 
-/// Does what the ring left of a request that ended with `result`: the rest of one that fell short,
-/// all of one that was interrupted, and what makes a write last, if nothing else is left of it.
+/// Does what the ring left of a request that ended with `result`: the rest of one that fell short, or all of
+/// one that was interrupted.
 fn conclude(disk: &Disk, transfer: &mut Transfer, result: i32) -> io::Result<()> {
     let moved = usize::try_from(result);
     if moved.is_err() {
@@ -260,6 +260,10 @@ fn conclude(disk: &Disk, transfer: &mut Transfer, result: i32) -> io::Result<()>
         (Request::Write { offset }, moved) => {
             let moved = moved.unwrap_or(0);
             readable.skip(moved);
+            // What the ring has written lasts if it has to.
+            if readable.bytes() == 0 {
+                return Ok(());
+            }
             disk.write(offset + moved as u64, readable)
         }
         (_, Ok(_)) => Ok(()),

@@ -7,7 +7,7 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::ptr;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use fuse_backend_rs::abi::virtio_fs::{RemovemappingOne, SetupmappingFlags};
@@ -40,6 +40,8 @@ pub struct Window {
     slots: Mutex<BTreeMap<u64, Slot>>,
     /// Whether a slot has a patch. Written under the lock.
     is_patched: AtomicBool,
+    /// How often a patch has changed something. Written under the lock.
+    patches: AtomicU64,
 }
 
 /// What is mapped in a slot, all of it.
@@ -68,6 +70,7 @@ impl Window {
             bytes,
             slots: Mutex::default(),
             is_patched: AtomicBool::new(false),
+            patches: AtomicU64::new(0),
         })
     }
 
@@ -115,8 +118,15 @@ impl Window {
         }
         if any {
             self.is_patched.store(true, Ordering::Release);
+            self.patches.fetch_add(1, Ordering::Release);
         }
         any
+    }
+
+    /// How often [`Window::patch`] has found something to do. Whoever finds nothing to do, and another number
+    /// than before it was needed, came after somebody else.
+    pub fn patches(&self) -> u64 {
+        self.patches.load(Ordering::Acquire)
     }
 
     /// Shows the files again where [`Window::patch`] put zeros. Must come before anything is done for
@@ -327,6 +337,7 @@ pub(super) mod tests {
     use std::fs;
     use std::io::Write;
     use std::os::fd::AsFd;
+    use std::thread;
 
     use super::*;
 
@@ -442,6 +453,22 @@ pub(super) mod tests {
         assert!(window.patch());
         assert_eq!(peek(&window, 4096).unwrap(), 0);
         assert_eq!(peek(&window, SLOT_BYTES).unwrap(), 0);
+    }
+
+    #[test]
+    fn whoever_has_nothing_to_patch_learns_that_somebody_else_had() {
+        let (window, file) = (window(), file_of(7, 5000));
+        window.map(file.as_fd(), 0, 0, SLOT_BYTES, BOTH).unwrap();
+        assert_eq!(window.patches(), 0);
+
+        let mut seen = Vec::new();
+        for bytes in [5000, 5000, 4096] {
+            file.set_len(bytes).unwrap();
+            let patched = thread::scope(|scope| scope.spawn(|| window.patch()).join().unwrap());
+            seen.push((patched, window.patch(), window.patches()));
+        }
+
+        assert_eq!(seen, [(true, false, 1), (false, false, 1), (true, false, 2)]);
     }
 
     #[test]

@@ -5,7 +5,9 @@
 
 use std::sync::{Arc, Mutex};
 
-use virtio_bindings::virtio_config::{VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_FAILED};
+use virtio_bindings::virtio_config::{
+    VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_FAILED, VIRTIO_CONFIG_S_NEEDS_RESET,
+};
 
 use super::MmioTransport;
 use crate::virtio::VirtioDevice;
@@ -18,7 +20,8 @@ impl MmioTransport {
     }
 
     /// Waits for what is in flight, makes the device idle for good, and has its stand-in go on where it
-    /// stood, once that is served. None without a driver, or if it needs none: then nothing has changed.
+    /// stood, once that is served. None without a driver, if it needs none, or if the device waits for its
+    /// reset: then the same device is still there.
     pub fn withdraw(&mut self) -> Option<Arc<Mutex<dyn VirtioDevice>>> {
         if !self.is_in_use() {
             return None;
@@ -27,6 +30,10 @@ impl MmioTransport {
         let mut device = old.lock().expect("no device panics while it holds its lock");
         let stand_in = device.stand_in()?;
         let positions = self.quiesce(&mut *device);
+        // Nobody knows any more which requests are to be answered.
+        if self.shared.status() & VIRTIO_CONFIG_S_NEEDS_RESET != 0 {
+            return None;
+        }
         device.reset();
         drop(device);
         self.device = stand_in.clone();

@@ -10,12 +10,10 @@ use super::packet::Header;
 /// host keep in memory when its output does not move.
 pub const WINDOW_BYTES: u32 = 256 << 10;
 
-/// What a stream may have in flight before any of its bytes was forwarded, unless promises are scarce. It
-/// grows by what is forwarded: most streams carry little, and promise as much.
-pub const FIRST_WINDOW_BYTES: u32 = 32 << 10;
-
-/// What a stream may have in flight however much was promised to others, so that each goes on.
-pub const LEAST_WINDOW_BYTES: u32 = 4 << 10;
+/// What a stream may have in flight before any of its bytes was forwarded, and however much was promised to
+/// others. It grows by what is forwarded: most streams carry little, and promise as much. Promises are not
+/// taken back from a stream that was busy and is idle, so it must be enough to go on quickly without any.
+pub const LEAST_WINDOW_BYTES: u32 = 32 << 10;
 
 /// What may be promised to all streams of a guest together, beside [`LEAST_WINDOW_BYTES`] for each.
 pub const BUDGET_BYTES: u32 = 16 << 20;
@@ -106,7 +104,7 @@ impl Credit {
     /// Notes that `bytes` left the host's buffer.
     pub fn forward(&mut self, bytes: u32) {
         self.forwarded = self.forwarded.wrapping_add(bytes);
-        self.grown = self.grown.saturating_add(bytes).min(WINDOW_BYTES - FIRST_WINDOW_BYTES);
+        self.grown = self.grown.saturating_add(bytes).min(WINDOW_BYTES - LEAST_WINDOW_BYTES);
         self.budget.give_back(bytes);
     }
 
@@ -138,7 +136,7 @@ impl Credit {
 
     /// How much should be promised.
     fn window(&self) -> u32 {
-        (FIRST_WINDOW_BYTES + self.grown).min(self.budget.window(self.owed()))
+        (LEAST_WINDOW_BYTES + self.grown).min(self.budget.window(self.owed()))
     }
 }
 
@@ -204,11 +202,11 @@ mod tests {
         credit.spend(20);
         assert_eq!(credit.available(), 80);
 
-        assert_eq!(announced(&mut credit), FIRST_WINDOW_BYTES);
-        assert!(credit.receive(FIRST_WINDOW_BYTES));
+        assert_eq!(announced(&mut credit), LEAST_WINDOW_BYTES);
+        assert!(credit.receive(LEAST_WINDOW_BYTES));
         assert!(!credit.receive(1));
         credit.forward(20);
-        assert_eq!(announced(&mut credit), FIRST_WINDOW_BYTES + 20);
+        assert_eq!(announced(&mut credit), LEAST_WINDOW_BYTES + 20);
         assert!(credit.receive(40));
     }
 
@@ -242,12 +240,12 @@ mod tests {
     fn an_update_is_due_once_enough_was_forwarded() {
         let mut credit = Credit::default();
         announced(&mut credit);
-        assert!(credit.receive(FIRST_WINDOW_BYTES));
+        assert!(credit.receive(LEAST_WINDOW_BYTES));
 
         // What is forwarded makes room, and the window grow by as much.
-        credit.forward(FIRST_WINDOW_BYTES / 8);
+        credit.forward(LEAST_WINDOW_BYTES / 8);
         assert!(!credit.is_update_due());
-        credit.forward(FIRST_WINDOW_BYTES / 8);
+        credit.forward(LEAST_WINDOW_BYTES / 8);
         assert!(credit.is_update_due());
 
         announced(&mut credit);
@@ -294,10 +292,32 @@ mod tests {
     }
 
     #[test]
+    fn streams_that_were_busy_and_are_idle_leave_enough_for_the_next() {
+        let budget = Budget::default();
+        let _idle: Vec<_> = (0..100)
+            .map(|_| {
+                let mut credit = stuck(&budget);
+                credit.forward(credit.owed());
+                announced(&mut credit);
+                credit
+            })
+            .collect();
+
+        let mut late = Credit::new(&budget);
+
+        assert!(budget.promised() > BUDGET_BYTES / 2);
+        assert_eq!(announced(&mut late), 32 << 10);
+    }
+
+    #[test]
     fn a_promise_is_kept_when_promises_become_scarce() {
         let budget = Budget::default();
         let mut early = Credit::new(&budget);
+        let first = announced(&mut early);
+        assert!(early.receive(first));
+        early.forward(first);
         let promised = announced(&mut early);
+        assert!(promised > LEAST_WINDOW_BYTES);
         let _stuck: Vec<_> = (0..1000).map(|_| stuck(&budget)).collect();
 
         assert_eq!(announced(&mut early), promised);

@@ -10,7 +10,7 @@ use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent};
 
-use super::credit::{BUDGET_BYTES, FIRST_WINDOW_BYTES, LEAST_WINDOW_BYTES, WINDOW_BYTES};
+use super::credit::{BUDGET_BYTES, LEAST_WINDOW_BYTES, WINDOW_BYTES};
 use super::packet::{
     HEADER_LENGTH, HOST_CID, Header, Op, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, TYPE_STREAM,
 };
@@ -185,7 +185,7 @@ fn a_host_stream_reaches_the_guest_and_data_flows_both_ways() {
     assert_eq!(request.op, Op::Request as u16);
     assert_eq!((request.source_cid, request.destination_cid), (HOST_CID, CID.into()));
     assert_eq!((request.destination_port, request.socket_type), (GUEST_PORT, TYPE_STREAM));
-    assert_eq!(request.buffer_bytes, FIRST_WINDOW_BYTES);
+    assert_eq!(request.buffer_bytes, LEAST_WINDOW_BYTES);
 
     guest.send(Op::Response, request.source_port);
     let (header, data) = guest.only_packet();
