@@ -22,8 +22,14 @@ use super::store::{Source, memfd};
 /// was had as many without.
 const MAX_MAPPINGS: usize = 1 << 14;
 
-/// Most mappings where there is no memory at all.
+/// Most mappings where there is no memory at all: 200 bytes of the kernel's and some microseconds for each.
 const SINKS: u64 = 512;
+
+/// How many there are if the sink is small then.
+const FEW_SINKS: u64 = 64;
+
+/// Size of a sink that is small, in bytes.
+const SMALL_SINK_BYTES: u64 = 128 << 20;
 
 const SINK_FLAGS: i32 = libc::MAP_SHARED | libc::MAP_NORESERVE;
 
@@ -333,7 +339,8 @@ impl Drop for Mapping {
 
 /// How large the sink for `bytes` bytes is: what a guest can use of it beside what it may.
 fn sink_bytes(bytes: u64) -> u64 {
-    bytes.div_ceil(SINKS).next_power_of_two().max(BLOCK_BYTES)
+    let with = |sinks| bytes.div_ceil(sinks).next_power_of_two();
+    with(FEW_SINKS).min(SMALL_SINK_BYTES).max(with(SINKS)).max(BLOCK_BYTES)
 }
 
 fn to_usize(bytes: u64) -> usize {
@@ -468,14 +475,14 @@ mod tests {
     #[test]
     fn without_mappings_left_all_of_what_is_asked_for_is_done_or_nothing() {
         let file = memfd(c"test").unwrap();
-        (0..8).for_each(|n| file.write_all_at(&[7], (2 * n + 1) * BLOCK_BYTES).unwrap());
+        (0..20).for_each(|n| file.write_all_at(&[7], (2 * n + 1) * BLOCK_BYTES).unwrap());
         file.set_len(2048 * BLOCK_BYTES).unwrap();
         let saved = SavedMemory { file, sharing: Sharing::Private };
         let mut memory = Memory::of_blocks(Store::of_saved(saved), 2048);
-        // A sink has four blocks: what is written to the last ones shows in all others.
+        // A sink has 32 blocks: what is written to the last ones shows in all others.
         let is_sunk = |memory: &Memory| {
-            (2044..2048).for_each(|block| memory.write(block, 9));
-            (0..16).all(|block| memory.read(block) == 9)
+            (2016..2048).for_each(|block| memory.write(block, 9));
+            (0..41).all(|block| memory.read(block) == 9)
         };
         let mut try_all = |blocks: Range<u64>| {
             let is_there = |memory: &Memory| {
@@ -505,15 +512,15 @@ mod tests {
             })
         };
 
-        // Within a sink, where the second piece is the one that has no mapping left, and across some.
-        assert_eq!([try_all(1..3), try_all(1..15)], [true; 2]);
+        // Within a sink, where the second piece is the one that has no mapping left, and across two.
+        assert_eq!([try_all(1..3), try_all(25..39)], [true; 2]);
     }
 
     #[test]
     fn blocks_that_are_emptied_one_by_one_leave_no_more_mappings_than_all_at_once() {
         let mut memory = Memory::of_blocks(Store::anonymous(), 2048);
         let all = [mappings(&memory), memory.patchwork.seams.len()];
-        assert_eq!(all, [512; 2]);
+        assert_eq!(all, [64; 2]);
 
         memory.fill(0..2048).unwrap();
         for block in (0..2048).step_by(2).chain((1..2048).step_by(2)) {
@@ -564,8 +571,9 @@ mod tests {
         (0..BLOCKS).for_each(|block| memory.write_all(block));
 
         assert_eq!(memory.sunk_bytes(), sink_bytes(BYTES));
-        assert_eq!(sink_bytes(BYTES), BLOCK_BYTES);
-        assert_eq!(sink_bytes(1 << 40), 2 << 30);
+        let in_mib = |gib: u64| sink_bytes(gib << 30) >> 20;
+        assert_eq!([1, 8, 32, 64, 128, 1024].map(in_mib), [16, 128, 128, 128, 256, 2048]);
+        assert_eq!(sink_bytes(BLOCK_BYTES), BLOCK_BYTES);
 
         memory.empty(3..4).unwrap();
         assert_eq!(memory.sunk_bytes(), 0);
