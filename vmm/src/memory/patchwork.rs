@@ -5,7 +5,7 @@
 //! So what these lead to is what a guest can use, whoever it makes write; and as there is always a mapping,
 //! nobody has to ask before an access, or faults when memory goes away in the middle of one.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
@@ -15,14 +15,21 @@ use std::ptr;
 use devices::virtio::mem::BLOCK_BYTES;
 
 use super::PROTECTION;
-use super::store::{Source, map_file, memfd};
+use super::store::{Source, memfd};
 
 /// Most mappings, of the 65,530 that Linux lets a process have (vm.max_map_count): a guest chooses its blocks,
-/// and whatever else this process maps must find room.
+/// and whatever else this process maps must find room. What a file has comes on top: the guest whose memory it
+/// was had as many without.
 const MAX_MAPPINGS: usize = 1 << 14;
 
-/// Most mappings where there is no memory at all.
-const SINKS: u64 = 64;
+/// Most mappings where there is no memory at all: 200 bytes of the kernel's and some microseconds for each.
+const SINKS: u64 = 512;
+
+/// How many there are if the sink is small then.
+const FEW_SINKS: u64 = 64;
+
+/// Size of a sink that is small, in bytes.
+const SMALL_SINK_BYTES: u64 = 128 << 20;
 
 const SINK_FLAGS: i32 = libc::MAP_SHARED | libc::MAP_NORESERVE;
 
@@ -37,15 +44,25 @@ pub(super) struct Patchwork {
     /// What is mapped where there is no memory, again and again, and its size in bytes.
     sink: File,
     sink_bytes: u64,
-    /// Where one mapping ends and another starts, in bytes from the start; some may be one by now.
-    seams: BTreeSet<u64>,
+    /// Where a mapping starts, in bytes from the start, and whether there is no memory; some may have become
+    /// one with those before them.
+    seams: BTreeMap<u64, bool>,
+}
+
+/// What is to be mapped somewhere.
+pub(super) struct Piece<'a> {
+    /// Where it belongs, in bytes from the start of the patchwork.
+    pub place: Range<u64>,
+    /// As for mmap(2).
+    pub flags: i32,
+    /// A file, and where in there it starts, in bytes; without one, it is fresh memory.
+    pub file: Option<(&'a File, u64)>,
 }
 
 /// A mapping that was made aside: what cannot be made takes nothing away.
-pub(super) struct Piece {
+struct Mapping {
     address: *mut libc::c_void,
-    /// Where it belongs, in bytes from the start of the patchwork.
-    place: Range<u64>,
+    bytes: usize,
 }
 
 impl Patchwork {
@@ -62,54 +79,48 @@ impl Patchwork {
     ) -> io::Result<Self> {
         let (sink, sink_bytes) = (memfd(c"unplugged guest memory")?, sink_bytes(bytes));
         sink.set_len(sink_bytes)?;
-        let seams = (0..bytes).step_by(to_usize(sink_bytes)).chain([bytes]).collect();
+        let seams = (0..bytes).step_by(to_usize(sink_bytes)).map(|start| (start, true)).collect();
         let all = Patchwork { start, bytes, source, is_mergeable, sink, sink_bytes, seams };
         // In its place at once, as a machine that is not built needs it no more.
-        for place in all.sinks(&(0..bytes)) {
-            let whole = 0..place.end - place.start;
-            let address = ptr::without_provenance_mut(start + to_usize(place.start));
-            map_file(&all.sink, SINK_FLAGS, address, &whole, &whole)?;
+        for piece in all.sinks(&(0..bytes)) {
+            // SAFETY: the caller says that it is guest memory.
+            unsafe { piece.map_in_place(start) }?;
         }
-        // As for every piece of memory.
-        let all_of_it = ptr::without_provenance_mut(start);
-        // SAFETY: the range is the one of which the caller says that it is guest memory, and the advice
-        // changes nothing of it.
-        unsafe { libc::madvise(all_of_it, to_usize(bytes), libc::MADV_DONTDUMP) };
         Ok(all)
     }
 
-    /// Puts memory into `place`, in bytes from the start: zeros, or what the file has there that it is in.
+    /// Puts memory into `place`, in bytes from the start: zeros, or what the file has there that it is in. If
+    /// that fails, there is what there was.
     pub fn fill(&mut self, place: &Range<u64>) -> io::Result<()> {
         self.check(place)?;
-        let pieces = self.source.pieces(place)?;
-        if self.is_mergeable {
-            pieces.iter().for_each(|piece| piece.advise(libc::MADV_MERGEABLE));
-        }
-        self.check_count(place, &pieces)?;
-        self.put(pieces);
+        let pieces = self.source.pieces(place);
+        let seams = self.seams_with(place, &pieces, false)?;
+        self.put(place, &pieces)?;
+        self.note(place, seams);
         Ok(())
     }
 
-    /// Takes the memory out of `place`, in bytes from the start, and gives it back to the host.
+    /// Takes the memory out of `place`, in bytes from the start, and gives it back to the host. If that fails,
+    /// there is memory where there was, but perhaps not what was written to it.
     pub fn empty(&mut self, place: &Range<u64>) -> io::Result<()> {
         self.check(place)?;
-        let sink = |place: Range<u64>| {
-            let offset = place.start % self.sink_bytes;
-            Piece::map(place, SINK_FLAGS, Some((&self.sink, offset)))
-        };
-        let pieces = self.sinks(place).map(sink).collect::<io::Result<Vec<_>>>()?;
-        self.check_count(place, &pieces)?;
+        let pieces: Vec<_> = self.sinks(place).collect();
+        let seams = self.seams_with(place, &pieces, true)?;
         if self.source.is_shared() {
             self.punch(place)?;
         }
-        self.put(pieces);
+        self.put(place, &pieces)?;
+        self.note(place, seams);
+        if self.seams.values().all(|is_sink| *is_sink) {
+            // A guest that leaves alone what is no memory has nothing there; otherwise it stays what it is.
+            _ = self.punch(&(0..self.sink_bytes));
+        }
         Ok(())
     }
 
     /// Frees what the file has for `place`; where there is no memory, what the sink has.
     fn punch(&self, place: &Range<u64>) -> io::Result<()> {
-        let start = ptr::without_provenance_mut(self.start + to_usize(place.start));
-        let bytes = to_usize(place.end - place.start);
+        let (start, bytes) = (self.address(place), to_usize(place.end - place.start));
         // SAFETY: the range is guest memory, as whoever made this promised. It stays mapped; that it becomes
         // zeros is what a guest may do to its memory at any time.
         match unsafe { libc::madvise(start, bytes, libc::MADV_REMOVE) } {
@@ -118,13 +129,14 @@ impl Patchwork {
         }
     }
 
-    /// `place` by where the sink starts again.
-    fn sinks(&self, place: &Range<u64>) -> impl Iterator<Item = Range<u64>> + use<> {
-        let (place, sink_bytes) = (place.clone(), self.sink_bytes);
-        let numbers = place.start / sink_bytes..place.end.div_ceil(sink_bytes);
-        numbers.map(move |number| {
-            let whole = number * sink_bytes..(number + 1) * sink_bytes;
-            whole.start.max(place.start)..whole.end.min(place.end)
+    /// What is mapped at `place` if there is no memory: one piece up to where the sink starts again.
+    fn sinks(&self, place: &Range<u64>) -> impl Iterator<Item = Piece<'_>> + use<'_> {
+        let (place, bytes) = (place.clone(), self.sink_bytes);
+        (place.start / bytes..place.end.div_ceil(bytes)).map(move |number| {
+            let whole = number * bytes..(number + 1) * bytes;
+            let place = whole.start.max(place.start)..whole.end.min(place.end);
+            let file = Some((&self.sink, place.start - whole.start));
+            Piece { place, flags: SINK_FLAGS, file }
         })
     }
 
@@ -134,84 +146,201 @@ impl Patchwork {
         if is_inside && is_aligned { Ok(()) } else { Err(io::ErrorKind::InvalidInput.into()) }
     }
 
-    /// Whether there would not be too many mappings with `pieces` in `place`.
-    fn check_count(&self, place: &Range<u64>, pieces: &[Piece]) -> io::Result<()> {
+    /// The seams of `place`, its end among them, with `pieces` there, which are sinks or are not. It fails if
+    /// there would be too many.
+    fn seams_with(
+        &self,
+        place: &Range<u64>,
+        pieces: &[Piece],
+        are_sinks: bool,
+    ) -> io::Result<Vec<(u64, bool)>> {
+        let mut before = place.start.checked_sub(1).map(|last| self.is_sink(last));
+        let after = (place.end < self.bytes).then(|| (place.end, self.is_sink(place.end)));
+        let mut seams = Vec::new();
+        for (at, is_sink) in pieces.iter().map(|piece| (piece.place.start, are_sinks)).chain(after)
+        {
+            // The kernel makes mappings one if one goes on in their file where the other ends.
+            let is_one = before == Some(is_sink)
+                && if is_sink { at % self.sink_bytes != 0 } else { self.source.is_shared() };
+            if !is_one {
+                seams.push((at, is_sink));
+            }
+            before = Some(is_sink);
+        }
         let replaced = self.seams.range(place.start..=place.end).count();
-        match self.seams.len() - replaced + pieces.len() < MAX_MAPPINGS {
-            true => Ok(()),
+        match self.seams.len() - replaced + seams.len() <= MAX_MAPPINGS + self.source.most_seams() {
+            true => Ok(seams),
             false => Err(io::Error::other("blocks of memory lie scattered in too many places")),
         }
     }
 
-    /// Puts `pieces`, each of which follows on the one before, where they belong.
-    fn put(&mut self, pieces: Vec<Piece>) {
-        let (Some(first), Some(last)) = (pieces.first(), pieces.last()) else { return };
-        let place = first.place.start..last.place.end;
-        let replaced: Vec<_> = self.seams.range(place.clone()).copied().collect();
-        replaced.iter().for_each(|seam| _ = self.seams.remove(seam));
-        self.seams.insert(place.end);
-        for piece in pieces {
-            self.seams.insert(piece.place.start);
+    /// Whether there is no memory at an offset.
+    fn is_sink(&self, at: u64) -> bool {
+        self.seams.range(..=at).next_back().is_none_or(|(_, is_sink)| *is_sink)
+    }
+
+    /// Makes `seams` those of `place`, and of its end.
+    fn note(&mut self, place: &Range<u64>, seams: Vec<(u64, bool)>) {
+        let replaced: Vec<_> =
+            self.seams.range(place.start..=place.end).map(|(at, _)| *at).collect();
+        replaced.iter().for_each(|at| _ = self.seams.remove(at));
+        self.seams.extend(seams);
+    }
+
+    /// Puts `pieces`, each of which follows on the one before, into `place`. If that fails, there are the
+    /// mappings that there were.
+    fn put(&self, place: &Range<u64>, pieces: &[Piece]) -> io::Result<()> {
+        let aside = pieces.iter().map(|piece| self.map_aside(piece));
+        let aside = aside.collect::<io::Result<Vec<_>>>()?;
+        // To replace a mapping frees its pages while nobody else in this process can map or fault any.
+        self.advise(place, libc::MADV_DONTNEED);
+        let mut rest = pieces.iter().zip(aside);
+        while let Some((piece, mapping)) = rest.next() {
+            let target = self.address(&piece.place);
             // SAFETY: it belongs into the range that whoever made this gave away, as all callers checked.
-            unsafe { piece.put(self.start) };
+            if let Err(error) = unsafe { mapping.put(target) } {
+                // They count, too.
+                drop(rest);
+                self.must_be_kept(&piece.place);
+                self.put_back(&(place.start..piece.place.start));
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    fn map_aside(&self, piece: &Piece) -> io::Result<Mapping> {
+        let mapping = piece.map_aside()?;
+        if self.is_mergeable && piece.flags != SINK_FLAGS {
+            mapping.advise(libc::MADV_MERGEABLE);
+        }
+        Ok(mapping)
+    }
+
+    /// Maps at `place` what there is by the seams.
+    fn put_back(&self, place: &Range<u64>) {
+        let starts = self.seams.range(place.start + 1..place.end.max(place.start + 1));
+        let starts = starts.map(|(at, _)| *at).chain([place.end]);
+        let mut next = place.start;
+        for end in starts {
+            let (range, is_sink) = (next..end, self.is_sink(next));
+            let pieces =
+                if is_sink { self.sinks(&range).collect() } else { self.source.pieces(&range) };
+            for piece in pieces.iter().filter(|piece| !piece.place.is_empty()) {
+                // SAFETY: as in `put`.
+                let done = unsafe { piece.map_in_place(self.start) };
+                // Others must not get at what the guest may use, nor the guest at more than it may.
+                done.expect("the kernel has memory for the mappings that it had");
+            }
+            if self.is_mergeable && !is_sink {
+                self.advise(&range, libc::MADV_MERGEABLE);
+            }
+            next = end;
         }
     }
-}
 
-impl Piece {
-    /// Maps memory, or `file` from an offset on, aside; it is for `place`.
-    pub fn map(place: Range<u64>, flags: i32, file: Option<(&File, u64)>) -> io::Result<Self> {
-        let (fd, offset) = file.map_or((-1, 0), |(file, offset)| (file.as_raw_fd(), offset));
-        let offset = i64::try_from(offset).map_err(io::Error::other)?;
-        let bytes = to_usize(place.end - place.start);
-        // SAFETY: a new mapping at an address of the kernel's choice touches no existing one.
-        let address = unsafe { libc::mmap(ptr::null_mut(), bytes, PROTECTION, flags, fd, offset) };
-        if address == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error());
-        }
-        let piece = Piece { address, place };
-        // A core dump is for our bugs; the guest's secrets do not belong in it.
-        piece.advise(libc::MADV_DONTDUMP);
-        Ok(piece)
+    /// Ends the process if a mapping that failed has taken away what was at `place`: whatever the process maps
+    /// next might come there, for the guest to read and write.
+    ///
+    /// Linux looks whether the process may have another mapping (`vm.max_map_count`) before it takes anything
+    /// away; what is left is that it has no memory for a structure of its own.
+    fn must_be_kept(&self, place: &Range<u64>) {
+        let (address, bytes) = (self.address(place), to_usize(place.end - place.start));
+        let flags = super::FLAGS | libc::MAP_FIXED_NOREPLACE;
+        // SAFETY: this replaces nothing, and what is free there is nobody else's.
+        let mapped = unsafe { libc::mmap(address, bytes, libc::PROT_NONE, flags, -1, 0) };
+        // Otherwise something is there, or there may be no more mappings, as was said before.
+        assert!(mapped == libc::MAP_FAILED, "the kernel has no memory for a mapping");
     }
 
     /// Advice is best effort: a kernel without KSM still runs guests.
-    fn advise(&self, advice: i32) {
-        // SAFETY: the mapping is this one's own, and none of the advice used here unmaps it.
-        unsafe { libc::madvise(self.address, self.bytes(), advice) };
+    fn advise(&self, place: &Range<u64>, advice: i32) {
+        let bytes = to_usize(place.end - place.start);
+        // SAFETY: the range is guest memory, as whoever made this promised, and stays mapped. What the guest
+        // loses by the advice used here is what it gave up.
+        unsafe { libc::madvise(self.address(place), bytes, advice) };
+    }
+
+    fn address(&self, place: &Range<u64>) -> *mut libc::c_void {
+        ptr::without_provenance_mut(self.start + to_usize(place.start))
+    }
+}
+
+impl Piece<'_> {
+    fn map_aside(&self) -> io::Result<Mapping> {
+        // SAFETY: a new mapping at an address of the kernel's choice touches no existing one.
+        let address = unsafe { self.map(ptr::null_mut(), self.flags) }?;
+        Ok(Mapping { address, bytes: self.bytes() })
+    }
+
+    /// Replaces what is where this belongs at once, for which the kernel needs fewest mappings.
+    ///
+    /// # Safety
+    ///
+    /// That must be a part of guest memory which starts at `start`, and to which nobody has a reference.
+    unsafe fn map_in_place(&self, start: usize) -> io::Result<()> {
+        let target = ptr::without_provenance_mut(start + to_usize(self.place.start));
+        // SAFETY: as the caller promises.
+        unsafe { self.map(target, self.flags | libc::MAP_FIXED) }.map(|_| ())
+    }
+
+    /// # Safety
+    ///
+    /// With MAP_FIXED among the `flags`, it must be fine to replace what is at `address`.
+    unsafe fn map(&self, address: *mut libc::c_void, flags: i32) -> io::Result<*mut libc::c_void> {
+        let (fd, offset) = self.file.map_or((-1, 0), |(file, offset)| (file.as_raw_fd(), offset));
+        let offset = i64::try_from(offset).map_err(io::Error::other)?;
+        // SAFETY: as the caller promises.
+        let mapped = unsafe { libc::mmap(address, self.bytes(), PROTECTION, flags, fd, offset) };
+        if mapped == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        // A core dump is for our bugs; the guest's secrets do not belong in it.
+        // SAFETY: the mapping was just made, and the advice changes nothing of it.
+        unsafe { libc::madvise(mapped, self.bytes(), libc::MADV_DONTDUMP) };
+        Ok(mapped)
     }
 
     fn bytes(&self) -> usize {
         to_usize(self.place.end - self.place.start)
     }
+}
 
-    /// Replaces what is where this belongs.
+impl Mapping {
+    /// Advice is best effort.
+    fn advise(&self, advice: i32) {
+        // SAFETY: the mapping is this one's own, and none of the advice used here unmaps it.
+        unsafe { libc::madvise(self.address, self.bytes, advice) };
+    }
+
+    /// Replaces what is at `target`, of the same size.
     ///
     /// # Safety
     ///
-    /// That must be a part of guest memory which starts at `start`, and to which nobody has a reference.
-    unsafe fn put(self, start: usize) {
-        let target = ptr::without_provenance_mut(start + to_usize(self.place.start));
+    /// That must be guest memory, to which nobody has a reference.
+    unsafe fn put(self, target: *mut libc::c_void) -> io::Result<()> {
         let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
         // SAFETY: the mapping has the size of what it replaces, of which the caller says that it may be.
-        let moved =
-            unsafe { libc::mremap(self.address, self.bytes(), self.bytes(), flags, target) };
-        // It fails once there are as many mappings as may be, of which we keep clear.
-        assert!(moved == target, "memory for a mapping: {}", io::Error::last_os_error());
+        let moved = unsafe { libc::mremap(self.address, self.bytes, self.bytes, flags, target) };
+        if moved != target {
+            return Err(io::Error::last_os_error());
+        }
         std::mem::forget(self);
+        Ok(())
     }
 }
 
-impl Drop for Piece {
+impl Drop for Mapping {
     fn drop(&mut self) {
         // SAFETY: it is this one's own, and nobody has a reference to it.
-        unsafe { libc::munmap(self.address, self.bytes()) };
+        unsafe { libc::munmap(self.address, self.bytes) };
     }
 }
 
 /// How large the sink for `bytes` bytes is: what a guest can use of it beside what it may.
 fn sink_bytes(bytes: u64) -> u64 {
-    bytes.div_ceil(SINKS).next_power_of_two().max(BLOCK_BYTES)
+    let with = |sinks| bytes.div_ceil(sinks).next_power_of_two();
+    with(FEW_SINKS).min(SMALL_SINK_BYTES).max(with(SINKS)).max(BLOCK_BYTES)
 }
 
 fn to_usize(bytes: u64) -> usize {
@@ -220,7 +349,9 @@ fn to_usize(bytes: u64) -> usize {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::MetadataExt;
+    use std::fs;
+    use std::os::unix::fs::{FileExt, MetadataExt};
+    use std::panic::{self, AssertUnwindSafe};
 
     use super::*;
     use crate::config::MemoryBacking;
@@ -236,11 +367,16 @@ mod tests {
     }
 
     impl Memory {
-        fn of(mut store: Store) -> Self {
-            let source = store.source(BYTES).unwrap();
-            let start = store.map(to_usize(BYTES)).unwrap();
+        fn of(store: Store) -> Self {
+            Memory::of_blocks(store, BLOCKS)
+        }
+
+        fn of_blocks(mut store: Store, blocks: u64) -> Self {
+            let bytes = blocks * BLOCK_BYTES;
+            let source = store.source(bytes).unwrap();
+            let start = store.map(to_usize(bytes)).unwrap();
             // SAFETY: the range was just mapped and is never unmapped; only copies are made of what is there.
-            let patchwork = unsafe { Patchwork::new(start.addr(), BYTES, source, true) }.unwrap();
+            let patchwork = unsafe { Patchwork::new(start.addr(), bytes, source, true) }.unwrap();
             Memory { patchwork, start }
         }
 
@@ -286,6 +422,131 @@ mod tests {
         }
     }
 
+    /// How many mappings of the process lie in the memory.
+    fn mappings(memory: &Memory) -> usize {
+        let (start, bytes) = (memory.patchwork.start, to_usize(memory.patchwork.bytes));
+        let maps = fs::read_to_string("/proc/self/maps").unwrap();
+        let number = |digits| usize::from_str_radix(digits, 16).unwrap();
+        let starts = maps.lines().map(|line| number(line.split_once('-').unwrap().0));
+        starts.filter(|from| (start..start + bytes).contains(from)).count()
+    }
+
+    /// Whether `body` is true in a process of its own, within half a minute.
+    fn in_a_child(body: impl FnOnce() -> bool) -> bool {
+        // SAFETY: the child has one thread, in which `malloc` works, and takes no lock that another
+        // thread of this process may hold.
+        match unsafe { libc::fork() } {
+            0 => {
+                // One that panics may wait for a lock of a thread that is not there.
+                // SAFETY: its signal ends the child.
+                unsafe { libc::alarm(30) };
+                // Its last thread must not end: that is a success.
+                let is_true = panic::catch_unwind(AssertUnwindSafe(body)).unwrap_or(false);
+                let status = i32::from(!is_true);
+                // SAFETY: ends the child here, as it must not return into the test's runner.
+                unsafe { libc::_exit(status) }
+            }
+            child => {
+                assert!(child > 0);
+                let mut status = 0;
+                // SAFETY: `status` is a number that outlives the call.
+                assert_eq!(unsafe { libc::waitpid(child, &raw mut status, 0) }, child);
+                status == 0
+            }
+        }
+    }
+
+    /// Uses up the mappings that the process may have (`vm.max_map_count`). Returns the first of pages of
+    /// which each is one, every second to be read.
+    fn use_up_mappings() -> *mut libc::c_void {
+        let most = fs::read_to_string("/proc/sys/vm/max_map_count").unwrap();
+        let most: usize = most.trim().parse().unwrap();
+        let flags = super::super::FLAGS;
+        // SAFETY: a new mapping that replaces nothing, of which every second page becomes another one.
+        unsafe {
+            let start = libc::mmap(ptr::null_mut(), most * 4096, libc::PROT_NONE, flags, -1, 0);
+            let split =
+                |nth| libc::mprotect(start.byte_add(nth * 4096), 4096, libc::PROT_READ) == 0;
+            assert!((1..most).step_by(2).any(|nth| !split(nth)));
+            start
+        }
+    }
+
+    #[test]
+    fn without_mappings_left_all_of_what_is_asked_for_is_done_or_nothing() {
+        let file = memfd(c"test").unwrap();
+        (0..20).for_each(|n| file.write_all_at(&[7], (2 * n + 1) * BLOCK_BYTES).unwrap());
+        file.set_len(2048 * BLOCK_BYTES).unwrap();
+        let saved = SavedMemory { file, sharing: Sharing::Private };
+        let mut memory = Memory::of_blocks(Store::of_saved(saved), 2048);
+        // A sink has 32 blocks: what is written to the last ones shows in all others.
+        let is_sunk = |memory: &Memory| {
+            (2016..2048).for_each(|block| memory.write(block, 9));
+            (0..41).all(|block| memory.read(block) == 9)
+        };
+        let mut try_all = |blocks: Range<u64>| {
+            let is_there = |memory: &Memory| {
+                blocks.clone().all(|block| memory.read(block) == block % 2 * 7)
+                    && memory.read(blocks.end) == 9
+            };
+            in_a_child(|| {
+                let mut page = use_up_mappings();
+                let mut give_one_back = || {
+                    // SAFETY: the page is one that nobody uses.
+                    assert_eq!(unsafe { libc::munmap(page, 4096) }, 0);
+                    page = page.wrapping_byte_add(4096);
+                };
+                let mut failed = 0;
+                while memory.fill(blocks.clone()).is_err() {
+                    assert!(is_sunk(&memory), "{failed}");
+                    failed += 1;
+                    give_one_back();
+                }
+                assert!(is_there(&memory));
+                while memory.empty(blocks.clone()).is_err() {
+                    assert!(is_there(&memory), "{failed}");
+                    failed += 1;
+                    give_one_back();
+                }
+                is_sunk(&memory) && failed > 1
+            })
+        };
+
+        // Within a sink, where the second piece is the one that has no mapping left, and across two.
+        assert_eq!([try_all(1..3), try_all(25..39)], [true; 2]);
+    }
+
+    #[test]
+    fn blocks_that_are_emptied_one_by_one_leave_no_more_mappings_than_all_at_once() {
+        let mut memory = Memory::of_blocks(Store::anonymous(), 2048);
+        let all = [mappings(&memory), memory.patchwork.seams.len()];
+        assert_eq!(all, [64; 2]);
+
+        memory.fill(0..2048).unwrap();
+        for block in (0..2048).step_by(2).chain((1..2048).step_by(2)) {
+            memory.empty(block..block + 1).unwrap();
+            assert!(memory.patchwork.seams.len() <= 2048);
+        }
+
+        assert_eq!([mappings(&memory), memory.patchwork.seams.len()], all);
+    }
+
+    #[test]
+    fn no_mapping_is_left_out_of_the_count() {
+        for store in [Store::anonymous(), Store::create(&MemoryBacking::Memfd).unwrap()] {
+            let mut memory = Memory::of_blocks(store, 2048);
+            for number in 0..300 {
+                // Somewhere, of some size.
+                let start = number * 1009 % 2000;
+                let blocks = start..start + 1 + number * 31 % 40;
+                let done = if number % 3 == 2 { memory.empty(blocks) } else { memory.fill(blocks) };
+                done.unwrap();
+                memory.write(start, number);
+                assert!(mappings(&memory) <= memory.patchwork.seams.len(), "{number}");
+            }
+        }
+    }
+
     #[test]
     fn memory_is_where_it_was_put_and_nowhere_else() {
         let mut memory = Memory::anonymous();
@@ -310,7 +571,12 @@ mod tests {
         (0..BLOCKS).for_each(|block| memory.write_all(block));
 
         assert_eq!(memory.sunk_bytes(), sink_bytes(BYTES));
-        assert_eq!(sink_bytes(BYTES), BYTES / 64);
+        let in_mib = |gib: u64| sink_bytes(gib << 30) >> 20;
+        assert_eq!([1, 8, 32, 64, 128, 1024].map(in_mib), [16, 128, 128, 128, 256, 2048]);
+        assert_eq!(sink_bytes(BLOCK_BYTES), BLOCK_BYTES);
+
+        memory.empty(3..4).unwrap();
+        assert_eq!(memory.sunk_bytes(), 0);
     }
 
     #[test]
@@ -377,10 +643,9 @@ mod tests {
         let mut memory = Memory::anonymous();
         memory.fill(0..BLOCKS).unwrap();
         memory.write(100, 7);
-        let few = memory.patchwork.seams.len();
-        assert_eq!(few, 2);
+        assert_eq!(memory.patchwork.seams.len(), 1);
         // As many as if there were more blocks.
-        memory.patchwork.seams.extend((1..).map(|n| BYTES + n).take(MAX_MAPPINGS - 3));
+        memory.patchwork.seams.extend((1..).map(|n| (BYTES + n, false)).take(MAX_MAPPINGS - 2));
 
         assert!(memory.empty(100..101).is_err());
         assert_eq!(memory.read(100), 7);

@@ -14,6 +14,10 @@ use super::patchwork::Piece;
 use super::{FLAGS, HUGE_PAGE, MemoryError, PROTECTION, map_aligned};
 use crate::config::MemoryBacking;
 
+/// Most ranges of a region that are mapped from a file of which others need what it has: each takes a mapping,
+/// and so does what is between them, of the 65,530 that Linux lets a process have (vm.max_map_count).
+const MAX_RANGES: usize = 1024;
+
 /// The memory of a machine that was saved, for one that goes on with it.
 #[derive(Debug)]
 pub struct SavedMemory {
@@ -30,7 +34,7 @@ pub enum Sharing {
     Shared,
     /// It stays as it is: what the new machine writes is its own. Any number of machines can go on
     /// from there, and share what none of them writes; what the file has holes for is memory of their
-    /// own. They share what their kernels draw random numbers from, too, until each has fresh entropy.
+    /// own, unless data and holes alternate thousands of times. They share what their kernels draw random numbers from, too, until each has fresh entropy.
     Private,
 }
 
@@ -159,18 +163,23 @@ pub(super) struct Source {
     flags: i32,
     /// Where the region starts in the file, in bytes.
     start: u64,
-    /// Where the file, if others go on from there as well, had something at first; in bytes of the file.
+    /// Where the file, if others go on from there as well, had something at first; in bytes of the file. It is
+    /// there again, instead of zeros, when memory was taken out and put in: others need the file as it is, and
+    /// this guest has seen it before.
     data: Vec<Range<u64>>,
 }
 
 impl Source {
-    /// Maps `part` of the region, in bytes from its start.
-    pub fn pieces(&self, part: &Range<u64>) -> io::Result<Vec<Piece>> {
-        let anonymous = |from, to| Piece::map(from..to, FLAGS, None);
-        let Some(file) = &self.file else { return Ok(vec![anonymous(part.start, part.end)?]) };
-        let of_file = |from, to| Piece::map(from..to, self.flags, Some((file, self.start + from)));
+    /// What `part` of the region, in bytes from its start, is made of.
+    pub fn pieces(&self, part: &Range<u64>) -> Vec<Piece<'_>> {
+        let fresh = |place| Piece { place, flags: FLAGS, file: None };
+        let Some(file) = &self.file else { return vec![fresh(part.clone())] };
+        let of_file = |place: Range<u64>| {
+            let offset = self.start + place.start;
+            Piece { place, flags: self.flags, file: Some((file, offset)) }
+        };
         if self.is_shared() {
-            return Ok(vec![of_file(part.start, part.end)?]);
+            return vec![of_file(part.clone())];
         }
         // As a store does for a whole region.
         let (mut pieces, mut next) = (Vec::new(), part.start);
@@ -180,15 +189,20 @@ impl Source {
                 continue;
             }
             if next < data.start {
-                pieces.push(anonymous(next, data.start)?);
+                pieces.push(fresh(next..data.start));
             }
-            pieces.push(of_file(data.start, data.end)?);
             next = data.end;
+            pieces.push(of_file(data));
         }
         if next < part.end {
-            pieces.push(anonymous(next, part.end)?);
+            pieces.push(fresh(next..part.end));
         }
-        Ok(pieces)
+        pieces
+    }
+
+    /// How often a file and fresh memory take turns in the whole region, at most.
+    pub fn most_seams(&self) -> usize {
+        2 * self.data.len()
     }
 
     /// Whether a file keeps what is written to a mapping after that is gone.
@@ -202,14 +216,26 @@ pub fn after(range: &Range<u64>) -> u64 {
     range.end.next_multiple_of(HUGE_PAGE as u64)
 }
 
-/// The huge pages with data among those of `file` in `range`, which starts at one.
+/// The huge pages with data among those of `file` in `range`, which starts at one; with the smallest holes
+/// between them, which the file has zeros for, if there would be too many ranges.
 fn data_in(file: &File, range: &Range<u64>) -> io::Result<Vec<Range<u64>>> {
     let (mut all, mut rest) = (Vec::new(), range.clone());
     while let Some(data) = next_data(file, &rest)? {
         rest.start = data.end;
         all.push(data);
     }
-    Ok(all)
+    let (mut joined, mut hole_bytes) = (join(&all, 0), HUGE_PAGE as u64);
+    while joined.len() > MAX_RANGES {
+        joined = join(&joined, hole_bytes);
+        hole_bytes *= 2;
+    }
+    Ok(joined)
+}
+
+/// Makes those of `ranges` one, which ascend, that have holes of no more than `hole_bytes` between them.
+fn join(ranges: &[Range<u64>], hole_bytes: u64) -> Vec<Range<u64>> {
+    let gapless = ranges.chunk_by(|one, next| next.start - one.end <= hole_bytes);
+    gapless.filter_map(|all| Some(all.first()?.start..all.last()?.end)).collect()
 }
 
 /// The next huge pages with data among those of `file` in `range`, which starts at one.
@@ -238,7 +264,7 @@ fn seek(file: &File, from: u64, whence: i32) -> io::Result<u64> {
 
 /// Maps `part` of `file` in its place in the mapping from `start` on, which has room for `whole`. That must
 /// be a mapping which was just made, and is known to nobody else.
-pub(super) fn map_file(
+fn map_file(
     file: &File,
     flags: i32,
     start: *mut u8,
@@ -347,6 +373,45 @@ mod tests {
         ram.memory().write_obj(4u8, GuestAddress(2 << 20)).unwrap();
         assert_eq!(data(2 << 20..3 << 20), None);
         assert_eq!(read(&ram, GuestAddress(2 << 20)), 4);
+    }
+
+    #[test]
+    fn a_template_in_which_data_and_holes_alternate_is_mapped_in_few_pieces() {
+        let file = memfd(c"test").unwrap();
+        let huge = HUGE_PAGE as u64;
+        // Holes of one huge page each, and every 100th has three.
+        let place = |number: u64| number * 2 * huge + number / 100 * 2 * huge;
+        (0..3000).for_each(|number| file.write_all_at(&[7], place(number)).unwrap());
+        file.set_len(place(3000)).unwrap();
+        let saved = SavedMemory { file: file.try_clone().unwrap(), sharing: Sharing::Private };
+
+        let source = Store::of_saved(saved).source(place(3000)).unwrap();
+        let pieces = source.pieces(&(0..place(3000)));
+
+        assert_eq!(pieces.len(), 60);
+        assert!(pieces.len() <= source.most_seams());
+        let ends = pieces.iter().map(|piece| piece.place.end);
+        let starts = pieces.iter().skip(1).map(|piece| piece.place.start);
+        assert!(ends.eq(starts.chain([place(3000)])));
+        let holes = pieces.iter().filter(|piece| piece.file.is_none());
+        for Piece { place: hole, .. } in holes {
+            assert_eq!(next_data(&file, hole).unwrap(), None);
+        }
+    }
+
+    #[test]
+    fn few_holes_of_a_template_are_all_left_out() {
+        let file = memfd(c"test").unwrap();
+        let huge = HUGE_PAGE as u64;
+        // Huge pages with data next to each other count once.
+        for number in [0, 1, 3, 4, 5, 9] {
+            file.write_all_at(&[7], number * huge).unwrap();
+        }
+        file.set_len(10 * huge).unwrap();
+
+        let data = data_in(&file, &(0..10 * huge)).unwrap();
+
+        assert_eq!(data, [0..2 * huge, 3 * huge..6 * huge, 9 * huge..10 * huge]);
     }
 
     #[test]
