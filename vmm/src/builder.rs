@@ -2,6 +2,7 @@
 
 use std::fmt::Display;
 use std::fs::File;
+use std::io;
 use std::mem;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -23,7 +24,6 @@ use crate::console::ConsoleLog;
 use crate::control::Control;
 use crate::dax;
 use crate::error::Error;
-use crate::event_loop::EventLoop;
 use crate::handle::VmHandle;
 use crate::jail::{Jail, JailError, beside};
 use crate::memory::{GuestRam, MemoryError, Pluggable, SavedMemory, Store};
@@ -221,7 +221,7 @@ impl Vmm {
     }
 
     /// The sockets that the machine made, for another process to remove them when it has ended: one that
-    /// called [`VmHandle::confine_this_thread`] cannot.
+    /// called [`Vmm::start_confined`] cannot.
     pub fn take_sockets(&mut self) -> Vec<PathBuf> {
         self.placed.socket_files.drain(..).map(SocketFile::into_path).collect()
     }
@@ -231,14 +231,25 @@ impl Vmm {
         self.record.metrics()
     }
 
-    /// Starts the machine's threads. The guest does not run before [`VmHandle::resume`].
-    pub fn start_paused(self) -> Result<VmHandle, Error> {
-        self.control.hold();
-        self.start()
-    }
-
     /// Starts the machine's threads, and with them the guest.
     pub fn start(self) -> Result<VmHandle, Error> {
+        self.start_threads(false)
+    }
+
+    /// Starts the machine's threads, and confines the calling one, which is to control them from now on: it
+    /// sees no file of the host but what is shared, becomes the machine's user, and keeps no capability and
+    /// only few system calls. For a thread that has nothing else to do. The guest does not run before
+    /// [`VmHandle::resume`].
+    ///
+    /// vCPUs can be granted as always, and devices attached that another process has [`crate::Opened`].
+    pub fn start_confined(self) -> Result<VmHandle, Error> {
+        self.control.hold();
+        let handle = self.start_threads(true)?;
+        handle.filter_this_thread().map_err(unconfined)?;
+        Ok(handle)
+    }
+
+    fn start_threads(self, with_privileges_given_up: bool) -> Result<VmHandle, Error> {
         let Placed { buses, kept, vmm_loop, io_loop, spares, socket_files, dax, .. } = self.placed;
         let has_spares = !spares.is_empty();
         let names = self.record.activities.iter().map(|(name, _)| name.clone()).collect();
@@ -266,19 +277,27 @@ impl Vmm {
             vm: self.vm,
             ram: self.ram,
         };
-        for (kind, subscribers) in [(Kind::Vmm, vmm_loop), (Kind::Io, io_loop)] {
-            if !subscribers.is_empty() || has_spares {
-                let event_loop = EventLoop::start(kind, subscribers, &self.confinement)
-                    .map_err(|source| Error::Start { what: "an event loop", source })?;
-                handle.loops.push(event_loop);
-            }
+        // Whoever has given something up starts no thread that keeps it.
+        let keeps_some = |kind| kind == Kind::Io && self.confinement.serves_files;
+        let loops = [(Kind::Io, io_loop), (Kind::Vmm, vmm_loop)].into_iter();
+        let (first, later): (Vec<_>, Vec<_>) = loops
+            .filter(|(_, subscribers)| !subscribers.is_empty() || has_spares)
+            .partition(|(kind, _)| keeps_some(*kind));
+        handle.start_loops(first)?;
+        if with_privileges_given_up {
+            handle.give_up_privileges().map_err(unconfined)?;
         }
+        handle.start_loops(later)?;
         for vcpu in self.vcpus {
             let start = |source| Error::Start { what: "a vCPU thread", source };
             handle.processors.start(vcpu).map_err(start)?;
         }
         Ok(handle)
     }
+}
+
+fn unconfined(source: io::Error) -> Error {
+    Error::Start { what: "the guest, as privileges cannot be given up", source }
 }
 
 /// What KVM has of a machine.

@@ -6,9 +6,9 @@
 //! and which `no_new_privs` makes give nothing.
 
 use std::cell::Cell;
-use std::fs;
+use std::fs::{self, File};
 use std::hash::{BuildHasher, Hasher, RandomState};
-use std::io;
+use std::io::{self, Read};
 use std::sync::Arc;
 use std::sync::mpsc::sync_channel;
 use std::thread::{Builder, JoinHandle};
@@ -112,21 +112,30 @@ impl Confinement {
         Ok(thread)
     }
 
-    /// Confines the calling thread, which controls the machine and serves no files, to what `kind` needs,
+    /// Has the calling thread, which controls the machine and serves no files, give up all but system calls,
     /// and with it those that it starts: they can do no more than it.
-    pub fn enter_to_control(&self, kind: Kind) -> io::Result<()> {
-        // A change of user ends what the parent has asked for (prctl(2), PR_SET_PDEATHSIG).
-        let (parent, wish) = (getppid(), get_pdeathsig()?);
-        let confinement = Confinement { serves_files: false, ..self.clone() };
-        confinement.enter_with(kind, || {
-            if wish.is_some() {
-                set_pdeathsig(wish)?;
-            }
-            let is_orphan = wish.is_some() && getppid() != parent;
-            if is_orphan { Err(io::Error::other("the parent has died")) } else { Ok(()) }
-        })?;
+    pub fn give_up_privileges(&self) -> io::Result<()> {
+        let wish = get_pdeathsig()?;
+        let parent = wish.map(|_| getppid());
+        Confinement { serves_files: false, ..self.clone() }.become_less(Kind::Main)?;
         IS_CONFINED.set(true);
+        if wish.is_some() {
+            // A change of user ends what the parent has asked for (prctl(2), PR_SET_PDEATHSIG).
+            set_pdeathsig(wish)?;
+            if parent != Some(getppid()) {
+                return Err(io::Error::other("the parent has died"));
+            }
+        }
         Ok(())
+    }
+
+    /// Leaves the calling thread the system calls of `kind`.
+    pub fn filter(&self, kind: Kind) -> io::Result<()> {
+        if self.seccomp {
+            // Gives up new privileges by the way.
+            return seccomp::install(kind).map_err(io::Error::other);
+        }
+        give_up_new_privileges()
     }
 
     /// What is left to do for a thread that a confined one has started.
@@ -135,27 +144,21 @@ impl Confinement {
     }
 
     /// Confines the calling thread.
-    fn enter(self, kind: Kind) -> io::Result<()> {
-        self.enter_with(kind, || Ok(()))
+    fn enter(&self, kind: Kind) -> io::Result<()> {
+        self.become_less(kind)?;
+        self.filter(kind)
     }
 
-    /// The same, with `last` as the last thing that it does without a filter.
-    fn enter_with(self, kind: Kind, last: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
-        if let Some(jail) = self.jail {
+    /// Takes from the calling thread what one of `kind` needs none of, but for system calls.
+    fn become_less(&self, kind: Kind) -> io::Result<()> {
+        if let Some(jail) = &self.jail {
             jail.enter()?;
         }
         if self.serves_files && kind == Kind::Io {
-            keep_capabilities(FILE_SERVING)?;
-        } else {
-            self.user.map_or(Ok(()), become_user)?;
-            keep_capabilities(CapabilitySet::empty())?;
+            return keep_capabilities(FILE_SERVING);
         }
-        last()?;
-        if self.seccomp {
-            // Gives up new privileges by the way.
-            return seccomp::install(kind).map_err(io::Error::other);
-        }
-        give_up_new_privileges()
+        self.user.map_or(Ok(()), become_user)?;
+        keep_capabilities(CapabilitySet::empty())
     }
 }
 
@@ -167,9 +170,16 @@ pub fn user_of_its_own() -> Option<UserConfig> {
     }
     let chance = RandomState::new().build_hasher().finish();
     let id = FIRST_OWN_ID + u32::try_from(chance % OWN_IDS).expect("fewer than 2³²");
-    let is_known = |map| is_mapped(&fs::read_to_string(map).unwrap_or_default(), id);
+    let is_known = |map| read_map(map).is_ok_and(|map| is_mapped(&map, id));
     let is_known = is_known("/proc/self/uid_map") && is_known("/proc/self/gid_map");
     is_known.then_some(UserConfig { uid: id, gid: id })
+}
+
+/// The file at `path`, by one call: the kernel gives as much of it as there is room for.
+fn read_map(path: &str) -> io::Result<String> {
+    let mut text = [0; 4096];
+    let bytes = File::open(path)?.read(&mut text)?;
+    String::from_utf8(text[..bytes].to_vec()).map_err(io::Error::other)
 }
 
 /// Whether a user namespace with `map` has `id` (user_namespaces(7), "User and group ID mappings").

@@ -18,7 +18,7 @@ use crate::config::{ConfigError, DiskConfig, NetConfig};
 use crate::console::ConsoleLog;
 use crate::control::{Control, Exit};
 use crate::error::Error;
-use crate::event_loop::EventLoop;
+use crate::event_loop::{BoxedSubscriber, EventLoop};
 use crate::memory::{GuestRam, MemoryLayout};
 use crate::metrics::{DeviceCounts, Metrics, Record};
 use crate::opened::{self, Opened};
@@ -146,18 +146,32 @@ impl VmHandle {
         self.control.end(Exit::Stopped);
     }
 
-    /// Confines the calling thread, which has started the machine, to control it from now on: it sees no
-    /// file of the host but what is shared, becomes the machine's user, and keeps no capability and only few
-    /// system calls. For a thread that has nothing else to do. vCPUs can be granted as before, and devices
-    /// attached that were [`Opened`] by another process.
-    pub fn confine_this_thread(&self) -> io::Result<()> {
-        let has_places = self.slots.are_there();
-        if has_places {
+    /// Starts the threads that serve devices: each a loop of its kind, for its subscribers.
+    pub(crate) fn start_loops(
+        &mut self,
+        loops: Vec<(Kind, Vec<BoxedSubscriber>)>,
+    ) -> Result<(), Error> {
+        for (kind, subscribers) in loops {
+            let started = EventLoop::start(kind, subscribers, self.processors.confinement());
+            let failed = |source| Error::Start { what: "an event loop", source };
+            self.loops.push(started.map_err(failed)?);
+        }
+        Ok(())
+    }
+
+    /// Has the calling thread, which starts the machine, give up all but system calls.
+    pub(crate) fn give_up_privileges(&self) -> io::Result<()> {
+        if self.slots.are_there() {
             self.slots.close();
         }
-        let can_grow = has_places || self.processors.count() < self.shape.most_vcpus;
+        self.processors.confinement().give_up_privileges()
+    }
+
+    /// Leaves the calling thread, which has started the machine, the system calls that controlling it takes.
+    pub(crate) fn filter_this_thread(&self) -> io::Result<()> {
+        let can_grow = self.slots.are_there() || self.processors.count() < self.shape.most_vcpus;
         let kind = if can_grow { Kind::Growing } else { Kind::Main };
-        self.processors.confinement().enter_to_control(kind)
+        self.processors.confinement().filter(kind)
     }
 
     /// A descriptor that is readable once the VM has ended.

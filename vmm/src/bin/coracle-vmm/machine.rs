@@ -6,7 +6,6 @@ use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::Context;
 use log::error;
 use serde::{Deserialize, Serialize};
 use vmm::{Exit, Metrics, VmConfig, VmHandle, Vmm};
@@ -175,13 +174,9 @@ impl Machine {
         // A guest whose keys do not arrive is better than none.
         let open = || RawTerminal::open().map_err(|error| error!("use the terminal: {error}")).ok();
         let terminal = self.is_interactive.then(open).flatten();
-        let started = vmm.start_paused().map_err(anyhow::Error::from).and_then(|vm| {
-            // From here on nothing is opened, and nothing else needs a privilege either.
-            vm.confine_this_thread().context("give up privileges")?;
-            Ok(vm)
-        });
-        let vm = started.map_err(|error| {
-            let reason = format!("{error:#}");
+        // From here on nothing is opened, and nothing else needs a privilege either.
+        let vm = vmm.start_confined().map_err(|error| {
+            let reason = format!("{:#}", anyhow::Error::from(error));
             self.stage = Stage::Gone(Exit::Failed(reason.clone()));
             Error::Start(reason)
         })?;
