@@ -6,5 +6,8 @@ pub mod bus;
 pub mod clock;
 pub mod interrupt;
 pub mod listener;
+pub mod mapping;
 pub mod serial;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 pub mod virtio;

@@ -9,9 +9,10 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::ptr;
 
+use devices::mapping::{Aside, map_at};
 use devices::virtio::mem::BLOCK_BYTES;
 
 use super::PROTECTION;
@@ -57,12 +58,6 @@ pub(super) struct Piece<'a> {
     pub flags: i32,
     /// A file, and where in there it starts, in bytes; without one, it is fresh memory.
     pub file: Option<(&'a File, u64)>,
-}
-
-/// A mapping that was made aside: what cannot be made takes nothing away.
-struct Mapping {
-    address: *mut libc::c_void,
-    bytes: usize,
 }
 
 impl Patchwork {
@@ -201,7 +196,6 @@ impl Patchwork {
             if let Err(error) = unsafe { mapping.put(target) } {
                 // They count, too.
                 drop(rest);
-                self.must_be_kept(&piece.place);
                 self.put_back(&(place.start..piece.place.start));
                 return Err(error);
             }
@@ -209,8 +203,10 @@ impl Patchwork {
         Ok(())
     }
 
-    fn map_aside(&self, piece: &Piece) -> io::Result<Mapping> {
-        let mapping = piece.map_aside()?;
+    fn map_aside(&self, piece: &Piece) -> io::Result<Aside> {
+        let mapping = Aside::map(piece.bytes(), PROTECTION, piece.flags, piece.file())?;
+        // A core dump is for our bugs; the guest's secrets do not belong in it.
+        mapping.advise(libc::MADV_DONTDUMP);
         if self.is_mergeable && piece.flags != SINK_FLAGS {
             mapping.advise(libc::MADV_MERGEABLE);
         }
@@ -239,20 +235,6 @@ impl Patchwork {
         }
     }
 
-    /// Ends the process if a mapping that failed has taken away what was at `place`: whatever the process maps
-    /// next might come there, for the guest to read and write.
-    ///
-    /// Linux looks whether the process may have another mapping (`vm.max_map_count`) before it takes anything
-    /// away; what is left is that it has no memory for a structure of its own.
-    fn must_be_kept(&self, place: &Range<u64>) {
-        let (address, bytes) = (self.address(place), to_usize(place.end - place.start));
-        let flags = super::FLAGS | libc::MAP_FIXED_NOREPLACE;
-        // SAFETY: this replaces nothing, and what is free there is nobody else's.
-        let mapped = unsafe { libc::mmap(address, bytes, libc::PROT_NONE, flags, -1, 0) };
-        // Otherwise something is there, or there may be no more mappings, as was said before.
-        assert!(mapped == libc::MAP_FAILED, "the kernel has no memory for a mapping");
-    }
-
     /// Advice is best effort: a kernel without KSM still runs guests.
     fn advise(&self, place: &Range<u64>, advice: i32) {
         let bytes = to_usize(place.end - place.start);
@@ -267,12 +249,6 @@ impl Patchwork {
 }
 
 impl Piece<'_> {
-    fn map_aside(&self) -> io::Result<Mapping> {
-        // SAFETY: a new mapping at an address of the kernel's choice touches no existing one.
-        let address = unsafe { self.map(ptr::null_mut(), self.flags) }?;
-        Ok(Mapping { address, bytes: self.bytes() })
-    }
-
     /// Replaces what is where this belongs at once, for which the kernel needs fewest mappings.
     ///
     /// # Safety
@@ -280,60 +256,21 @@ impl Piece<'_> {
     /// That must be a part of guest memory which starts at `start`, and to which nobody has a reference.
     unsafe fn map_in_place(&self, start: usize) -> io::Result<()> {
         let target = ptr::without_provenance_mut(start + to_usize(self.place.start));
+        let (bytes, flags) = (self.bytes(), self.flags | libc::MAP_FIXED);
         // SAFETY: as the caller promises.
-        unsafe { self.map(target, self.flags | libc::MAP_FIXED) }.map(|_| ())
+        let mapped = unsafe { map_at(target, bytes, PROTECTION, flags, self.file()) }?;
+        // As aside.
+        // SAFETY: the mapping was just made, and the advice changes nothing of it.
+        unsafe { libc::madvise(mapped, bytes, libc::MADV_DONTDUMP) };
+        Ok(())
     }
 
-    /// # Safety
-    ///
-    /// With MAP_FIXED among the `flags`, it must be fine to replace what is at `address`.
-    unsafe fn map(&self, address: *mut libc::c_void, flags: i32) -> io::Result<*mut libc::c_void> {
-        let (fd, offset) = self.file.map_or((-1, 0), |(file, offset)| (file.as_raw_fd(), offset));
-        let offset = i64::try_from(offset).map_err(io::Error::other)?;
-        // SAFETY: as the caller promises.
-        let mapped = unsafe { libc::mmap(address, self.bytes(), PROTECTION, flags, fd, offset) };
-        if mapped == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error());
-        }
-        // A core dump is for our bugs; the guest's secrets do not belong in it.
-        // SAFETY: the mapping was just made, and the advice changes nothing of it.
-        unsafe { libc::madvise(mapped, self.bytes(), libc::MADV_DONTDUMP) };
-        Ok(mapped)
+    fn file(&self) -> Option<(BorrowedFd<'_>, u64)> {
+        self.file.map(|(file, offset)| (file.as_fd(), offset))
     }
 
     fn bytes(&self) -> usize {
         to_usize(self.place.end - self.place.start)
-    }
-}
-
-impl Mapping {
-    /// Advice is best effort.
-    fn advise(&self, advice: i32) {
-        // SAFETY: the mapping is this one's own, and none of the advice used here unmaps it.
-        unsafe { libc::madvise(self.address, self.bytes, advice) };
-    }
-
-    /// Replaces what is at `target`, of the same size.
-    ///
-    /// # Safety
-    ///
-    /// That must be guest memory, to which nobody has a reference.
-    unsafe fn put(self, target: *mut libc::c_void) -> io::Result<()> {
-        let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
-        // SAFETY: the mapping has the size of what it replaces, of which the caller says that it may be.
-        let moved = unsafe { libc::mremap(self.address, self.bytes, self.bytes, flags, target) };
-        if moved != target {
-            return Err(io::Error::last_os_error());
-        }
-        std::mem::forget(self);
-        Ok(())
-    }
-}
-
-impl Drop for Mapping {
-    fn drop(&mut self) {
-        // SAFETY: it is this one's own, and nobody has a reference to it.
-        unsafe { libc::munmap(self.address, self.bytes) };
     }
 }
 
@@ -351,7 +288,8 @@ fn to_usize(bytes: u64) -> usize {
 mod tests {
     use std::fs;
     use std::os::unix::fs::{FileExt, MetadataExt};
-    use std::panic::{self, AssertUnwindSafe};
+
+    use devices::testing::in_a_child;
 
     use super::*;
     use crate::config::MemoryBacking;
@@ -429,31 +367,6 @@ mod tests {
         let number = |digits| usize::from_str_radix(digits, 16).unwrap();
         let starts = maps.lines().map(|line| number(line.split_once('-').unwrap().0));
         starts.filter(|from| (start..start + bytes).contains(from)).count()
-    }
-
-    /// Whether `body` is true in a process of its own, within half a minute.
-    fn in_a_child(body: impl FnOnce() -> bool) -> bool {
-        // SAFETY: the child has one thread, in which `malloc` works, and takes no lock that another
-        // thread of this process may hold.
-        match unsafe { libc::fork() } {
-            0 => {
-                // One that panics may wait for a lock of a thread that is not there.
-                // SAFETY: its signal ends the child.
-                unsafe { libc::alarm(30) };
-                // Its last thread must not end: that is a success.
-                let is_true = panic::catch_unwind(AssertUnwindSafe(body)).unwrap_or(false);
-                let status = i32::from(!is_true);
-                // SAFETY: ends the child here, as it must not return into the test's runner.
-                unsafe { libc::_exit(status) }
-            }
-            child => {
-                assert!(child > 0);
-                let mut status = 0;
-                // SAFETY: `status` is a number that outlives the call.
-                assert_eq!(unsafe { libc::waitpid(child, &raw mut status, 0) }, child);
-                status == 0
-            }
-        }
     }
 
     /// Uses up the mappings that the process may have (`vm.max_map_count`). Returns the first of pages of

@@ -3,7 +3,9 @@
 use std::fs::File;
 use std::path::Path;
 
-use super::{create, fd, fresh, in_a_child, outcome};
+use devices::testing::in_a_child;
+
+use super::{create, fd, fresh, outcome};
 
 fn lock(file: &File, command: i32, kind: i32) -> i64 {
     // SAFETY: plain numbers, of which zeros are valid.

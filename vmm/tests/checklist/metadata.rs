@@ -5,6 +5,8 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
+use devices::testing::in_a_child;
+
 use super::{c, create, fresh, outcome};
 
 fn set_xattr(path: &Path, name: &str, value: &[u8], flags: i32) -> i64 {
@@ -151,7 +153,7 @@ fn a_write_of_somebody_else_takes_the_right_to_act_as_the_owner_away() {
     fs::set_permissions(&path, fs::Permissions::from_mode(0o4777)).unwrap();
     let file = File::options().write(true).open(&path).unwrap();
 
-    let written = super::in_a_child(|| {
+    let written = in_a_child(|| {
         // SAFETY: numbers, and a byte that outlives the call. The plain system call changes the child.
         unsafe {
             libc::syscall(libc::SYS_setresuid, 1234, 1234, 1234) == 0

@@ -51,25 +51,6 @@ fn create(path: &Path) -> File {
     File::options().read(true).write(true).create_new(true).open(path).unwrap()
 }
 
-/// What `body` returns in a process of its own; it must make system calls only.
-fn in_a_child(body: impl FnOnce() -> bool) -> bool {
-    // SAFETY: the child makes system calls only, as a copy of a process with threads may.
-    match unsafe { libc::fork() } {
-        0 => {
-            let status = i32::from(!body());
-            // SAFETY: ends the child here, as it must not return into the test's runner.
-            unsafe { libc::_exit(status) }
-        }
-        child => {
-            assert!(child > 0);
-            let mut status = 0;
-            // SAFETY: `status` is a number that outlives the call.
-            assert_eq!(unsafe { libc::waitpid(child, &raw mut status, 0) }, child);
-            status == 0
-        }
-    }
-}
-
 fn fd(file: &File) -> RawFd {
     file.as_raw_fd()
 }

@@ -12,8 +12,9 @@ use tempfile::TempDir;
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-use super::window::tests::{in_a_child, use_up_mappings};
+use super::window::tests::use_up_mappings;
 use super::*;
+use crate::testing::in_a_child;
 use crate::virtio::testing::{Driver, MEMORY_BYTES, NEXT, QUEUE_SIZE, RINGS, memory};
 
 const LOOKUP: u32 = 1;

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd, RawFd};
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -13,6 +13,8 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use fuse_backend_rs::abi::virtio_fs::{RemovemappingOne, SetupmappingFlags};
 use fuse_backend_rs::transport::FsCacheReqHandler;
 use vm_memory::{GuestAddress, GuestRegionMmap, MmapRegion};
+
+use crate::mapping::{Aside, map_at, must_be_kept};
 
 /// What Linux maps at once, in bytes, and to which multiples it keeps in file and window
 /// (`FUSE_DAX_SZ`, fs/fuse/dax.c). The window is a row of slots of this size, each of which takes two of
@@ -221,67 +223,25 @@ impl Window {
     /// Replaces what is at `place`, which is within the window, by `file` from `offset` on. If that
     /// fails, what was there still is.
     fn show(&self, place: Range<u64>, file: &File, offset: u64, protection: i32) -> io::Result<()> {
-        let offset = i64::try_from(offset).expect("a mapping ends below 2^63");
         let (address, bytes) = self.within(&place);
         // Not there at once: many files cannot be mapped, and the attempt would already have taken
         // away what was there. Whatever this process maps next would be the guest's to see.
-        // SAFETY: a new mapping at an address of the kernel's choice touches no existing one.
-        let mapped = unsafe {
-            libc::mmap(
-                ptr::null_mut(),
-                bytes,
-                protection,
-                libc::MAP_SHARED,
-                file.as_raw_fd(),
-                offset,
-            )
-        };
-        if mapped == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error());
-        }
-        let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
-        // SAFETY: `mapped` is the mapping of `bytes` bytes that was just made, and nobody knows it.
-        // It goes into the reservation made by `reserve`, which is never given up and to which nothing
-        // in this process has a reference.
-        let moved = unsafe { libc::mremap(mapped, bytes, bytes, flags, address) };
-        if moved == address {
-            return Ok(());
-        }
-        let error = io::Error::last_os_error();
-        // SAFETY: it is where it was, and nobody knows it. If it stays there, it is in nobody's way.
-        unsafe { libc::munmap(mapped, bytes) };
-        self.must_be_kept(&place);
-        Err(error)
+        let mapping =
+            Aside::map(bytes, protection, libc::MAP_SHARED, Some((file.as_fd(), offset)))?;
+        // SAFETY: it goes into the reservation made by `reserve`, which is never given up and to which
+        // nothing in this process has a reference.
+        unsafe { mapping.put(address) }
     }
 
     /// Replaces what is at `place`, which is within the window, by zeros, which nobody can access with
     /// PROT_NONE as `protection`. If that fails, what was there still is.
     fn fill(&self, place: Range<u64>, protection: i32) -> io::Result<()> {
         let (address, bytes) = self.within(&place);
+        let flags = RESERVED | libc::MAP_FIXED;
         // SAFETY: the range is within the reservation made by `reserve`, which is never given up and
         // to which nothing in this process has a reference.
-        let mapped =
-            unsafe { libc::mmap(address, bytes, protection, RESERVED | libc::MAP_FIXED, -1, 0) };
-        if mapped == address {
-            return Ok(());
-        }
-        let error = io::Error::last_os_error();
-        self.must_be_kept(&place);
-        Err(error)
-    }
-
-    /// Ends the process if a mapping that failed has taken away what was at `place`: whatever the
-    /// process maps next might come there, for the guest to read and write.
-    ///
-    /// Linux looks whether the process may have another mapping (`vm.max_map_count`, RLIMIT_AS) before it
-    /// takes anything away; what is left is that it has no memory for a structure of its own.
-    fn must_be_kept(&self, place: &Range<u64>) {
-        let (address, bytes) = self.within(place);
-        let flags = RESERVED | libc::MAP_FIXED_NOREPLACE;
-        // SAFETY: this replaces nothing, and what is free within the reservation is nobody else's.
-        let mapped = unsafe { libc::mmap(address, bytes, libc::PROT_NONE, flags, -1, 0) };
-        // Otherwise something is there, or there may be no more mappings, as was said before.
-        assert!(mapped == libc::MAP_FAILED, "the kernel has no memory for a mapping");
+        let mapped = unsafe { map_at(address, bytes, protection, flags, None) };
+        mapped.inspect_err(|_| must_be_kept(address.addr(), bytes)).map(drop)
     }
 
     fn within(&self, place: &Range<u64>) -> (*mut libc::c_void, usize) {
@@ -336,11 +296,10 @@ fn page_bytes() -> u64 {
 pub(super) mod tests {
     use std::fs;
     use std::io::Write;
-    use std::os::fd::AsFd;
-    use std::panic::{self, AssertUnwindSafe};
     use std::thread;
 
     use super::*;
+    use crate::testing::in_a_child;
 
     const BOTH: i32 = libc::PROT_READ | libc::PROT_WRITE;
 
@@ -508,31 +467,6 @@ pub(super) mod tests {
             assert!(mappings(&window) <= 2 * 4 + 1, "{}", mappings(&window));
             window.unpatch().unwrap();
             assert!(mappings(&window) <= 4 + 1, "{}", mappings(&window));
-        }
-    }
-
-    /// Whether `body` is true in a process of its own, within half a minute.
-    pub fn in_a_child(body: impl FnOnce() -> bool) -> bool {
-        // SAFETY: the child has one thread, in which `malloc` works, and takes no lock that another
-        // thread of this process may hold.
-        match unsafe { libc::fork() } {
-            0 => {
-                // One that panics may wait for a lock of a thread that is not there.
-                // SAFETY: its signal ends the child.
-                unsafe { libc::alarm(30) };
-                // Its last thread must not end: that is a success.
-                let is_true = panic::catch_unwind(AssertUnwindSafe(body)).unwrap_or(false);
-                let status = i32::from(!is_true);
-                // SAFETY: ends the child here, as it must not return into the test's runner.
-                unsafe { libc::_exit(status) }
-            }
-            child => {
-                assert!(child > 0);
-                let mut status = 0;
-                // SAFETY: `status` is a number that outlives the call.
-                assert_eq!(unsafe { libc::waitpid(child, &raw mut status, 0) }, child);
-                status == 0
-            }
         }
     }
 
