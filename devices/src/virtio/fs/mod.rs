@@ -41,7 +41,7 @@ pub use self::changes::{Change, ChangeKind, Changes, Telling};
 use self::forgetting::Forgetting;
 use self::observer::Observer;
 pub use self::saved::State;
-pub use self::server::{Cache, Error, Options, Server, raise_file_limit};
+pub use self::server::{Cache, Error, Options, Server, most_open_files, raise_file_limit};
 use self::watch::Watch;
 pub use self::window::{SLOT_BYTES, Window};
 

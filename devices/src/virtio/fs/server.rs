@@ -306,14 +306,18 @@ pub fn raise_file_limit() -> Result<(), Error> {
     raise_to_the_most().map_err(Error::RaiseFileLimit)
 }
 
+/// The highest limit of open files that Linux lets anybody set (fs.nr_open).
+pub fn most_open_files() -> io::Result<u64> {
+    fs::read_to_string(MOST_FILES)?.trim().parse().map_err(io::Error::other)
+}
+
 fn raise_to_the_most() -> io::Result<()> {
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: `limit` is a valid rlimit, and outlives the call that fills it.
     if unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) } != 0 {
         return Err(io::Error::last_os_error());
     }
-    let most = fs::read_to_string(MOST_FILES).ok().and_then(|most| most.trim().parse().ok());
-    let most = most.filter(|&most| most > limit.rlim_max);
+    let most = most_open_files().ok().filter(|&most| most > limit.rlim_max);
     if most.is_some_and(|most| set_file_limit(most).is_ok()) {
         return Ok(());
     }

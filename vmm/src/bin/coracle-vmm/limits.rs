@@ -1,12 +1,13 @@
 //! What the process may use of its host: its cgroup and its resource limits.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::str::FromStr;
 
 use anyhow::{Context, bail};
+use devices::virtio::fs::most_open_files;
 use log::warn;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigHandler, Signal, signal};
@@ -78,10 +79,7 @@ fn most_allowed(resource: Resource) -> anyhow::Result<u64> {
     let may_raise = capabilities(None)?.effective.contains(CapabilitySet::SYS_RESOURCE);
     match (may_raise, resource) {
         (false, _) => Ok(most),
-        (true, Resource::RLIMIT_NOFILE) => {
-            let most = fs::read_to_string("/proc/sys/fs/nr_open").context("read fs.nr_open")?;
-            most.trim().parse().context("parse fs.nr_open")
-        }
+        (true, Resource::RLIMIT_NOFILE) => most_open_files().context("read fs.nr_open"),
         (true, _) => Ok(u64::MAX),
     }
 }
@@ -118,6 +116,8 @@ pub fn lower_descriptor_limit() -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use vmm::DiskConfig;
 
     use super::*;

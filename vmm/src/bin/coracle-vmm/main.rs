@@ -87,11 +87,11 @@ fn run(arguments: &Arguments) -> anyhow::Result<u8> {
         None => None,
     };
     // Before there is anything of the guest's that it could inherit.
-    let has_sockets = server.is_some() || has_socket(&config);
-    let may_attach = config.spare_slots != 0;
-    let warden = has_sockets.then(|| Warden::start(server, may_attach)).transpose();
+    let (has_socket, may_attach) = (has_socket(&config), config.spare_slots != 0);
+    let is_needed = server.is_some() || has_socket;
+    let warden = is_needed.then(|| Warden::start(server, may_attach)).transpose();
     let mut warden = warden.context("start the process that keeps the machine's sockets")?;
-    if config.user.is_none() && !has_socket(&config) {
+    if config.user.is_none() && !has_socket {
         // The guest connects to sockets of the host as who started it, as it is up to their modes who may.
         config.user = vmm::user_of_its_own();
     }

@@ -255,7 +255,7 @@ fn attached(place: Attachment) -> Response {
     Response { status: 201, ..Response::json(&Place { number, names }) }
 }
 
-/// The answer where no device was attached; `opened` is the field that says what was to be opened.
+/// The answer where no device was attached.
 fn not_attached(error: AttachError) -> Response {
     match error {
         AttachError::Config(error) => Response::failure(400, &error.field, &error.rule),
