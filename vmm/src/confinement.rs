@@ -6,9 +6,9 @@
 //! and which `no_new_privs` makes give nothing.
 
 use std::cell::Cell;
-use std::fs::{self, File};
+use std::fs;
 use std::hash::{BuildHasher, Hasher, RandomState};
-use std::io::{self, Read};
+use std::io;
 use std::sync::Arc;
 use std::sync::mpsc::sync_channel;
 use std::thread::{Builder, JoinHandle};
@@ -59,6 +59,9 @@ const FIRST_OWN_ID: u32 = 0x7000_0000;
 /// How many there are.
 const OWN_IDS: u64 = 1 << 28;
 
+/// The host's own user namespace, which has every id (linux/proc_ns.h, `PROC_USER_INIT_INO`).
+const FIRST_NAMESPACE: &str = "user:[4026531837]";
+
 /// What the threads of one machine are left with.
 #[derive(Debug, Clone)]
 pub struct Confinement {
@@ -95,11 +98,13 @@ impl Confinement {
         kind: Kind,
         body: impl FnOnce() + Send + 'static,
     ) -> io::Result<JoinHandle<()>> {
+        let confinement = self.clone();
         // What the caller has given up, the new thread never had.
-        let confinement = if IS_CONFINED.get() { self.of_confined() } else { self.clone() };
+        let has_less = IS_CONFINED.get();
         let (report, outcome) = sync_channel(1);
         let thread = builder.spawn(move || {
-            let confined = confinement.enter(kind);
+            let become_less = || if has_less { Ok(()) } else { confinement.become_less(kind) };
+            let confined = become_less().and_then(|()| confinement.filter(kind));
             let is_confined = confined.is_ok();
             // Whoever starts the thread waits for it, and the room for it is there.
             let _ = report.send(confined);
@@ -138,17 +143,6 @@ impl Confinement {
         give_up_new_privileges()
     }
 
-    /// What is left to do for a thread that a confined one has started.
-    fn of_confined(&self) -> Self {
-        Confinement { jail: None, seccomp: self.seccomp, serves_files: false, user: None }
-    }
-
-    /// Confines the calling thread.
-    fn enter(&self, kind: Kind) -> io::Result<()> {
-        self.become_less(kind)?;
-        self.filter(kind)
-    }
-
     /// Takes from the calling thread what one of `kind` needs none of, but for system calls.
     fn become_less(&self, kind: Kind) -> io::Result<()> {
         if let Some(jail) = &self.jail {
@@ -170,16 +164,10 @@ pub fn user_of_its_own() -> Option<UserConfig> {
     }
     let chance = RandomState::new().build_hasher().finish();
     let id = FIRST_OWN_ID + u32::try_from(chance % OWN_IDS).expect("fewer than 2³²");
-    let is_known = |map| read_map(map).is_ok_and(|map| is_mapped(&map, id));
-    let is_known = is_known("/proc/self/uid_map") && is_known("/proc/self/gid_map");
-    is_known.then_some(UserConfig { uid: id, gid: id })
-}
-
-/// The file at `path`, by one call: the kernel gives as much of it as there is room for.
-fn read_map(path: &str) -> io::Result<String> {
-    let mut text = [0; 4096];
-    let bytes = File::open(path)?.read(&mut text)?;
-    String::from_utf8(text[..bytes].to_vec()).map_err(io::Error::other)
+    let is_known = |map| fs::read_to_string(map).is_ok_and(|map| is_mapped(&map, id));
+    let all_are_known = fs::read_link("/proc/self/ns/user").is_ok_and(|it| it == *FIRST_NAMESPACE);
+    (all_are_known || is_known("/proc/self/uid_map") && is_known("/proc/self/gid_map"))
+        .then_some(UserConfig { uid: id, gid: id })
 }
 
 /// Whether a user namespace with `map` has `id` (user_namespaces(7), "User and group ID mappings").

@@ -104,7 +104,9 @@ impl Control {
     pub fn checkpoint(&self) -> bool {
         let mut group = self.lock();
         group.parked += 1;
-        self.changed.notify_all();
+        if group.wish == Wish::Pause {
+            self.changed.notify_all();
+        }
         while group.wish == Wish::Pause {
             group = self.wait(group);
         }

@@ -7,6 +7,7 @@
 use std::ffi::c_int;
 use std::process;
 
+use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
 use nix::sys::signal::{SigHandler, Signal, signal};
 use nix::sys::stat::Mode;
@@ -37,15 +38,14 @@ pub fn run_program(body: impl FnOnce() -> u8) -> ! {
 
 /// Makes sure that no file that is opened later takes the place of a standard stream.
 fn keep_standard_streams() -> nix::Result<()> {
-    for _ in STREAMS.into_iter().filter(|stream| is_closed(*stream)) {
+    let mut looks = STREAMS.map(|fd| libc::pollfd { fd, events: 0, revents: 0 });
+    // SAFETY: `looks` has three elements; their numbers may be those of no open files.
+    let answers = unsafe { libc::poll(looks.as_mut_ptr(), STREAMS.len() as libc::nfds_t, 0) };
+    Errno::result(answers)?;
+    for _ in looks.iter().filter(|look| look.revents & libc::POLLNVAL != 0) {
         // The kernel gives out the lowest number that is free. Programs that are executed inherit it.
         let stream = open("/dev/null", OFlag::O_RDWR, Mode::empty())?;
         std::mem::forget(stream);
     }
     Ok(())
-}
-
-fn is_closed(descriptor: c_int) -> bool {
-    // SAFETY: the request takes a number, which may be that of no open file.
-    unsafe { libc::fcntl(descriptor, libc::F_GETFD) == -1 }
 }

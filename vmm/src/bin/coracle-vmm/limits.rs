@@ -96,10 +96,10 @@ pub fn set(limits: &[ResourceLimit]) -> nix::Result<()> {
         }
     }
     if limits.iter().all(|limit| limit.resource != Resource::RLIMIT_NOFILE) {
-        let raised = getrlimit(Resource::RLIMIT_NOFILE)
-            .and_then(|(_, most)| setrlimit(Resource::RLIMIT_NOFILE, most, most));
-        if let Err(error) = raised {
-            warn!("raise the limit of open files: {error}");
+        let (now, most) = getrlimit(Resource::RLIMIT_NOFILE)?;
+        if now != most {
+            let raised = setrlimit(Resource::RLIMIT_NOFILE, most, most);
+            raised.unwrap_or_else(|error| warn!("raise the limit of open files: {error}"));
         }
     }
     Ok(())
