@@ -1,15 +1,21 @@
 //! A unix socket in the host's file system that listens for as long as its owner lives.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io::{self, ErrorKind};
 use std::mem;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Duration;
 
 use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, accept4, connect, socket};
+
+/// Longer than bind(2) and listen(2) take, one after the other.
+const TWO_STEPS: Duration = Duration::from_millis(10);
 
 /// A listening socket; dropping it removes its file.
 ///
@@ -33,15 +39,12 @@ pub struct SocketFile {
 
 impl Listener {
     /// Listens at `path`. A socket that nobody listens at any more, as a process leaves behind that was
-    /// killed, makes room. Whatever else is there already is an error of the kind `AddrInUse`.
+    /// killed, makes room; for one process, if several come at once. Whatever else is there already is an
+    /// error of the kind `AddrInUse`.
     pub fn bind(path: &Path) -> io::Result<Self> {
         let socket = match UnixListener::bind(path) {
             // Looked at only now, so that it costs nothing where nothing is in the way.
-            Err(error) if error.kind() == ErrorKind::AddrInUse => {
-                refuse_unless_left_behind(path)?;
-                fs::remove_file(path)?;
-                UnixListener::bind(path)?
-            }
+            Err(error) if error.kind() == ErrorKind::AddrInUse => take_place(path)?,
             Err(error) if error.kind() == ErrorKind::NotFound => {
                 return Err(folder_error(path, &error));
             }
@@ -113,12 +116,32 @@ fn identity(path: &Path) -> Option<(u64, u64)> {
     Some((found.dev(), found.ino()))
 }
 
+/// Listens at `path` in the place of a socket that nobody listens at any more. Of several that try, one
+/// does: the others would take away what it has just made.
+fn take_place(path: &Path) -> io::Result<UnixListener> {
+    let folder = File::open(folder_of(path)).map_err(|error| folder_error(path, &error))?;
+    let _turn =
+        Flock::lock(folder, FlockArg::LockExclusiveNonblock).map_err(|(_, error)| match error {
+            Errno::EWOULDBLOCK => in_use("another process is about to listen there"),
+            error => error.into(),
+        })?;
+    refuse_unless_left_behind(path)?;
+    // Between its first two steps whoever listens looks as if nobody did.
+    thread::sleep(TWO_STEPS);
+    refuse_unless_left_behind(path)?;
+    fs::remove_file(path)?;
+    UnixListener::bind(path)
+}
+
+fn in_use(what: &str) -> io::Error {
+    io::Error::new(ErrorKind::AddrInUse, what)
+}
+
 /// Refuses whatever is at `path` unless it is a socket at which nobody listens.
 fn refuse_unless_left_behind(path: &Path) -> io::Result<()> {
-    let in_use = |what| Err(io::Error::new(ErrorKind::AddrInUse, what));
     // Connecting to another file is refused, too.
     if !fs::symlink_metadata(path)?.file_type().is_socket() {
-        return in_use("a file that is no socket is there already");
+        return Err(in_use("a file that is no socket is there already"));
     }
     // Whoever listens may be slow to answer, and is not waited for.
     let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
@@ -126,7 +149,7 @@ fn refuse_unless_left_behind(path: &Path) -> io::Result<()> {
     match connect(probe.as_raw_fd(), &UnixAddr::new(path)?) {
         Err(Errno::ECONNREFUSED) => Ok(()),
         Ok(()) | Err(Errno::EAGAIN | Errno::EPROTOTYPE) => {
-            in_use("another process listens there already")
+            Err(in_use("another process listens there already"))
         }
         Err(error) => Err(error.into()),
     }
@@ -177,7 +200,9 @@ impl Drop for SocketFile {
 
 #[cfg(test)]
 mod tests {
-    use nix::sys::socket::{Backlog, listen};
+    use std::sync::Barrier;
+
+    use nix::sys::socket::{Backlog, bind, listen};
 
     use super::*;
 
@@ -253,6 +278,56 @@ mod tests {
 
         UnixStream::connect(&path).unwrap();
         assert!(listener.accept().unwrap().is_some());
+    }
+
+    #[test]
+    fn of_many_that_come_at_once_one_gets_the_place_of_a_socket_that_was_left_behind() {
+        for _ in 0..8 {
+            let folder = tempfile::tempdir().unwrap();
+            let path = folder.path().join("s");
+            drop(UnixListener::bind(&path).unwrap());
+            let start = Barrier::new(4);
+
+            let mut bound: Vec<_> = thread::scope(|scope| {
+                let bind = || {
+                    start.wait();
+                    Listener::bind(&path)
+                };
+                let threads = [(); 4].map(|()| scope.spawn(bind));
+                threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+            });
+
+            bound.retain(|outcome| match outcome {
+                Err(error) => {
+                    assert_eq!(error.kind(), ErrorKind::AddrInUse, "{error}");
+                    false
+                }
+                Ok(_) => true,
+            });
+            assert_eq!(bound.len(), 1);
+            UnixStream::connect(&path).unwrap();
+            assert!(bound[0].as_ref().unwrap().accept().unwrap().is_some());
+        }
+    }
+
+    #[test]
+    fn a_socket_of_somebody_who_is_about_to_listen_is_refused() {
+        let is_refused = || {
+            let folder = tempfile::tempdir().unwrap();
+            let path = folder.path().join("s");
+            let ours = socket(AddressFamily::Unix, SockType::Stream, SockFlag::empty(), None);
+            let ours = ours.unwrap();
+            bind(ours.as_raw_fd(), &UnixAddr::new(&path).unwrap()).unwrap();
+            thread::scope(|scope| {
+                let other = scope.spawn(|| Listener::bind(&path));
+                thread::sleep(TWO_STEPS / 5);
+                listen(&ours, Backlog::new(1).unwrap()).unwrap();
+                other.join().unwrap().is_err()
+            })
+        };
+
+        // A machine that does much else may take longer than the other waits, but not each time.
+        assert!((0..100).any(|_| is_refused()));
     }
 
     #[test]
