@@ -1,6 +1,7 @@
 //! Network device (virtio 1.2, section 5.1): Ethernet frames between the guest and a tap.
 
 mod control;
+mod gone;
 mod links;
 mod receive;
 mod tap;
@@ -10,7 +11,7 @@ mod transmit;
 mod vhost;
 
 use std::os::fd::AsRawFd;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use event_manager::EventSet;
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
@@ -23,6 +24,7 @@ use virtio_bindings::virtio_net::{
 };
 
 use self::control::{Command, Control};
+use self::gone::Gone;
 use self::links::Links;
 use self::receive::{Receive, Room};
 pub use self::tap::{Link, Missing, Tap, TapError};
@@ -406,6 +408,12 @@ impl<L: Link> VirtioDevice for Net<L> {
         }
         positions.resize(self.traits().queue_sizes.len(), Position::default());
         Ok(positions)
+    }
+
+    /// Drivers wait for the answer to each command. Those with one pair have nothing to wait for.
+    fn stand_in(&self) -> Option<Arc<Mutex<dyn VirtioDevice>>> {
+        let has_commands = self.links.count() > 1;
+        has_commands.then(|| Arc::new(Mutex::new(Gone::new(self.traits()))) as Arc<_>)
     }
 
     fn resume(&mut self) {

@@ -473,6 +473,37 @@ fn pairs_that_cannot_be_attached_are_refused() {
 }
 
 #[test]
+fn a_driver_whose_device_was_taken_away_gets_an_answer_to_its_commands() {
+    for (features, control) in [(SEVERAL, CONTROL), (1 << VIRTIO_NET_F_CTRL_VQ, 2)] {
+        let memory = memory();
+        let driver = Driver::with_queues(&memory, 5);
+        let (mut net, cables) = two_pairs(&driver, features);
+        command(&mut net, &driver, control, &[4, 0, 1, 0]);
+        driver.offer(0, &[], &[1536]);
+
+        let positions = net.quiesce().unwrap();
+        let gone = net.stand_in().unwrap();
+        let mut gone = gone.lock().unwrap();
+        gone.activate(driver.activation_at(features, &positions)).unwrap();
+        driver.offer(control, &[&[4, 0], &[1, 0]], &[1]);
+        driver.offer(1, &[&frame(60)], &[]);
+        (0..5).for_each(|index| gone.queue_ready(index).unwrap());
+
+        assert_eq!(driver.written(control, 1), [1]);
+        assert_eq!((driver.used_of(0).len(), driver.used_of(1).len()), (0, 1));
+        assert_eq!(arrived(&cables[0]), b"");
+        // Whoever waits for the end of the driver's wait finds the device where the driver does.
+        let positions = gone.quiesce().unwrap();
+        assert_eq!((positions[control].next_used, positions[1].next_used), (2, 1));
+    }
+}
+
+#[test]
+fn nobody_stands_in_for_a_device_without_commands() {
+    assert!(idle().0.stand_in().is_none());
+}
+
+#[test]
 fn without_several_pairs_the_control_queue_follows_the_first() {
     let memory = memory();
     let driver = Driver::with_queues(&memory, 5);
