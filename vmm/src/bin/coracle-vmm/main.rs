@@ -9,6 +9,7 @@ mod http;
 mod limits;
 mod logger;
 mod machine;
+mod opener;
 mod report;
 mod resources;
 mod server;

@@ -49,6 +49,11 @@ struct Place {
     names: Vec<String>,
 }
 
+/// Whether `request` names something to open.
+pub fn names_something(request: &Request) -> bool {
+    request.method == "POST" && [DISKS, NETS].contains(&&*request.path)
+}
+
 /// Opens what `request` names, for who carries it out; nothing, if it names nothing.
 pub fn open_for(request: &Request) -> Result<Opened, ConfigError> {
     let (field, opened) = match (&*request.method, &*request.path) {

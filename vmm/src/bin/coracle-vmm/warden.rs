@@ -27,8 +27,9 @@ use serde::{Deserialize, Serialize};
 use vmm::{ConfigError, Opened};
 
 use crate::http::{Request, Response};
+use crate::opener::Opener;
+use crate::poll;
 use crate::server::Server;
-use crate::{poll, resources};
 
 /// How long a control socket rests that cannot let a client in.
 const RETRY_MS: u16 = 1000;
@@ -155,6 +156,7 @@ fn serve(server: Option<Server>, channel: &UnixStream, may_attach: bool) -> io::
 }
 
 fn serve_clients(mut server: Server, channel: &UnixStream, may_attach: bool) -> io::Result<()> {
+    let mut opener = may_attach.then(Opener::default);
     loop {
         let descriptors = [channel.as_fd()].into_iter().chain(server.descriptors());
         let mut descriptors: Vec<_> =
@@ -166,7 +168,7 @@ fn serve_clients(mut server: Server, channel: &UnixStream, may_attach: bool) -> 
             return Ok(());
         }
         server.serve(|request| {
-            forward(request, channel, may_attach).unwrap_or_else(|error| {
+            forward(request, channel, opener.as_mut()).unwrap_or_else(|error| {
                 let rule = format!("must be there, and the machine's process is not: {error}");
                 Response::failure(503, "machine", &rule)
             })
@@ -180,8 +182,12 @@ fn wait_for_end(channel: &UnixStream) -> io::Result<()> {
 
 /// The machine's answer to `request`, for which what it names is opened here. It is up to the machine
 /// which of several reasons it refuses a request for.
-fn forward(request: &Request, channel: &UnixStream, may_attach: bool) -> io::Result<Response> {
-    let opened = if may_attach { resources::open_for(request) } else { Ok(Opened::default()) };
+fn forward(
+    request: &Request,
+    channel: &UnixStream,
+    opener: Option<&mut Opener>,
+) -> io::Result<Response> {
+    let opened = opener.map_or(Ok(Opened::default()), |opener| opener.open_for(request));
     let (opened, files) = match opened {
         Ok(Opened { files, mtu }) => (Ok(mtu), files),
         Err(refusal) => (Err(refusal), Vec::new()),
