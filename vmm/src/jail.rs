@@ -4,6 +4,7 @@
 //! server's library needs `/proc/self/fd`: where files are shared, that directory is there, too, but not
 //! the rest of `/proc`.
 
+use std::ffi::CString;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
@@ -11,6 +12,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::thread;
 
+use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::unistd::{chdir, chroot, fchdir, pivot_root};
@@ -111,8 +113,10 @@ impl Jail {
         }
         for (index, directory) in directories.iter().enumerate() {
             let source = format!("{DESCRIPTORS}/{}", directory.as_raw_fd());
-            bind(&source, &Jail::path_of(index).to_string_lossy())
-                .map_err(step("keep a shared directory"))?;
+            let path = Jail::path_of(index);
+            let path = path.to_string_lossy();
+            bind(&source, &path).map_err(step("keep a shared directory"))?;
+            disarm(&path).map_err(step("disarm a shared directory"))?;
         }
         if let Some(sockets) = sockets {
             bind_sockets(&sockets).map_err(step("keep the folder of the sockets"))?;
@@ -192,6 +196,31 @@ fn bind(source: &str, target: &str) -> io::Result<()> {
     Ok(mount(Some(source), target.as_str(), None::<&str>, flags, None::<&str>)?)
 }
 
+/// Makes device nodes, set-user-id bits and programs good for nothing where the jail has `target`, and in all
+/// that is mounted there (`mount_setattr(2)`): a guest may make any.
+fn disarm(target: &str) -> io::Result<()> {
+    let path = CString::new(format!("{SITE}{target}"))?;
+    let attributes = libc::mount_attr {
+        attr_set: libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NOEXEC,
+        attr_clr: 0,
+        propagation: 0,
+        userns_fd: 0,
+    };
+    // SAFETY: the path is a string and the attributes are of the size that is said; both outlive the call.
+    let changed = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            libc::AT_FDCWD,
+            path.as_ptr(),
+            libc::AT_RECURSIVE,
+            &raw const attributes,
+            size_of_val(&attributes),
+        )
+    };
+    Errno::result(changed)?;
+    Ok(())
+}
+
 /// Binds `folder` such that nothing can be done there but connect to sockets and read.
 fn bind_sockets(folder: &File) -> io::Result<()> {
     let target = format!("{SITE}{SOCKETS}");
@@ -253,6 +282,35 @@ mod tests {
 
         assert_eq!(root, BTreeSet::new());
         assert_eq!(written.unwrap_err().raw_os_error(), Some(libc::EROFS));
+    }
+
+    #[test]
+    #[ignore = "needs root"]
+    fn device_nodes_in_what_is_shared_cannot_be_opened_though_they_can_be_made() {
+        let folder = TempDir::new().unwrap();
+        let below = folder.path().join("below");
+        fs::create_dir(&below).unwrap();
+        let zero = nix::sys::stat::makedev(1, 5);
+        let mode = nix::sys::stat::Mode::from_bits_truncate(0o666);
+        let make = |path: &Path| {
+            nix::sys::stat::mknod(path, nix::sys::stat::SFlag::S_IFCHR, mode, zero)
+        };
+        make(&folder.path().join("zero")).unwrap();
+        File::open(folder.path().join("zero")).unwrap();
+        let jail = build_in_thread(iter::once(folder.path()), None).unwrap();
+
+        let (there, made, opened) = jail
+            .run(|| {
+                let made = make(Path::new("/share/0/below/zero"));
+                (File::open("/share/0/zero"), made, File::open("/share/0/below/zero"))
+            })
+            .unwrap();
+
+        made.unwrap();
+        for outcome in [there, opened] {
+            assert_eq!(outcome.unwrap_err().raw_os_error(), Some(libc::EACCES));
+        }
+        File::open(below.join("zero")).unwrap();
     }
 
     #[test]

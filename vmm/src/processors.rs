@@ -69,7 +69,9 @@ pub struct Processors {
 
 struct Granted {
     /// Those that exist and wait to be granted, their registers set; the one with the lowest number first.
-    spare: VecDeque<VcpuFd>,
+    spare: VecDeque<Arc<Mutex<VcpuFd>>>,
+    /// The next one, whose registers KVM has refused.
+    unset: Option<VcpuFd>,
     threads: Vec<JoinHandle<()>>,
     /// What the threads run; free while they are out of the guest.
     fds: Vec<Arc<Mutex<VcpuFd>>>,
@@ -79,14 +81,19 @@ struct Granted {
 impl Processors {
     /// None yet, of `most` in all; `spare` are those that exist but are to be granted later.
     pub fn new(shared: Shared, most: u8, spare: Vec<VcpuFd>) -> Self {
-        let spare = spare.into();
-        let granted = Granted { spare, threads: Vec::new(), fds: Vec::new(), counters: Vec::new() };
+        let granted = Granted {
+            spare: spare.into_iter().map(|fd| Arc::new(Mutex::new(fd))).collect(),
+            unset: None,
+            threads: Vec::new(),
+            fds: Vec::new(),
+            counters: Vec::new(),
+        };
         Processors { shared, most, granted: Mutex::new(granted) }
     }
 
     /// Starts the thread of the next vCPU, whose registers are set.
     pub fn start(&self, fd: VcpuFd) -> std::io::Result<()> {
-        self.lock().start(&self.shared, fd)
+        self.lock().start(&self.shared, Arc::new(Mutex::new(fd)))
     }
 
     /// What their threads are left with.
@@ -99,7 +106,8 @@ impl Processors {
         self.lock().count()
     }
 
-    /// Makes vCPUs until there are `count`, each waiting for the guest to start it.
+    /// Makes vCPUs until there are `count`, each waiting for the guest to start it. After an error there may
+    /// be some of them, and the others can be granted later.
     pub fn grant(&self, kvm: &Kvm, vm: &VmFd, count: u8) -> Result<(), GrantError> {
         let mut granted = self.lock();
         let (least, most) = (granted.count(), self.most);
@@ -107,15 +115,10 @@ impl Processors {
             return Err(GrantError::Count { least, most });
         }
         for index in least..count {
-            if let Some(fd) = granted.spare.front() {
-                Host::await_start(fd).map_err(GrantError::Reset)?;
-            }
-            let fd = match granted.spare.pop_front() {
-                Some(fd) => fd,
-                None => create(kvm, vm, index, most)?,
-            };
+            let fd = granted.next(kvm, vm, index, most)?;
             let control = &self.shared.control;
             control.add_vcpu(|| granted.start(&self.shared, fd)).map_err(GrantError::Start)?;
+            granted.spare.pop_front();
         }
         Ok(())
     }
@@ -156,20 +159,37 @@ impl Processors {
     }
 }
 
-/// Another vCPU, which waits for the guest to start it.
-fn create(kvm: &Kvm, vm: &VmFd, index: u8, most: u8) -> Result<VcpuFd, GrantError> {
-    let fd = vm.create_vcpu(index.into()).map_err(GrantError::Create)?;
-    Host::reset_vcpu(kvm, vm, &fd, index, most, None).map_err(GrantError::Reset)?;
-    Ok(fd)
-}
-
 impl Granted {
     fn count(&self) -> u8 {
         u8::try_from(self.threads.len()).expect("no more than the configuration allows")
     }
 
-    fn start(&mut self, shared: &Shared, fd: VcpuFd) -> std::io::Result<()> {
+    /// The first that is to be granted, waiting for the guest to start it. It stays there: KVM makes none
+    /// twice, and its thread may fail to start.
+    fn next(
+        &mut self,
+        kvm: &Kvm,
+        vm: &VmFd,
+        index: u8,
+        most: u8,
+    ) -> Result<Arc<Mutex<VcpuFd>>, GrantError> {
+        if let Some(fd) = self.spare.front() {
+            let waiting = fd.lock().expect("it has no thread");
+            Host::await_start(&waiting).map_err(GrantError::Reset)?;
+            return Ok(fd.clone());
+        }
+        let made = self.unset.take().map_or_else(|| vm.create_vcpu(index.into()), Ok);
+        let fd = made.map_err(GrantError::Create)?;
+        if let Err(error) = Host::reset_vcpu(kvm, vm, &fd, index, most, None) {
+            self.unset = Some(fd);
+            return Err(GrantError::Reset(error));
+        }
         let fd = Arc::new(Mutex::new(fd));
+        self.spare.push_back(fd.clone());
+        Ok(fd)
+    }
+
+    fn start(&mut self, shared: &Shared, fd: Arc<Mutex<VcpuFd>>) -> std::io::Result<()> {
         let counter = Arc::new(Mutex::new(Counter::default()));
         let vcpu = Vcpu {
             index: self.count(),

@@ -140,11 +140,13 @@ fn processors(machine: &Machine) -> Outcome {
 fn grant(machine: &mut Machine, body: &[u8]) -> Outcome {
     let vm = started(machine)?;
     let Processors { count } = parse(body)?;
-    vm.grant_vcpus(count).map_err(|error| {
+    let outcome = vm.grant_vcpus(count);
+    // Some may be there where not all could be.
+    machine.config_mut().vcpus = vm.vcpus();
+    outcome.map_err(|error| {
         let status = if matches!(error, GrantError::Count { .. }) { 400 } else { 500 };
         Response::failure(status, "count", &chain(error))
     })?;
-    machine.config_mut().vcpus = count;
     processors(machine)
 }
 
