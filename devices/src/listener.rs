@@ -4,18 +4,23 @@ use std::fs::{self, File};
 use std::io::{self, ErrorKind};
 use std::mem;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::fcntl::{Flock, FlockArg};
+use nix::fcntl::{AtFlags, Flock, FlockArg};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, accept4, connect, socket};
+use nix::unistd::{Gid, Uid, fchownat};
 
-/// Longer than bind(2) and listen(2) take, one after the other.
+/// Longer than bind(2) and listen(2) take, one after the other: in between whoever listens looks as if
+/// nobody did.
 const TWO_STEPS: Duration = Duration::from_millis(10);
+
+/// How long others may take who change something in the same folder.
+const TURN: Duration = Duration::from_secs(1);
 
 /// A listening socket; dropping it removes its file.
 ///
@@ -44,7 +49,9 @@ impl Listener {
     pub fn bind(path: &Path) -> io::Result<Self> {
         let socket = match UnixListener::bind(path) {
             // Looked at only now, so that it costs nothing where nothing is in the way.
-            Err(error) if error.kind() == ErrorKind::AddrInUse => take_place(path)?,
+            Err(error) if error.kind() == ErrorKind::AddrInUse => {
+                take_place(path, || thread::sleep(TWO_STEPS))?
+            }
             Err(error) if error.kind() == ErrorKind::NotFound => {
                 return Err(folder_error(path, &error));
             }
@@ -64,6 +71,19 @@ impl Listener {
             Err(error) if error.kind() == ErrorKind::NotFound => check_folder_of(path),
             Err(error) => Err(error),
         }
+    }
+
+    /// Makes the file `uid`'s and `gid`'s, who may connect then; nothing that somebody has put in its place.
+    pub fn give_to(&self, uid: u32, gid: u32) -> io::Result<()> {
+        let there = File::options()
+            .read(true)
+            .custom_flags(libc::O_PATH | libc::O_NOFOLLOW)
+            .open(&self.path)?;
+        if !there.metadata()?.file_type().is_socket() {
+            return Err(in_use("another file has taken its place"));
+        }
+        let (uid, gid) = (Uid::from_raw(uid), Gid::from_raw(gid));
+        Ok(fchownat(&there, "", Some(uid), Some(gid), AtFlags::AT_EMPTY_PATH)?)
     }
 
     /// Leaves the file to whoever keeps the second of the two. The first is for a thread that finds
@@ -116,21 +136,32 @@ fn identity(path: &Path) -> Option<(u64, u64)> {
     Some((found.dev(), found.ino()))
 }
 
-/// Listens at `path` in the place of a socket that nobody listens at any more. Of several that try, one
-/// does: the others would take away what it has just made.
-fn take_place(path: &Path) -> io::Result<UnixListener> {
-    let folder = File::open(folder_of(path)).map_err(|error| folder_error(path, &error))?;
-    let _turn =
-        Flock::lock(folder, FlockArg::LockExclusiveNonblock).map_err(|(_, error)| match error {
-            Errno::EWOULDBLOCK => in_use("another process is about to listen there"),
-            error => error.into(),
-        })?;
+/// Listens at `path` in the place of a socket that nobody listens at any more, for which it looks twice, and
+/// does `between` in between. Of several that try at once, one does: the others would take away what it has
+/// just made.
+fn take_place(path: &Path, between: impl FnOnce()) -> io::Result<UnixListener> {
+    let _turn = take_turn(folder_of(path));
     refuse_unless_left_behind(path)?;
-    // Between its first two steps whoever listens looks as if nobody did.
-    thread::sleep(TWO_STEPS);
+    between();
     refuse_unless_left_behind(path)?;
     fs::remove_file(path)?;
     UnixListener::bind(path)
+}
+
+/// Keeps others of our kind waiting who want to change something in `folder`, for as long as what it returns
+/// lasts. None after a while: anybody else may have locked the folder, who need not hold us up, and one that
+/// cannot be read is locked by nobody.
+fn take_turn(folder: &Path) -> Option<Flock<File>> {
+    let mut file = File::open(folder).ok()?;
+    let deadline = Instant::now() + TURN;
+    loop {
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(turn) => return Some(turn),
+            Err((again, Errno::EWOULDBLOCK)) if Instant::now() < deadline => file = again,
+            Err(_) => return None,
+        }
+        thread::sleep(TWO_STEPS);
+    }
 }
 
 fn in_use(what: &str) -> io::Error {
@@ -282,52 +313,64 @@ mod tests {
 
     #[test]
     fn of_many_that_come_at_once_one_gets_the_place_of_a_socket_that_was_left_behind() {
-        for _ in 0..8 {
-            let folder = tempfile::tempdir().unwrap();
-            let path = folder.path().join("s");
-            drop(UnixListener::bind(&path).unwrap());
-            let start = Barrier::new(4);
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("s");
+        drop(UnixListener::bind(&path).unwrap());
+        let start = Barrier::new(4);
 
-            let mut bound: Vec<_> = thread::scope(|scope| {
-                let bind = || {
-                    start.wait();
-                    Listener::bind(&path)
-                };
-                let threads = [(); 4].map(|()| scope.spawn(bind));
-                threads.into_iter().map(|thread| thread.join().unwrap()).collect()
-            });
+        let outcomes = thread::scope(|scope| {
+            let take = || {
+                start.wait();
+                take_place(&path, || thread::sleep(TWO_STEPS))
+            };
+            [(); 4].map(|()| scope.spawn(take)).map(|thread| thread.join().unwrap())
+        });
 
-            bound.retain(|outcome| match outcome {
-                Err(error) => {
-                    assert_eq!(error.kind(), ErrorKind::AddrInUse, "{error}");
-                    false
-                }
-                Ok(_) => true,
-            });
-            assert_eq!(bound.len(), 1);
-            UnixStream::connect(&path).unwrap();
-            assert!(bound[0].as_ref().unwrap().accept().unwrap().is_some());
+        let (ours, others): (Vec<_>, Vec<_>) = outcomes.into_iter().partition(Result::is_ok);
+        for error in others.into_iter().map(Result::unwrap_err) {
+            assert_eq!(error.kind(), ErrorKind::AddrInUse, "{error}");
         }
+        assert_eq!(ours.len(), 1);
+        UnixStream::connect(&path).unwrap();
+    }
+
+    #[test]
+    fn a_folder_that_somebody_keeps_locked_holds_nobody_up_for_long() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("s");
+        drop(UnixListener::bind(&path).unwrap());
+        let _locked = take_turn(folder.path()).unwrap();
+
+        Listener::bind(&path).unwrap();
     }
 
     #[test]
     fn a_socket_of_somebody_who_is_about_to_listen_is_refused() {
-        let is_refused = || {
-            let folder = tempfile::tempdir().unwrap();
-            let path = folder.path().join("s");
-            let ours = socket(AddressFamily::Unix, SockType::Stream, SockFlag::empty(), None);
-            let ours = ours.unwrap();
-            bind(ours.as_raw_fd(), &UnixAddr::new(&path).unwrap()).unwrap();
-            thread::scope(|scope| {
-                let other = scope.spawn(|| Listener::bind(&path));
-                thread::sleep(TWO_STEPS / 5);
-                listen(&ours, Backlog::new(1).unwrap()).unwrap();
-                other.join().unwrap().is_err()
-            })
-        };
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("s");
+        let ours = socket(AddressFamily::Unix, SockType::Stream, SockFlag::empty(), None).unwrap();
+        bind(ours.as_raw_fd(), &UnixAddr::new(&path).unwrap()).unwrap();
 
-        // A machine that does much else may take longer than the other waits, but not each time.
-        assert!((0..100).any(|_| is_refused()));
+        let error =
+            take_place(&path, || listen(&ours, Backlog::new(1).unwrap()).unwrap()).unwrap_err();
+
+        assert_eq!(error.to_string(), "another process listens there already");
+    }
+
+    #[test]
+    fn no_link_that_was_put_in_the_place_of_the_listeners_file_is_given_away() {
+        let folder = tempfile::tempdir().unwrap();
+        let (path, other) = (folder.path().join("s"), folder.path().join("other"));
+        let listener = Listener::bind(&path).unwrap();
+        let own = fs::metadata(&path).unwrap();
+        listener.give_to(own.uid(), own.gid()).unwrap();
+        fs::write(&other, "").unwrap();
+        fs::remove_file(&path).unwrap();
+        std::os::unix::fs::symlink(&other, &path).unwrap();
+
+        let error = listener.give_to(own.uid(), own.gid()).unwrap_err();
+
+        assert_eq!(error.to_string(), "another file has taken its place");
     }
 
     #[test]

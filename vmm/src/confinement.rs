@@ -18,7 +18,9 @@ use nix::errno::Errno;
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::prctl::{get_pdeathsig, set_pdeathsig};
 use nix::unistd::{getegid, geteuid, getppid};
-use rustix::thread::{CapabilitySet, CapabilitySets, capabilities, set_capabilities};
+use rustix::thread::{
+    CapabilitySet, CapabilitySets, capabilities, set_capabilities, set_no_new_privs,
+};
 
 use crate::config::{ConfigError, UserConfig, VmConfig};
 use crate::jail::Jail;
@@ -103,7 +105,7 @@ impl Confinement {
         let has_less = IS_CONFINED.get();
         let (report, outcome) = sync_channel(1);
         let thread = builder.spawn(move || {
-            let become_less = || if has_less { Ok(()) } else { confinement.become_less(kind) };
+            let become_less = || if has_less { Ok(()) } else { confinement.apply(kind) };
             let confined = become_less().and_then(|()| confinement.filter(kind));
             let is_confined = confined.is_ok();
             // Whoever starts the thread waits for it, and the room for it is there.
@@ -122,7 +124,7 @@ impl Confinement {
     pub fn give_up_privileges(&self) -> io::Result<()> {
         let wish = get_pdeathsig()?;
         let parent = wish.map(|_| getppid());
-        Confinement { serves_files: false, ..self.clone() }.become_less(Kind::Main)?;
+        Confinement { serves_files: false, ..self.clone() }.apply(Kind::Main)?;
         IS_CONFINED.set(true);
         if wish.is_some() {
             // A change of user ends what the parent has asked for (prctl(2), PR_SET_PDEATHSIG).
@@ -140,18 +142,19 @@ impl Confinement {
             // Gives up new privileges by the way.
             return seccomp::install(kind).map_err(io::Error::other);
         }
-        give_up_new_privileges()
+        // Programs that it executes have no more rights than it has.
+        Ok(set_no_new_privs(true)?)
     }
 
     /// Takes from the calling thread what one of `kind` needs none of, but for system calls.
-    fn become_less(&self, kind: Kind) -> io::Result<()> {
+    fn apply(&self, kind: Kind) -> io::Result<()> {
         if let Some(jail) = &self.jail {
             jail.enter()?;
         }
         if self.serves_files && kind == Kind::Io {
             return keep_capabilities(FILE_SERVING);
         }
-        self.user.map_or(Ok(()), become_user)?;
+        self.user.map_or(Ok(()), |user| become_user(user, &[]))?;
         keep_capabilities(CapabilitySet::empty())
     }
 }
@@ -220,22 +223,19 @@ pub fn forbid_core_dumps() -> io::Result<()> {
     }
 }
 
-/// Programs the thread executes have no more rights than the thread (prctl(2), `PR_SET_NO_NEW_PRIVS`).
-fn give_up_new_privileges() -> io::Result<()> {
-    // SAFETY: this operation takes numbers only.
-    match unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
+/// Makes the calling thread, and no other, `user` with further `groups` and without a capability, for good.
+pub fn become_less(user: UserConfig, groups: &[libc::gid_t]) -> io::Result<()> {
+    become_user(user, groups)?;
+    keep_capabilities(CapabilitySet::empty())
 }
 
-/// Makes the calling thread, and no other, `user` without further groups. By way of the C library all
+/// Makes the calling thread, and no other, `user` with further `groups`. By way of the C library all
 /// threads would change at once, which the filters of those that run forbid.
-fn become_user(user: UserConfig) -> io::Result<()> {
+fn become_user(user: UserConfig, groups: &[libc::gid_t]) -> io::Result<()> {
     let UserConfig { uid, gid } = user;
-    // SAFETY: these take numbers only; the list of groups is empty, so its address is not looked at.
+    // SAFETY: the list of groups is as long as is said, and outlives the call; the others take numbers only.
     let succeeded = unsafe {
-        libc::syscall(libc::SYS_setgroups, 0, 0) == 0
+        libc::syscall(libc::SYS_setgroups, groups.len(), groups.as_ptr()) == 0
             && libc::syscall(libc::SYS_setresgid, gid, gid, gid) == 0
             && libc::syscall(libc::SYS_setresuid, uid, uid, uid) == 0
     };
@@ -248,7 +248,7 @@ pub fn has(needed: CapabilitySet) -> bool {
 }
 
 /// Gives up every capability of the calling thread but those of `needed` that it has.
-fn keep_capabilities(needed: CapabilitySet) -> io::Result<()> {
+pub fn keep_capabilities(needed: CapabilitySet) -> io::Result<()> {
     let kept = if needed.is_empty() { needed } else { capabilities(None)?.permitted & needed };
     // No program will be executed that could inherit one; without these there are no ambient ones.
     let inheritable = CapabilitySet::empty();

@@ -292,9 +292,8 @@ mod tests {
         fs::create_dir(&below).unwrap();
         let zero = nix::sys::stat::makedev(1, 5);
         let mode = nix::sys::stat::Mode::from_bits_truncate(0o666);
-        let make = |path: &Path| {
-            nix::sys::stat::mknod(path, nix::sys::stat::SFlag::S_IFCHR, mode, zero)
-        };
+        let make =
+            |path: &Path| nix::sys::stat::mknod(path, nix::sys::stat::SFlag::S_IFCHR, mode, zero);
         make(&folder.path().join("zero")).unwrap();
         File::open(folder.path().join("zero")).unwrap();
         let jail = build_in_thread(iter::once(folder.path()), None).unwrap();

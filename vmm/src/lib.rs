@@ -49,7 +49,9 @@ pub use config::{
     ConsoleOutput, DiskConfig, DiskEngine, MemoryBacking, MemoryConfig, NetConfig, PmemConfig,
     RateLimitConfig, ShareConfig, UserConfig, VhostUse, VmConfig, VsockConfig,
 };
-pub use confinement::{forbid_core_dumps, leave_namespaces, user_of_its_own};
+pub use confinement::{
+    become_less, forbid_core_dumps, keep_capabilities, leave_namespaces, user_of_its_own,
+};
 pub use control::Exit;
 pub use entry::run_program;
 pub use error::{Error, chain};

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::chown;
+
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
@@ -225,7 +225,7 @@ fn place_vsock(
         Some(path) => {
             let listen = || {
                 let socket = Listener::bind(path)?;
-                user.map_or(Ok(()), |user| chown(path, Some(user.uid), Some(user.gid)))?;
+                user.map_or(Ok(()), |user| socket.give_to(user.uid, user.gid))?;
                 Ok(socket)
             };
             let socket = listen().map_err(|source| Error::Listen {

@@ -544,3 +544,42 @@ fn interfaces_come_and_go_and_a_wrong_one_changes_nothing() {
     program.wait_for_writes_beyond(program.writes());
     assert_eq!(program.become_state("stopped"), 204);
 }
+
+#[test]
+#[ignore = "needs /dev/kvm and CAP_NET_ADMIN"]
+fn there_is_room_for_all_that_a_machine_may_get() {
+    let program = Program::start(&[print_for_ever(b'x')], &["--spare-slots=8", "--max-vcpus=16"]);
+    program.wait_for_writes_beyond(0);
+
+    for number in 0..8 {
+        let (tap, mac) = (format!("vmmroom{number}"), format!("02:00:00:00:01:{number:02}"));
+        let net = json!({"tap": tap, "mac": mac, "create": true, "queue_pairs": 16});
+        let (status, answer) = program.ask("POST", "/v1/vm/nets", &net.to_string());
+        assert_eq!(status, 201, "{answer}");
+    }
+    let (status, answer) = program.ask("PUT", "/v1/vm/vcpus", r#"{"count": 16}"#);
+
+    assert_eq!(status, 200, "{answer}");
+}
+
+#[test]
+#[ignore = "needs /dev/kvm and CAP_NET_ADMIN"]
+fn what_there_is_no_descriptor_for_is_refused_and_all_goes_on() {
+    let arguments = ["--spare-slots=1", "--max-vcpus=64", "--resource-limit=no-file=30"];
+    let program = Program::start(&[print_for_ever(b'x')], &arguments);
+    program.wait_for_writes_beyond(0);
+    let mac = "02:00:00:00:02:01";
+    let net =
+        json!({"tap": "vmmfew0", "mac": mac, "create": true, "queue_pairs": 16, "vhost": "off"});
+
+    let request = ("POST", "/v1/vm/nets", net);
+    assert_refused(&program, request, (400, "(document)", "--resource-limit no-file"));
+    let request = ("PUT", "/v1/vm/vcpus", json!({"count": 64}));
+    assert_refused(&program, request, (500, "count", "Too many open files"));
+
+    let granted = &program.get("/v1/vm/vcpus")["count"];
+    assert!(*granted != json!(1) && *granted != json!(64), "{granted}");
+    assert_eq!(program.get("/v1/vm")["config"]["vcpus"], *granted);
+    program.wait_for_writes_beyond(program.writes());
+    assert_eq!(program.become_state("stopped"), 204);
+}

@@ -8,15 +8,20 @@ use std::str::FromStr;
 
 use anyhow::{Context, bail};
 use devices::virtio::fs::most_open_files;
+use devices::virtio::net::MAX_PAIRS;
 use log::warn;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigHandler, Signal, signal};
 use rustix::thread::{CapabilitySet, capabilities};
 use vmm::VmConfig;
 
-/// Descriptors there is room for beside those of the machine: clients of the control socket, event
-/// loops, and what is to come.
+/// Descriptors there is room for beside those of the machine: event loops, what comes from another process
+/// and is not taken apart yet, and what is to come.
 const SPARE_DESCRIPTORS: u64 = 64;
+
+/// Most descriptors of a device that is attached: an interface has two for each pair of queues, one for each
+/// queue, and a few.
+const DEVICE_DESCRIPTORS: u64 = 4 * MAX_PAIRS as u64 + 16;
 
 /// A limit from the command line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -105,12 +110,14 @@ pub fn set(limits: &[ResourceLimit]) -> nix::Result<()> {
     Ok(())
 }
 
-/// Allows no more open files than there are, and a few.
-pub fn lower_descriptor_limit() -> io::Result<()> {
+/// Allows no more open files than there are, as many as a machine of `config` may get, and a few.
+pub fn lower_descriptor_limit(config: &VmConfig) -> io::Result<()> {
+    let vcpus = config.most_vcpus() - config.vcpus;
+    let growth = u64::from(vcpus) + DEVICE_DESCRIPTORS * u64::from(config.spare_slots);
     // The kernel gives out the lowest number that is free.
     let next = File::open("/dev/null")?.as_raw_fd();
     let (_, most) = getrlimit(Resource::RLIMIT_NOFILE)?;
-    let needed = most.min(u64::from(next.unsigned_abs()) + SPARE_DESCRIPTORS);
+    let needed = most.min(u64::from(next.unsigned_abs()) + growth + SPARE_DESCRIPTORS);
     Ok(setrlimit(Resource::RLIMIT_NOFILE, needed, needed)?)
 }
 

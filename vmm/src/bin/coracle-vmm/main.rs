@@ -4,6 +4,7 @@
 
 mod api;
 mod arguments;
+mod asker;
 mod fields;
 mod http;
 mod limits;
@@ -21,7 +22,6 @@ use std::ffi::c_int;
 use std::io::{self, IsTerminal};
 use std::mem;
 use std::os::fd::AsFd;
-use std::os::unix::fs::chown;
 
 use anyhow::{Context, bail};
 use clap::Parser;
@@ -80,8 +80,7 @@ fn run(arguments: &Arguments) -> anyhow::Result<u8> {
     let server = match &arguments.api_socket {
         Some(path) => {
             let open = Server::open(path).and_then(|server| {
-                let owner = config.user.map(|user| chown(path, Some(user.uid), Some(user.gid)));
-                owner.unwrap_or(Ok(())).map(|()| server)
+                config.user.map_or(Ok(()), |user| server.give_to(user)).map(|()| server)
             });
             Some(open.with_context(|| format!("--api-socket: listen on {path:?}"))?)
         }
@@ -101,7 +100,8 @@ fn run(arguments: &Arguments) -> anyhow::Result<u8> {
     let mut machine = Machine::build(config, interactive)?;
     report.as_ref().map_or(Ok(()), Report::empty)?;
     if needs_few {
-        limits::lower_descriptor_limit().context("lower the limit of open files")?;
+        limits::lower_descriptor_limit(machine.config())
+            .context("lower the limit of open files")?;
     }
     if let Some(warden) = &warden {
         warden.set_out(&machine.take_sockets()).context("tell of the machine's sockets")?;

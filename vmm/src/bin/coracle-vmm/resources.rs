@@ -49,17 +49,20 @@ struct Place {
     names: Vec<String>,
 }
 
-/// Whether `request` names something to open.
-pub fn names_something(request: &Request) -> bool {
-    request.method == "POST" && [DISKS, NETS].contains(&&*request.path)
+/// The field of `request` that names something to open, if one does.
+pub fn opened_field(request: &Request) -> Option<&'static str> {
+    match (&*request.method, &*request.path) {
+        ("POST", DISKS) => Some("path"),
+        ("POST", NETS) => Some("tap"),
+        _ => None,
+    }
 }
 
-/// Opens what `request` names, for who carries it out; nothing, if it names nothing.
-pub fn open_for(request: &Request) -> Result<Opened, ConfigError> {
-    let (field, opened) = match (&*request.method, &*request.path) {
-        ("POST", DISKS) => ("path", Opened::disk(&from_json(text(&request.body)?)?)),
-        ("POST", NETS) => ("tap", Opened::net(&from_json(text(&request.body)?)?)),
-        _ => return Ok(Opened::default()),
+/// Opens what `field` of `request` names, for who carries it out.
+pub fn open_for(request: &Request, field: &str) -> Result<Opened, ConfigError> {
+    let opened = match &*request.path {
+        DISKS => Opened::disk(&from_json(text(&request.body)?)?),
+        _ => Opened::net(&from_json(text(&request.body)?)?),
     };
     opened.map_err(|error| match error {
         AttachError::Config(error) => error,

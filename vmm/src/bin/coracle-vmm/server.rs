@@ -9,10 +9,10 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use devices::listener::{Listener, SocketFile};
-use nix::sys::socket::getsockopt;
-use nix::sys::socket::sockopt::PeerCredentials;
 use nix::unistd::Pid;
+use vmm::UserConfig;
 
+use crate::asker::Asker;
 use crate::http::{MAX_BODY_BYTES, MAX_HEAD_BYTES, Request, Response};
 
 /// Most clients at one time; one that waits for nothing makes room for one more.
@@ -34,7 +34,10 @@ pub struct Server {
 
 struct Client {
     stream: UnixStream,
+    asker: Asker,
     received: Vec<u8>,
+    /// Whether it was answered in the last turn: there may be more that it has asked for.
+    may_have_more: bool,
 }
 
 impl Server {
@@ -56,6 +59,11 @@ impl Server {
             }
         };
         Ok(Server { listener, clients: Vec::new(), is_deaf: false, kept_out: None })
+    }
+
+    /// Leaves the socket to `user`, and with it the right to connect.
+    pub fn give_to(&self, user: UserConfig) -> io::Result<()> {
+        self.listener.give_to(user.uid, user.gid)
     }
 
     /// Lets no thread of `process` in: it is the machine's, and a guest may have made it anything.
@@ -86,18 +94,25 @@ impl Server {
         self.is_deaf
     }
 
-    /// Lets clients in and answers every request that is there in full. Never waits.
-    pub fn serve(&mut self, mut answer: impl FnMut(&Request) -> Response) {
+    /// Whether there may be something to do without anything new: what else a client has asked for.
+    pub fn may_have_more(&self) -> bool {
+        self.clients.iter().any(|client| client.may_have_more)
+    }
+
+    /// Lets clients in and answers one request of each that is there in full. Waits for nobody but `answer`.
+    pub fn serve(&mut self, mut answer: impl FnMut(&Request, &Asker) -> Response) {
         self.clients.retain_mut(|client| client.serve(&mut answer));
         // No more than there may be, so that a client which comes again and again stops nothing.
         for _ in 0..MAX_CLIENTS {
             let accepted = self.listener.accept();
             self.is_deaf = accepted.is_err();
             let Ok(Some(stream)) = accepted else { break };
-            if self.kept_out.is_some() && self.kept_out == peer(&stream) {
+            let Ok(asker) = Asker::of(&stream) else { continue };
+            if self.kept_out == Some(asker.process) {
                 continue;
             }
-            let mut client = Client { stream, received: Vec::new() };
+            let received = Vec::new();
+            let mut client = Client { stream, asker, received, may_have_more: false };
             if client.serve(&mut answer) {
                 self.make_room();
                 self.clients.push(client);
@@ -123,38 +138,31 @@ impl Server {
     }
 }
 
-/// The process at the other end, if this namespace knows it.
-fn peer(stream: &UnixStream) -> Option<Pid> {
-    getsockopt(stream, PeerCredentials).ok().map(|peer| Pid::from_raw(peer.pid()))
-}
-
 impl Client {
     /// Returns whether the client stays.
-    fn serve(&mut self, answer: &mut impl FnMut(&Request) -> Response) -> bool {
+    fn serve(&mut self, answer: &mut impl FnMut(&Request, &Asker) -> Response) -> bool {
         let is_open = self.read();
-        loop {
-            match Request::take(&mut self.received) {
-                Ok(Some(request)) => {
-                    let response = answer(&request);
-                    let text = match request.is_head {
-                        true => response.head(request.is_last),
-                        false => response.encode(request.is_last),
-                    };
-                    if !self.write(&text) || request.is_last {
-                        return false;
-                    }
+        let taken = Request::take(&mut self.received);
+        self.may_have_more = matches!(taken, Ok(Some(_)));
+        match taken {
+            Ok(Some(request)) => {
+                let response = answer(&request, &self.asker);
+                let text = match request.is_head {
+                    true => response.head(request.is_last),
+                    false => response.encode(request.is_last),
+                };
+                self.write(&text) && !request.is_last
+            }
+            Ok(None) if is_open => true,
+            Ok(None) => {
+                if !self.received.is_empty() {
+                    self.refuse(&Response::failure(400, "(request)", "must come in full"));
                 }
-                Ok(None) if is_open => return true,
-                Ok(None) => {
-                    if !self.received.is_empty() {
-                        self.refuse(&Response::failure(400, "(request)", "must come in full"));
-                    }
-                    return false;
-                }
-                Err(response) => {
-                    self.refuse(&response);
-                    return false;
-                }
+                false
+            }
+            Err(response) => {
+                self.refuse(&response);
+                false
             }
         }
     }
@@ -208,7 +216,7 @@ mod tests {
         String::from_utf8(text).unwrap()
     }
 
-    fn echo(request: &Request) -> Response {
+    fn echo(request: &Request, _: &Asker) -> Response {
         Response::text("text/plain", request.path.clone())
     }
 
@@ -219,7 +227,7 @@ mod tests {
         let mut client = dial(&folder);
         client.write_all(b"GET /one HTTP/1.1\r\n\r\n").unwrap();
 
-        server.serve(|_| panic!("it asked for something"));
+        server.serve(|_, _| panic!("it asked for something"));
 
         let error = client.read(&mut [0]).err().map(|error| error.kind());
         assert_eq!(error.unwrap_or(io::ErrorKind::ConnectionReset), io::ErrorKind::ConnectionReset);
@@ -231,8 +239,20 @@ mod tests {
         let mut client = dial(&folder);
 
         client.write_all(b"GET /one HTTP/1.1\r\n\r\nGET /two HTTP/1.1\r\n\r\n").unwrap();
-        server.serve(echo);
+        let mut other = dial(&folder);
+        other.write_all(b"GET /other HTTP/1.1\r\n\r\n").unwrap();
+        let mut order = Vec::new();
+        let mut turns = 0;
+        while turns == 0 || server.may_have_more() {
+            server.serve(|request, asker| {
+                order.push(request.path.clone());
+                echo(request, asker)
+            });
+            turns += 1;
+        }
 
+        // A turn for each request, and the one that finds nothing; others have theirs in between.
+        assert_eq!((order, turns), (["/one", "/other", "/two"].map(String::from).into(), 3));
         let text = received(&mut client);
         assert_eq!(text.matches("200 OK").count(), 2, "{text}");
         assert!(text.contains("/one") && text.ends_with("/two"), "{text}");

@@ -22,10 +22,12 @@ use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
+use rustix::thread::{CapabilitySet, set_no_new_privs};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use vmm::{ConfigError, Opened};
+use vmm::{ConfigError, Opened, keep_capabilities};
 
+use crate::asker::Asker;
 use crate::http::{Request, Response};
 use crate::opener::Opener;
 use crate::poll;
@@ -109,9 +111,12 @@ impl Warden {
     /// Takes the next order, and waits for it if there is none. An error says that there will be none any
     /// more.
     pub fn receive(&self) -> io::Result<Order> {
-        let (order, files) =
-            receive::<Order>(&self.channel)?.ok_or(io::ErrorKind::UnexpectedEof)?;
-        Ok(Order { files, ..order })
+        let received = receive_with_files::<Order>(&self.channel)?;
+        let (order, files) = received.ok_or(io::ErrorKind::UnexpectedEof)?;
+        Ok(match files {
+            Some(files) => Order { files, ..order },
+            None => Order { opened: Err(no_room()), ..order },
+        })
     }
 
     /// Answers the order that was taken.
@@ -141,13 +146,25 @@ impl Drop for Warden {
     }
 }
 
+/// Why a client gets nothing attached that was opened, but did not come here.
+fn no_room() -> ConfigError {
+    let rule = "must wait: the machine's process has no descriptor left (raise the limit: \
+                --resource-limit no-file=N, or ulimit -n)";
+    ConfigError { field: "(document)".to_owned(), rule: rule.to_owned() }
+}
+
 /// Does all that the process is there for, until the machine's process closes `channel`.
 fn serve(server: Option<Server>, channel: &UnixStream, may_attach: bool) -> io::Result<()> {
     // Whoever waits for the end of the machine's output does not wait for this process.
     let nothing = File::options().read(true).write(true).open("/dev/null")?;
     dup2_stdin(&nothing)?;
     dup2_stdout(&nothing)?;
-    let Some((sockets, _)) = receive::<Vec<PathBuf>>(channel)? else { return Ok(()) };
+    set_no_new_privs(true)?;
+    if !may_attach {
+        // All that is left for root to do is to remove sockets, from whomever's folder.
+        keep_capabilities(CapabilitySet::DAC_OVERRIDE | CapabilitySet::FOWNER)?;
+    }
+    let Some(sockets) = receive::<Vec<PathBuf>>(channel)? else { return Ok(()) };
     let _sockets: Vec<_> = sockets.into_iter().map(SocketFile::at).collect();
     match server {
         Some(server) => serve_clients(server, channel, may_attach),
@@ -161,14 +178,18 @@ fn serve_clients(mut server: Server, channel: &UnixStream, may_attach: bool) -> 
         let descriptors = [channel.as_fd()].into_iter().chain(server.descriptors());
         let mut descriptors: Vec<_> =
             descriptors.map(|one| PollFd::new(one, PollFlags::POLLIN)).collect();
-        let timeout = if server.is_deaf() { RETRY_MS.into() } else { PollTimeout::NONE };
+        let timeout = match () {
+            () if server.may_have_more() => PollTimeout::ZERO,
+            () if server.is_deaf() => RETRY_MS.into(),
+            () => PollTimeout::NONE,
+        };
         poll(&mut descriptors, timeout)?;
         if descriptors[0].any().unwrap_or(true) {
             // Nothing comes unasked but the end.
             return Ok(());
         }
-        server.serve(|request| {
-            forward(request, channel, opener.as_mut()).unwrap_or_else(|error| {
+        server.serve(|request, asker| {
+            forward(request, asker, channel, opener.as_mut()).unwrap_or_else(|error| {
                 let rule = format!("must be there, and the machine's process is not: {error}");
                 Response::failure(503, "machine", &rule)
             })
@@ -184,10 +205,11 @@ fn wait_for_end(channel: &UnixStream) -> io::Result<()> {
 /// which of several reasons it refuses a request for.
 fn forward(
     request: &Request,
+    asker: &Asker,
     channel: &UnixStream,
     opener: Option<&mut Opener>,
 ) -> io::Result<Response> {
-    let opened = opener.map_or(Ok(Opened::default()), |opener| opener.open_for(request));
+    let opened = opener.map_or(Ok(Opened::default()), |opener| opener.open_for(request, asker));
     let (opened, files) = match opened {
         Ok(Opened { files, mtu }) => (Ok(mtu), files),
         Err(refusal) => (Err(refusal), Vec::new()),
@@ -195,8 +217,7 @@ fn forward(
     let order = Order { request: request.clone(), opened, files: Vec::new() };
     let files: Vec<_> = files.iter().map(OwnedFd::as_fd).collect();
     send(channel, &order, &files)?;
-    let answer = receive::<Response>(channel)?;
-    answer.map(|(response, _)| response).ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
+    receive(channel)?.ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
 }
 
 /// Sends `message` with `files`: its length in bytes, which the files come with, and then JSON.
@@ -223,36 +244,62 @@ fn send(
     channel.write_all(&length)
 }
 
-/// Waits for a message and takes it with its files; `None` if the other end is closed.
-fn receive<T: DeserializeOwned>(channel: &UnixStream) -> io::Result<Option<(T, Vec<OwnedFd>)>> {
+/// Waits for a message and takes it, without files; `None` if the other end is closed.
+fn receive<T: DeserializeOwned>(mut channel: &UnixStream) -> io::Result<Option<T>> {
+    let mut length = [0; 4];
+    match channel.read(&mut length)? {
+        0 => Ok(None),
+        4 => receive_text(length, channel).map(Some),
+        _ => Err(io::ErrorKind::InvalidData.into()),
+    }
+}
+
+/// A message and its files; none of those if this process has no room for all.
+type MessageWithFiles<T> = (T, Option<Vec<OwnedFd>>);
+
+/// The same with its files.
+fn receive_with_files<T: DeserializeOwned>(
+    channel: &UnixStream,
+) -> io::Result<Option<MessageWithFiles<T>>> {
     let mut length = [0; 4];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FILES))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let mut pieces = [IoSliceMut::new(&mut length)];
     let received = recvmsg(channel, &mut pieces, &mut control, RecvFlags::CMSG_CLOEXEC)?;
-    if received.bytes == 0 {
-        return Ok(None);
-    }
     let mut files = Vec::new();
     for message in control.drain() {
         if let RecvAncillaryMessage::ScmRights(some) = message {
             files.extend(some);
         }
     }
+    match received.bytes {
+        0 => Ok(None),
+        4 => {
+            let are_all = !received.flags.contains(ReturnFlags::CTRUNC);
+            let message = receive_text(length, channel)?;
+            Ok(Some((message, are_all.then_some(files))))
+        }
+        _ => Err(io::ErrorKind::InvalidData.into()),
+    }
+}
+
+/// The rest of a message that begins with `length`.
+fn receive_text<T: DeserializeOwned>(length: [u8; 4], mut channel: &UnixStream) -> io::Result<T> {
     let length = usize::try_from(u32::from_ne_bytes(length)).map_err(io::Error::other)?;
-    let lacks_files = received.flags.contains(ReturnFlags::CTRUNC);
-    if received.bytes != 4 || length > MAX_MESSAGE_BYTES || lacks_files {
+    if length > MAX_MESSAGE_BYTES {
         return Err(io::ErrorKind::InvalidData.into());
     }
     let mut text = vec![0; length];
-    let mut channel = channel;
     channel.read_exact(&mut text)?;
-    Ok(Some((serde_json::from_slice(&text)?, files)))
+    Ok(serde_json::from_slice(&text)?)
 }
 
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::MetadataExt;
+
+    use devices::testing::in_a_child;
+    use nix::sys::resource::{Resource, setrlimit};
 
     use super::*;
 
@@ -264,7 +311,8 @@ mod tests {
 
         let sender = std::thread::scope(|scope| {
             let sender = scope.spawn(|| send(&one, &text, &[file.as_fd()]));
-            let (received, files) = receive::<String>(&other).unwrap().unwrap();
+            let (received, files) = receive_with_files::<String>(&other).unwrap().unwrap();
+            let files = files.unwrap();
             let [sent, received_file] =
                 [file.metadata(), File::from(files.into_iter().next().unwrap()).metadata()];
             assert_eq!(received, text);
@@ -273,6 +321,21 @@ mod tests {
         });
 
         sender.unwrap();
+    }
+
+    #[test]
+    fn a_message_whose_files_find_no_room_arrives_without_them() {
+        let (one, other) = UnixStream::pair().unwrap();
+        let file = tempfile::tempfile().unwrap();
+
+        assert!(in_a_child(|| {
+            send(&one, &"text", &[file.as_fd(), file.as_fd()]).unwrap();
+            send(&one, &"more", &[]).unwrap();
+            setrlimit(Resource::RLIMIT_NOFILE, 0, 0).unwrap();
+            let (text, files) = receive_with_files::<String>(&other).unwrap().unwrap();
+            let (more, none) = receive_with_files::<String>(&other).unwrap().unwrap();
+            text == "text" && files.is_none() && more == "more" && none.unwrap().is_empty()
+        }));
     }
 
     #[test]
