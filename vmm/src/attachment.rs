@@ -6,12 +6,14 @@
 
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
 
 use arch::{Arch, Host, VmFd};
 use devices::interrupt::IrqLine;
 use devices::virtio::VirtioDevice;
 use devices::virtio::activity::Activity;
 use devices::virtio::block::{Block, Ring};
+use devices::virtio::mmio::{Unsettled, lock_until};
 use devices::virtio::net::{Net, Tap};
 use devices::virtio::slot::Slot;
 use devices::virtio::subscriber::Subscriber;
@@ -25,14 +27,17 @@ use crate::opened;
 use crate::peripherals;
 use crate::placement::{Loop, PlacementError, SpareSlot, Wired, unwire};
 
+/// How long the host may take to finish what a device that is detached has in flight.
+const PATIENCE: Duration = Duration::from_secs(2);
+
 /// Why a device was not attached. The machine goes on as before.
 #[derive(Debug, thiserror::Error)]
 pub enum AttachError {
     /// A value of its configuration cannot be; the field is one of the device.
     #[error(transparent)]
     Config(ConfigError),
-    /// Every place is taken, or there is none. That of a disk which was detached is taken until the guest
-    /// has let go of it.
+    /// Every place is taken, or there is none. That of a disk, or of an interface with several queue pairs,
+    /// which was detached is taken until the guest has let go of it.
     #[error(
         "the machine has no free place for a device: it was built with spare_slots = {spare_slots}, and \
          what was detached leaves its place when the guest's driver lets go of it"
@@ -61,6 +66,9 @@ pub enum DetachError {
     /// It was there from the start.
     #[error("{0} was there when the machine started, and stays as long as it does")]
     Fixed(String),
+    /// The host has not finished what the guest asked it for. All goes on.
+    #[error("{0} has requests in flight that the host does not finish")]
+    Busy(String),
 }
 
 /// Where a device was attached.
@@ -183,7 +191,10 @@ impl Slots {
     ) -> Result<Attachment, AttachError> {
         let mut places = self.lock();
         let Places { all: places, is_closed } = &mut *places;
-        let parted = places.iter_mut().filter(|place| place.lock().has_parted());
+        // Whoever has a place locked may wait for the host.
+        let parted = places.iter_mut().filter(|place| {
+            lock_until(&place.spare.slot, Instant::now()).is_some_and(|slot| slot.has_parted())
+        });
         parted.for_each(|place| place.clear(vm, loops));
         let taken = places.iter().filter_map(Place::attached);
         if self.fixed.iter().chain(taken.map(|taken| &taken.name)).any(|other| other == name) {
@@ -247,7 +258,10 @@ impl Slots {
             let error = if is_fixed { DetachError::Fixed } else { DetachError::Unknown };
             return Err(error(name.to_owned()));
         };
-        let stand_in = place.lock().withdraw(name);
+        let deadline = Instant::now() + PATIENCE;
+        let stand_in = lock_until(&place.spare.slot, deadline)
+            .map_or(Err(Unsettled), |mut slot| slot.withdraw(name, deadline))
+            .map_err(|Unsettled| DetachError::Busy(name.to_owned()))?;
         let disk = place.taken.as_mut().and_then(|taken| taken.disk.take());
         let disk = disk.filter(|_| *is_closed);
         match (stand_in, &mut place.taken) {

@@ -237,8 +237,8 @@ impl VmHandle {
     }
 
     /// Takes an attached disk away, whether or not the guest has let go of it. Waits for the requests
-    /// that are being served; all others fail, as do those that come until the guest lets go of the disk. Not
-    /// for a thread of a device.
+    /// that are being served, two seconds at most; all others fail, as do those that come until the guest lets
+    /// go of the disk. Not for a thread of a device.
     pub fn detach_disk(&self, id: &str) -> Result<(), DetachError> {
         self.slots.detach(&self.vm, &self.loops, &peripherals::disk_name(id))
     }
@@ -271,7 +271,8 @@ impl VmHandle {
         })
     }
 
-    /// Takes the attached network interface on `tap` away, as [`VmHandle::detach_disk`] does a disk.
+    /// Takes the attached network interface on `tap` away, as [`VmHandle::detach_disk`] does a disk. Only one
+    /// with several queue pairs keeps its place until the guest lets go of it.
     pub fn detach_net(&self, tap: &str) -> Result<(), DetachError> {
         self.slots.detach(&self.vm, &self.loops, &peripherals::net_name(tap))
     }

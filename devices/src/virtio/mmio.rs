@@ -7,6 +7,8 @@ mod state;
 mod withdrawal;
 mod words;
 
+pub use self::withdrawal::{StandIn, Unsettled, lock_until};
+
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};
 

@@ -29,6 +29,7 @@ pub mod vsock;
 use std::ops::Range;
 use std::os::fd::RawFd;
 use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
 use event_manager::EventSet;
 
@@ -159,6 +160,12 @@ pub trait VirtioDevice: Send {
     /// the device keeps for later counts as not taken yet. Nobody else calls the device from here to
     /// `resume`, and nothing of it touches guest memory.
     fn quiesce(&mut self) -> Result<Vec<Position>, QueueError>;
+
+    /// Waits until nothing is in flight that the host has to finish, at most until `deadline`, and gives back
+    /// what is finished. Returns whether it came so far; if not, all goes on.
+    fn settle(&mut self, _deadline: Instant) -> Result<bool, QueueError> {
+        Ok(true)
+    }
 
     /// What takes the place of the device if the host takes it away from a driver that has not let go of
     /// it: it answers for as long as that driver does not reset it. None if no driver waits for answers.

@@ -4,9 +4,11 @@
 //! A driver skips a block whose device has number 0 (virtio 1.2, section 4.2.3.1.1), and looks again
 //! only when it is told to.
 
+use std::time::Instant;
+
 use virtio_bindings::virtio_mmio::{VIRTIO_MMIO_MAGIC_VALUE, VIRTIO_MMIO_VERSION};
 
-use super::mmio::{MAGIC, MmioTransport, RegisterPage, VERSION};
+use super::mmio::{MAGIC, MmioTransport, RegisterPage, Unsettled, VERSION};
 use super::subscriber::Subscriber;
 use crate::bus::BusDevice;
 
@@ -52,13 +54,18 @@ impl Slot {
 
     /// Takes the device away from a driver that waits for it: until the driver has let go of it, its
     /// requests fail. Returns what has to be served in the place of the device, and called `name` in log
-    /// lines; none if nobody waits or could be answered, and then the device is still there.
-    pub fn withdraw(&mut self, name: &str) -> Option<Subscriber> {
-        let transport = self.transport.as_mut()?;
-        let stand_in = transport.withdraw()?;
+    /// lines; none if nobody waits or could be answered, and then the device is still there. So it is after
+    /// an error: the host did not finish what is in flight until `deadline`.
+    pub fn withdraw(
+        &mut self,
+        name: &str,
+        deadline: Instant,
+    ) -> Result<Option<Subscriber>, Unsettled> {
+        let Some(transport) = self.transport.as_mut() else { return Ok(None) };
+        let Some(stand_in) = transport.withdraw(deadline)? else { return Ok(None) };
         self.is_withdrawn = true;
         let (kicks, activity) = (transport.kicks().clone(), transport.activity().clone());
-        Some(Subscriber::new(name.to_owned(), kicks, stand_in, activity))
+        Ok(Some(Subscriber::new(name.to_owned(), kicks, stand_in, activity)))
     }
 
     /// Whether the driver has let go of a device that was withdrawn.
@@ -101,6 +108,7 @@ impl BusDevice for Slot {
 mod tests {
     use std::fs::File;
     use std::sync::{Arc, Mutex};
+    use std::time::Duration;
 
     use event_manager::{EventManager, SubscriberOps};
     use tempfile::NamedTempFile;
@@ -155,12 +163,12 @@ mod tests {
 
     /// A slot with a disk for a driver whose memory this is, and its interrupts.
     fn slot_with_disk(memory: &GuestMemoryMmap) -> (Slot, Arc<IrqLine>) {
-        let (slot, line, _) = slot_with_disk_and_service(memory);
+        let (slot, line, _) = slot_and_disk(memory);
         (slot, line)
     }
 
-    /// The same, and what serves the disk.
-    fn slot_with_disk_and_service(memory: &GuestMemoryMmap) -> (Slot, Arc<IrqLine>, Subscriber) {
+    /// The same, and the disk.
+    fn slot_and_disk(memory: &GuestMemoryMmap) -> (Slot, Arc<IrqLine>, Arc<Mutex<Block>>) {
         let image = NamedTempFile::new().unwrap();
         image.as_file().set_len(4096).unwrap();
         let disk = Disk::open(image.path(), Access::default()).unwrap();
@@ -170,9 +178,15 @@ mod tests {
         let (block, page) = (Arc::new(Mutex::new(block)), slot.page().clone());
         let transport =
             MmioTransport::new(memory.clone(), block.clone(), line.clone(), page).unwrap();
-        let (kicks, activity) = (transport.kicks().clone(), transport.activity().clone());
         slot.insert(transport);
-        (slot, line, Subscriber::new("disk".to_owned(), kicks, block, activity))
+        (slot, line, block)
+    }
+
+    /// What serves `disk` in `slot`.
+    fn service(slot: &Slot, disk: Arc<Mutex<Block>>) -> Subscriber {
+        let transport = slot.transport.as_ref().unwrap();
+        let (kicks, activity) = (transport.kicks().clone(), transport.activity().clone());
+        Subscriber::new("disk".to_owned(), kicks, disk, activity)
     }
 
     /// Offers a read.
@@ -226,6 +240,33 @@ mod tests {
         assert_eq!(read(&mut slot, VIRTIO_MMIO_STATUS), 0);
     }
 
+    fn withdraw(slot: &mut Slot) -> Option<Subscriber> {
+        slot.withdraw("disk", Instant::now()).unwrap()
+    }
+
+    #[test]
+    fn a_disk_whose_requests_the_host_does_not_finish_is_not_withdrawn() {
+        let memory = memory();
+        let driver = Driver::with_queues(&memory, 2);
+        let (mut slot, line, disk) = slot_and_disk(&memory);
+        start().into_iter().for_each(|step| write(&mut slot, step));
+        write(&mut slot, (VIRTIO_MMIO_STATUS, 1 | 2 | 4 | 8));
+        // As its thread has it for as long as the host takes.
+        let busy = disk.lock().unwrap();
+
+        let outcome = slot.withdraw("disk", Instant::now() + Duration::from_millis(5));
+        assert_eq!(outcome.err(), Some(Unsettled));
+        drop(busy);
+
+        let mut manager = EventManager::new().unwrap();
+        manager.add_subscriber(service(&slot, disk));
+        read_sector(&driver);
+        write(&mut slot, (VIRTIO_MMIO_QUEUE_NOTIFY, QUEUE));
+        manager.run_with_timeout(1000).unwrap();
+        assert!(!all_failed(&driver, &line, 1) && !slot.has_parted());
+        assert!(withdraw(&mut slot).is_some());
+    }
+
     #[test]
     fn requests_to_a_disk_that_is_withdrawn_fail_until_its_driver_lets_go() {
         let memory = memory();
@@ -236,7 +277,7 @@ mod tests {
         let mut manager = EventManager::new().unwrap();
 
         read_sector(&driver);
-        manager.add_subscriber(slot.withdraw("disk").unwrap());
+        manager.add_subscriber(withdraw(&mut slot).unwrap());
         manager.run_with_timeout(1000).unwrap();
         assert!(all_failed(&driver, &line, 1));
         read_sector(&driver);
@@ -263,7 +304,7 @@ mod tests {
         let mut steps = start().into_iter();
 
         steps.by_ref().take(2).for_each(|step| write(&mut slot, step));
-        manager.add_subscriber(slot.withdraw("disk").unwrap());
+        manager.add_subscriber(withdraw(&mut slot).unwrap());
         steps.for_each(|step| write(&mut slot, step));
         write(&mut slot, (VIRTIO_MMIO_STATUS, 1 | 2 | 4 | 8));
         read_sector(&driver);
@@ -281,7 +322,7 @@ mod tests {
         start().into_iter().for_each(|step| write(&mut slot, step));
         write(&mut slot, (VIRTIO_MMIO_STATUS, 1 | 2 | 4 | 8));
         let mut manager = EventManager::new().unwrap();
-        manager.add_subscriber(slot.withdraw("disk").unwrap());
+        manager.add_subscriber(withdraw(&mut slot).unwrap());
 
         write(&mut slot, (VIRTIO_MMIO_STATUS, 1 | 2 | 4 | 8 | 128));
         read_sector(&driver);
@@ -295,9 +336,9 @@ mod tests {
     fn a_driver_whose_requests_nobody_can_answer_does_not_keep_the_slot() {
         let memory = memory();
         let driver = Driver::with_queues(&memory, 2);
-        let (mut slot, _line, disk) = slot_with_disk_and_service(&memory);
+        let (mut slot, _line, disk) = slot_and_disk(&memory);
         let mut manager = EventManager::new().unwrap();
-        manager.add_subscriber(disk);
+        manager.add_subscriber(service(&slot, disk));
         start().into_iter().for_each(|step| write(&mut slot, step));
         write(&mut slot, (VIRTIO_MMIO_STATUS, 1 | 2 | 4 | 8));
 
@@ -307,7 +348,7 @@ mod tests {
         manager.run_with_timeout(1000).unwrap();
         assert_eq!(read(&mut slot, VIRTIO_MMIO_STATUS), 1 | 2 | 4 | 8 | 64);
 
-        assert!(slot.withdraw("disk").is_none() && !slot.has_parted());
+        assert!(withdraw(&mut slot).is_none() && !slot.has_parted());
         assert!(slot.remove().is_some() && !slot.is_taken());
     }
 
@@ -322,7 +363,7 @@ mod tests {
         write(&mut other, (VIRTIO_MMIO_STATUS, 1 | 2));
 
         for slot in [&mut disk, &mut other] {
-            assert!(slot.withdraw("it").is_none() && !slot.has_parted());
+            assert!(withdraw(slot).is_none() && !slot.has_parted());
             assert_ne!(read(slot, VIRTIO_MMIO_STATUS), 0);
         }
     }

@@ -17,6 +17,7 @@ mod tests;
 mod transfer;
 
 use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
 use event_manager::EventSet;
 use virtio_bindings::virtio_blk::VIRTIO_BLK_F_FLUSH;
@@ -212,6 +213,16 @@ impl VirtioDevice for Block {
         }
         let Some(Active { queues, .. }) = &self.active else { return Ok(Vec::new()) };
         Ok(queues.iter().map(|queue| queue.position(0)).collect())
+    }
+
+    fn settle(&mut self, deadline: Instant) -> Result<bool, QueueError> {
+        while self.active.is_some() && self.server.in_flight() > 0 {
+            if !self.server.wait_until(deadline) {
+                return Ok(false);
+            }
+            self.reap()?;
+        }
+        Ok(true)
     }
 
     /// Drivers wait for each request for as long as it takes, even those that are about to let go of the

@@ -1,12 +1,14 @@
 //! Requests that the host's kernel carries out by itself, through an io_uring.
 
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::thread;
+use std::time::Instant;
 
 use event_manager::EventSet;
 use io_uring::register::{Probe, Restriction};
 use io_uring::{IoUring, opcode, squeue, types};
+use nix::poll::{PollFd, PollFlags, PollTimeout};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::disk::Disk;
@@ -109,6 +111,27 @@ impl Ring {
             let _ = self.completions.read();
         }
         self.in_flight > 0
+    }
+
+    /// Waits until something may have completed, at most until `deadline`; `false` if nothing has.
+    pub fn wait_until(&mut self, deadline: Instant) -> bool {
+        self.submit();
+        while self.ring.completion().is_empty() {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return false;
+            }
+            // SAFETY: the eventfd stays open for as long as `self`.
+            let completions = unsafe { BorrowedFd::borrow_raw(self.completions.as_raw_fd()) };
+            let mut told = [PollFd::new(completions, PollFlags::POLLIN)];
+            // In whole milliseconds, and one that is longer than can be said is a short one.
+            let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::ZERO);
+            if nix::poll::poll(&mut told, timeout).is_ok_and(|count| count > 0) {
+                // What was told before only makes it look once more.
+                let _ = self.completions.read();
+            }
+        }
+        true
     }
 
     /// Waits until nothing is in flight any more, and forgets how it ended.

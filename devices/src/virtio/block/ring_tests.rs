@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::Write;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::time::Duration;
 
 use tempfile::NamedTempFile;
 use virtio_bindings::virtio_blk::{
@@ -211,7 +212,7 @@ fn nothing_is_written_to_the_guest_after_a_reset() {
         done.send(()).unwrap();
         block
     });
-    let early = is_done.recv_timeout(std::time::Duration::from_millis(100));
+    let early = is_done.recv_timeout(Duration::from_millis(100));
     assert!(early.is_err(), "the reset did not wait for the read in flight");
     write.write_all(&[0xa5; 512]).unwrap();
     let mut block = resetting.join().unwrap();
@@ -220,6 +221,29 @@ fn nothing_is_written_to_the_guest_after_a_reset() {
     block.backend_ready(0, EventSet::IN).unwrap();
     assert_eq!(driver.used(), []);
     assert_eq!(driver.buffer(0, 1024), [0; 1024]);
+}
+
+#[test]
+#[ignore = "needs io_uring"]
+fn a_device_settles_once_the_host_has_finished_what_is_in_flight() {
+    let memory = memory();
+    let driver = Driver::new(&memory);
+    let (disk, mut write) = pipe_disk();
+    let ring = Some(Ring::open().unwrap());
+    let mut block = Block::new(disk, "pipe", 1, RateLimiter::unlimited(), ring);
+    block.activate(driver.activation_with(1 << VIRTIO_BLK_F_FLUSH)).unwrap();
+    (0..2).for_each(|_| _ = driver.offer(0, &[&header(VIRTIO_BLK_T_IN, 0)], &[512, 1]));
+    block.queue_ready(0).unwrap();
+
+    assert!(!block.settle(Instant::now() + Duration::from_millis(5)).unwrap());
+    write.write_all(&[0xa5; 512]).unwrap();
+    while driver.used().is_empty() {
+        assert!(!block.settle(Instant::now() + Duration::from_millis(5)).unwrap());
+    }
+    write.write_all(&[0xa5; 512]).unwrap();
+
+    assert!(block.settle(Instant::now() + Duration::from_secs(30)).unwrap());
+    assert_eq!(driver.used().len(), 2);
 }
 
 #[test]

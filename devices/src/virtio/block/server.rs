@@ -1,6 +1,7 @@
 //! Does what requests ask for, whichever queue they came from.
 
 use std::io;
+use std::time::Instant;
 
 use vm_memory::GuestMemoryMmap;
 
@@ -160,6 +161,12 @@ impl Server {
     /// Waits until something that is in flight may have completed; `false` if nothing is.
     pub fn wait(&mut self) -> bool {
         self.ring.as_mut().is_some_and(Ring::wait)
+    }
+
+    /// Waits until something that is in flight may have completed, at most until `deadline`; `false` if nothing
+    /// has.
+    pub fn wait_until(&mut self, deadline: Instant) -> bool {
+        self.ring.as_mut().is_some_and(|ring| ring.wait_until(deadline))
     }
 
     /// Waits for all that is in flight, and forgets it.

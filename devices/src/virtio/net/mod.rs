@@ -410,7 +410,8 @@ impl<L: Link> VirtioDevice for Net<L> {
         Ok(positions)
     }
 
-    /// Drivers wait for the answer to each command. Those with one pair have nothing to wait for.
+    /// Drivers wait for the answer to each command. Those of one pair have none to give, and lose the device
+    /// at once.
     fn stand_in(&self) -> Option<Arc<Mutex<dyn VirtioDevice>>> {
         let has_commands = self.links.count() > 1;
         has_commands.then(|| Arc::new(Mutex::new(Gone::new(self.traits()))) as Arc<_>)
