@@ -165,6 +165,18 @@ fn pipe_disk() -> (Disk, File) {
     (Disk::endless(File::from(read)), File::from(write))
 }
 
+/// An active block device on it, in which `reads` of one sector are in flight.
+fn reading_block(driver: &Driver<'_>, reads: usize) -> (Block, File) {
+    let (disk, write) = pipe_disk();
+    let ring = Some(Ring::open().unwrap());
+    let mut block = Block::new(disk, "pipe", 1, RateLimiter::unlimited(), ring);
+    block.activate(driver.activation_with(1 << VIRTIO_BLK_F_FLUSH)).unwrap();
+    (0..reads).for_each(|_| _ = driver.offer(0, &[&header(VIRTIO_BLK_T_IN, 0)], &[512, 1]));
+    block.queue_ready(0).unwrap();
+    assert_eq!(driver.used(), []);
+    (block, write)
+}
+
 #[test]
 #[ignore = "needs io_uring"]
 fn more_requests_than_may_be_in_flight_wait_and_are_all_answered() {
@@ -198,13 +210,7 @@ fn more_requests_than_may_be_in_flight_wait_and_are_all_answered() {
 fn nothing_is_written_to_the_guest_after_a_reset() {
     let memory = memory();
     let driver = Driver::new(&memory);
-    let (disk, mut write) = pipe_disk();
-    let ring = Some(Ring::open().unwrap());
-    let mut block = Block::new(disk, "pipe", 1, RateLimiter::unlimited(), ring);
-    block.activate(driver.activation_with(1 << VIRTIO_BLK_F_FLUSH)).unwrap();
-    driver.offer(0, &[&header(VIRTIO_BLK_T_IN, 0)], &[512, 1]);
-    block.queue_ready(0).unwrap();
-    assert_eq!(driver.used(), []);
+    let (mut block, mut write) = reading_block(&driver, 1);
 
     let (done, is_done) = std::sync::mpsc::channel();
     let resetting = std::thread::spawn(move || {
@@ -228,12 +234,7 @@ fn nothing_is_written_to_the_guest_after_a_reset() {
 fn a_device_settles_once_the_host_has_finished_what_is_in_flight() {
     let memory = memory();
     let driver = Driver::new(&memory);
-    let (disk, mut write) = pipe_disk();
-    let ring = Some(Ring::open().unwrap());
-    let mut block = Block::new(disk, "pipe", 1, RateLimiter::unlimited(), ring);
-    block.activate(driver.activation_with(1 << VIRTIO_BLK_F_FLUSH)).unwrap();
-    (0..2).for_each(|_| _ = driver.offer(0, &[&header(VIRTIO_BLK_T_IN, 0)], &[512, 1]));
-    block.queue_ready(0).unwrap();
+    let (mut block, mut write) = reading_block(&driver, 2);
 
     assert!(!block.settle(Instant::now() + Duration::from_millis(5)).unwrap());
     write.write_all(&[0xa5; 512]).unwrap();
