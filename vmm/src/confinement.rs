@@ -168,7 +168,8 @@ pub fn user_of_its_own() -> Option<UserConfig> {
     let chance = RandomState::new().build_hasher().finish();
     let id = FIRST_OWN_ID + u32::try_from(chance % OWN_IDS).expect("fewer than 2³²");
     let is_known = |map| fs::read_to_string(map).is_ok_and(|map| is_mapped(&map, id));
-    let all_are_known = fs::read_link("/proc/self/ns/user").is_ok_and(|it| it == *FIRST_NAMESPACE);
+    let all_are_known =
+        fs::read_link("/proc/self/ns/user").is_ok_and(|it| it.as_os_str() == FIRST_NAMESPACE);
     (all_are_known || is_known("/proc/self/uid_map") && is_known("/proc/self/gid_map"))
         .then_some(UserConfig { uid: id, gid: id })
 }
