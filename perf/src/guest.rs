@@ -50,8 +50,8 @@ pub enum Device<'a> {
     Disk { path: &'a Path, direct: bool },
     /// A tap, served by the host's kernel if `vhost`.
     Net { tap: &'a str, vhost: bool },
-    /// A shared directory with a cache policy; Coracle only, as the peer needs a daemon for it.
-    Share { path: &'a Path, cache: &'a str },
+    /// A shared directory; Coracle only, as the peer needs a daemon for it.
+    Share { path: &'a Path },
     /// A socket device with a unix socket; Coracle only.
     Vsock { socket: &'a Path },
     /// None but those that every machine has.
@@ -104,8 +104,8 @@ impl Guest {
                 let vhost = if vhost { "on" } else { "off" };
                 command.arg(format!("--net=tap={tap},mac=02:00:00:00:24:02,vhost={vhost}"))
             }
-            Device::Share { path, cache } => {
-                command.arg(format!("--share=tag=data,path={},cache={cache}", path.display()))
+            Device::Share { path } => {
+                command.arg(format!("--share=tag=data,path={}", path.display()))
             }
             Device::Vsock { socket } => {
                 command.arg(format!("--vsock=cid=3,socket={}", socket.display()))
