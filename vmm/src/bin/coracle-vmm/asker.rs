@@ -5,6 +5,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 
 use nix::errno::Errno;
+use nix::sys::prctl::set_dumpable;
 use nix::sys::socket::getsockopt;
 use nix::sys::socket::sockopt::PeerCredentials;
 use nix::unistd::{Pid, geteuid};
@@ -36,7 +37,9 @@ impl Asker {
         if self.user.uid == 0 || !geteuid().is_root() {
             return Ok(());
         }
-        vmm::become_less(self.user, &self.groups)
+        vmm::become_less(self.user, &self.groups)?;
+        // Where fs.suid_dumpable is 1 it could trace this thread, which has its user now and root's memory.
+        Ok(set_dumpable(false)?)
     }
 }
 
