@@ -105,8 +105,8 @@ impl Confinement {
         let has_less = IS_CONFINED.get();
         let (report, outcome) = sync_channel(1);
         let thread = builder.spawn(move || {
-            let become_less = || if has_less { Ok(()) } else { confinement.apply(kind) };
-            let confined = become_less().and_then(|()| confinement.filter(kind));
+            let applied = if has_less { Ok(()) } else { confinement.apply(kind) };
+            let confined = applied.and_then(|()| confinement.filter(kind));
             let is_confined = confined.is_ok();
             // Whoever starts the thread waits for it, and the room for it is there.
             let _ = report.send(confined);

@@ -240,6 +240,7 @@ mod tests {
     use std::iter;
     use std::os::unix::net::{UnixListener, UnixStream};
 
+    use nix::sys::stat::{Mode, SFlag, makedev, mknod};
     use tempfile::TempDir;
 
     use super::*;
@@ -290,10 +291,8 @@ mod tests {
         let folder = TempDir::new().unwrap();
         let below = folder.path().join("below");
         fs::create_dir(&below).unwrap();
-        let zero = nix::sys::stat::makedev(1, 5);
-        let mode = nix::sys::stat::Mode::from_bits_truncate(0o666);
-        let make =
-            |path: &Path| nix::sys::stat::mknod(path, nix::sys::stat::SFlag::S_IFCHR, mode, zero);
+        let (mode, zero) = (Mode::from_bits_truncate(0o666), makedev(1, 5));
+        let make = |path: &Path| mknod(path, SFlag::S_IFCHR, mode, zero);
         make(&folder.path().join("zero")).unwrap();
         File::open(folder.path().join("zero")).unwrap();
         let jail = build_in_thread(iter::once(folder.path()), None).unwrap();

@@ -2,7 +2,6 @@
 
 use std::fs::File;
 use std::io;
-
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 

@@ -7,8 +7,6 @@ mod state;
 mod withdrawal;
 mod words;
 
-pub use self::withdrawal::{StandIn, Unsettled, lock_until};
-
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -45,6 +43,7 @@ use crate::interrupt::{Interrupt, IrqLine};
 pub use self::page::{Publish, RegisterPage, RegisterPages};
 use self::shared::Shared;
 pub use self::state::TransportState;
+pub use self::withdrawal::{Unsettled, lock_until};
 use self::words::{set_high, set_low, word, word_shift};
 
 /// Size of a device's register block, in bytes: one page, so that it can be mapped alone.

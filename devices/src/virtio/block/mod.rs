@@ -111,6 +111,14 @@ impl Block {
         Ok(())
     }
 
+    /// Waits for what is in flight, if there is a `deadline` at most until then, and gives it back.
+    fn finish(&mut self, deadline: Option<Instant>) -> Result<(), QueueError> {
+        while self.active.is_some() && self.server.wait(deadline) {
+            self.reap()?;
+        }
+        Ok(())
+    }
+
     /// Makes the event loop look at every queue, another one first each time, so that none gets all
     /// there is to get.
     fn go_on(&mut self) {
@@ -208,21 +216,14 @@ impl VirtioDevice for Block {
     }
 
     fn quiesce(&mut self) -> Result<Vec<Position>, QueueError> {
-        while self.active.is_some() && self.server.wait() {
-            self.reap()?;
-        }
+        self.finish(None)?;
         let Some(Active { queues, .. }) = &self.active else { return Ok(Vec::new()) };
         Ok(queues.iter().map(|queue| queue.position(0)).collect())
     }
 
     fn settle(&mut self, deadline: Instant) -> Result<bool, QueueError> {
-        while self.active.is_some() && self.server.in_flight() > 0 {
-            if !self.server.wait_until(deadline) {
-                return Ok(false);
-            }
-            self.reap()?;
-        }
-        Ok(true)
+        self.finish(Some(deadline))?;
+        Ok(self.server.in_flight() == 0)
     }
 
     /// Drivers wait for each request for as long as it takes, even those that are about to let go of the

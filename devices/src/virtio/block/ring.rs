@@ -22,7 +22,8 @@ const OPERATIONS: [u8; 3] = [opcode::Readv::CODE, opcode::Writev::CODE, opcode::
 /// An io_uring for one disk.
 ///
 /// It is entered only to submit. Completions are found in memory shared with the kernel, and the
-/// eventfd tells of them, so that a thread that waits for them needs no more than read(2).
+/// eventfd tells of them, so that a thread that waits for them needs no more than read(2), and poll(2) for
+/// a while only.
 pub struct Ring {
     ring: IoUring,
     /// Blocks who reads it until something completes. The event loop never reads it.
@@ -103,45 +104,36 @@ impl Ring {
         self.in_flight
     }
 
-    /// Waits until something may have completed; `false` if nothing is in flight.
-    pub fn wait(&mut self) -> bool {
+    /// Waits until something that is in flight may have completed; `false` if nothing is in flight, or if
+    /// nothing has completed by `deadline`.
+    pub fn wait(&mut self, deadline: Option<Instant>) -> bool {
         self.submit();
-        if self.in_flight > 0 && self.ring.completion().is_empty() {
-            // What was told before and what interrupts the wait only make the caller look once more.
-            let _ = self.completions.read();
+        if self.in_flight == 0 || !self.ring.completion().is_empty() {
+            return self.in_flight > 0;
         }
-        self.in_flight > 0
-    }
-
-    /// Waits until something may have completed, at most until `deadline`; `false` if nothing has.
-    pub fn wait_until(&mut self, deadline: Instant) -> bool {
-        self.submit();
-        while self.ring.completion().is_empty() {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return false;
-            }
+        if let Some(deadline) = deadline {
             // SAFETY: the eventfd stays open for as long as `self`.
             let completions = unsafe { BorrowedFd::borrow_raw(self.completions.as_raw_fd()) };
             let mut told = [PollFd::new(completions, PollFlags::POLLIN)];
-            // In whole milliseconds, and one that is longer than can be said is a short one.
+            let left = deadline.saturating_duration_since(Instant::now());
+            // In whole milliseconds. What is longer than can be said is a short one.
             let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::ZERO);
-            if nix::poll::poll(&mut told, timeout).is_ok_and(|count| count > 0) {
-                // What was told before only makes it look once more.
-                let _ = self.completions.read();
+            match nix::poll::poll(&mut told, timeout) {
+                Ok(0) => return false,
+                Ok(_) => {}
+                // Interrupted: nothing may be there to be read.
+                Err(_) => return true,
             }
         }
+        // What was told before and what interrupts the wait only make the caller look once more.
+        let _ = self.completions.read();
         true
     }
 
     /// Waits until nothing is in flight any more, and forgets how it ended.
     pub fn quiesce(&mut self) {
-        self.submit();
-        while self.in_flight > 0 {
-            if self.completed().is_none() {
-                // What was told before and what interrupts the wait only make it look once more.
-                let _ = self.completions.read();
-            }
+        while self.wait(None) {
+            while self.completed().is_some() {}
         }
     }
 }

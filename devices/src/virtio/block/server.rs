@@ -158,15 +158,10 @@ impl Server {
         Some(Completed { queue, head, written })
     }
 
-    /// Waits until something that is in flight may have completed; `false` if nothing is.
-    pub fn wait(&mut self) -> bool {
-        self.ring.as_mut().is_some_and(Ring::wait)
-    }
-
-    /// Waits until something that is in flight may have completed, at most until `deadline`; `false` if nothing
-    /// has.
-    pub fn wait_until(&mut self, deadline: Instant) -> bool {
-        self.ring.as_mut().is_some_and(|ring| ring.wait_until(deadline))
+    /// Waits until something that is in flight may have completed; `false` if nothing is, or if nothing has by
+    /// `deadline`.
+    pub fn wait(&mut self, deadline: Option<Instant>) -> bool {
+        self.ring.as_mut().is_some_and(|ring| ring.wait(deadline))
     }
 
     /// Waits for all that is in flight, and forgets it.

@@ -17,9 +17,6 @@ use crate::virtio::VirtioDevice;
 /// How long a device that is busy is left alone.
 const PAUSE: Duration = Duration::from_millis(1);
 
-/// What answers in the place of a device.
-pub type StandIn = Arc<Mutex<dyn VirtioDevice>>;
-
 /// The host has not finished what the guest asked the device for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("requests are in flight that the host does not finish")]
@@ -35,7 +32,10 @@ impl MmioTransport {
     /// Waits for what is in flight, at most until `deadline`, makes the device idle for good, and has its
     /// stand-in go on where it stood, once that is served. None without a driver, if it needs none, or if the
     /// device waits for its reset: then the same device is still there, as it is after an error.
-    pub fn withdraw(&mut self, deadline: Instant) -> Result<Option<StandIn>, Unsettled> {
+    pub fn withdraw(
+        &mut self,
+        deadline: Instant,
+    ) -> Result<Option<Arc<Mutex<dyn VirtioDevice>>>, Unsettled> {
         let old = self.device.clone();
         // Its thread keeps it for as long as the host takes for a request.
         let mut device = lock_until(&old, deadline).ok_or(Unsettled)?;

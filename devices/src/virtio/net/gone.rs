@@ -1,8 +1,8 @@
 //! What a driver finds in the place of an interface with a control queue that was taken away from it: its
 //! frames go nowhere, and each command fails, until the driver resets the device.
 
-use super::Pairs;
 use super::control::Control;
+use super::{Pairs, all_positions};
 use crate::virtio::complaints::Complaints;
 use crate::virtio::queue::{QueueError, Verdict, VirtQueue};
 use crate::virtio::state::Position;
@@ -59,11 +59,7 @@ impl VirtioDevice for Gone {
 
     fn quiesce(&mut self) -> Result<Vec<Position>, QueueError> {
         let Some(active) = &self.active else { return Ok(Vec::new()) };
-        let mut positions: Vec<_> = active.pairs.iter().map(|queue| queue.position(0)).collect();
-        if let Some(control) = &active.control {
-            positions.insert(active.control_index, control.position());
-        }
-        positions.resize(self.traits.queue_sizes.len(), Position::default());
-        Ok(positions)
+        let pairs = active.pairs.iter().map(|queue| queue.position(0)).collect();
+        Ok(all_positions(pairs, active.control.as_ref(), active.control_index, self.traits))
     }
 }

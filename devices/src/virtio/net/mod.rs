@@ -300,6 +300,21 @@ fn own_pair<'a, L: Link>(
     Some((pairs.get_mut(index)?, link))
 }
 
+/// Where a device of these `traits` stands in each queue, that stands so in those of its `pairs`.
+fn all_positions(
+    mut pairs: Vec<Position>,
+    control: Option<&Control>,
+    control_index: usize,
+    traits: DeviceTraits,
+) -> Vec<Position> {
+    // A driver that uses one pair of several may have its control queue before the others.
+    if let Some(control) = control {
+        pairs.insert(control_index, control.position());
+    }
+    pairs.resize(traits.queue_sizes.len(), Position::default());
+    pairs
+}
+
 /// What the link may leave to a driver that negotiated `features`.
 fn offloads(features: u64) -> libc::c_uint {
     let chosen = RECEIVE_OFFLOADS.iter().filter(|(feature, _)| features & 1 << feature != 0);
@@ -401,13 +416,8 @@ impl<L: Link> VirtioDevice for Net<L> {
     fn quiesce(&mut self) -> Result<Vec<Position>, QueueError> {
         let Some(active) = &self.active else { return Ok(Vec::new()) };
         self.links.pause();
-        let mut positions = active.pairs.positions(self.links.vhost())?;
-        // A driver that uses one pair of several may have its control queue before the others.
-        if let Some(control) = &active.control {
-            positions.insert(active.control_index, control.position());
-        }
-        positions.resize(self.traits().queue_sizes.len(), Position::default());
-        Ok(positions)
+        let pairs = active.pairs.positions(self.links.vhost())?;
+        Ok(all_positions(pairs, active.control.as_ref(), active.control_index, self.traits()))
     }
 
     /// Drivers wait for the answer to each command. Those of one pair have none to give, and lose the device

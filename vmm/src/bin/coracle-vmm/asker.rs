@@ -11,9 +11,6 @@ use nix::sys::socket::sockopt::PeerCredentials;
 use nix::unistd::{Pid, geteuid};
 use vmm::UserConfig;
 
-/// Groups that there is room for at first.
-const FEW_GROUPS: usize = 32;
-
 /// The process that connected, as it was then (unix(7), `SO_PEERCRED`).
 #[derive(Debug, Clone)]
 pub struct Asker {
@@ -45,7 +42,8 @@ impl Asker {
 
 /// The further groups of the process at the other end of `stream` (`SO_PEERGROUPS`).
 fn groups(stream: &UnixStream) -> io::Result<Vec<libc::gid_t>> {
-    let mut groups: Vec<libc::gid_t> = vec![0; FEW_GROUPS];
+    let mut groups: Vec<libc::gid_t> = Vec::new();
+    // The first time to learn how many there are.
     loop {
         let bytes = size_of::<libc::gid_t>() * groups.len();
         let mut bytes = libc::socklen_t::try_from(bytes).map_err(io::Error::other)?;

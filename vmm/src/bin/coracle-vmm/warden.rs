@@ -178,10 +178,12 @@ fn serve_clients(mut server: Server, channel: &UnixStream, may_attach: bool) -> 
         let descriptors = [channel.as_fd()].into_iter().chain(server.descriptors());
         let mut descriptors: Vec<_> =
             descriptors.map(|one| PollFd::new(one, PollFlags::POLLIN)).collect();
-        let timeout = match () {
-            () if server.may_have_more() => PollTimeout::ZERO,
-            () if server.is_deaf() => RETRY_MS.into(),
-            () => PollTimeout::NONE,
+        let timeout = if server.may_have_more() {
+            PollTimeout::ZERO
+        } else if server.is_deaf() {
+            RETRY_MS.into()
+        } else {
+            PollTimeout::NONE
         };
         poll(&mut descriptors, timeout)?;
         if descriptors[0].any().unwrap_or(true) {
